@@ -1,0 +1,1 @@
+"""Owners, the host that runs them and the supervisor above. Start with `owner.py`."""

@@ -1,0 +1,385 @@
+"""The commit loop: carries out a batch of commands against one owner's tables and journal.
+
+    for each command: number, sender, decide, apply into one open transaction
+    → one write and one sync of the journal → commit the view → the answers
+
+So an answer, and anything a reader sees, is on disk. One sync serves the whole batch.
+
+Trouble, and what becomes of it:
+- a refusal: stored as the command's answer; nothing else was touched;
+- an exception in `decide` or `apply`: the transaction is aborted and the batch runs again one
+  command at a time; the one at fault gets `internal`, the others go through;
+- no room on disk: everything is undone, all get `storage_full`, reads go on;
+- an error of sync or commit passes through: the outcome is unknown, and the process must end
+  without a reply, so that recovery decides and clients send again.
+
+No sockets and no clock in here: the simulator runs this very code on tables in memory.
+
+Source: DESIGN 5; group commit as in Redis `appendfsync always`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol, get_args, get_type_hints
+
+import msgspec
+
+from ksi.actors import delivery
+from ksi.actors.delivery import HOST_TABLES, Batch, Delivery, Record
+from ksi.actors.owner import Decision, Event, Given, Keyed, Log, Owner, Sender, Tables, Tick
+from ksi.transport import wire
+from ksi.transport.errors import (
+    Busy,
+    Evicted,
+    Expired,
+    Forbidden,
+    Internal,
+    Invalid,
+    KsiError,
+    StorageFull,
+)
+from ksi.transport.limits import OUTBOX_ROWS_MAX, WINDOW_COMMANDS_MAX
+from ksi.transport.message import CATALOGUE, encode, unknown
+
+_NO_REPLY: Final = encode({})
+_decode_answer = msgspec.msgpack.Decoder(wire.Answer).decode
+
+
+class Work(NamedTuple):
+    """One request as it waits in the mailbox."""
+
+    route: bytes
+    sender: Sender
+    instance: bytes
+    acked: int
+    again: bool
+    request: wire.Request
+    expires_s: float | None  # on the monotonic clock, like:
+    arrived_s: float = 0.0
+
+
+class Transactions(Protocol):
+    """What the loop needs of a store; `storage.store.Store` and its twin in memory have it."""
+
+    tables: Mapping[str, Any]
+
+    def room(self) -> None: ...
+    def begin(self) -> None: ...
+    def commit(self, payload: bytes, records: int, time_s: float) -> object: ...
+    def abort(self) -> None: ...
+
+
+class Outcome(NamedTuple):
+    """What a batch led to: answers by connection, and the events now on disk."""
+
+    answers: list[tuple[bytes, wire.Kind, Any]]
+    events: list[Event]
+    sends: list[tuple[str, int, str, bytes]]  # owner, number in the outbox, operation, body
+
+
+class _Fault(Exception):
+    """`decide` or `apply` raised something that is no refusal."""
+
+
+class CommitLoop:
+    """Carries out batches for one owner over one store."""
+
+    def __init__(
+        self, owner: Owner[Any], store: Transactions, ids: Iterator[str], log: Any
+    ) -> None:
+        self.owner = owner
+        self.store = store
+        self.ids = ids
+        self.log = log
+        self.tables = bind(owner.tables, store.tables)
+        self.delivery = Delivery(store.tables)
+        self.refusals = 0
+        self.internal_errors = 0
+        self.cut = 0
+        self._self = Sender(owner.name, "owner")
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(Batch[owner.events]).decode  # type: ignore[name-defined]
+        self._outcome = Outcome([], [], [])
+
+    def replay(self, payload: bytes) -> float:
+        """Apply one journaled batch to the tables; return the owner time it was made at."""
+        batch = self._decode(payload)
+        for record in batch.records:
+            for event in record.events:
+                self.owner.apply(event, self.tables)
+            self.delivery.settle(record, batch.now)
+        self.delivery.put_rows(batch.now)
+        time_s: float = batch.time_s
+        return time_s
+
+    def run(
+        self,
+        works: Sequence[Work],
+        ours: Sequence[Record[Any]],
+        now: float,
+        time_s: float,
+        clock_s: float,
+        *,
+        tick: bool = False,
+    ) -> Outcome:
+        """Carry out `works` in order and commit them; then `ours` and, with `tick`, a tick.
+
+        Args:
+            ours: records of the host itself: goodbyes, messages that were sent.
+            now: wall time; time_s: owner time; clock_s: the monotonic clock, for deadlines.
+
+        Returns:
+            The answers, all on disk.
+
+        Raises:
+            JournalFailed and errors of LMDB: the outcome is unknown; end the process.
+        """
+        given = Given(now, time_s, self.ids)
+        try:
+            return self._run(works, ours, given, clock_s, tick)
+        except StorageFull as full:
+            self._undo()
+            return Outcome([self._refused(work, full) for work in works], [], [])
+        except _Fault as fault:
+            self._undo()
+            if len(works) + len(ours) + tick == 1:
+                return self._blame(works, fault, given)
+        # One of them is at fault: each in a commit of its own, so that it undoes only itself.
+        together = Outcome([], [], [])
+        for work in works:
+            _extend(together, self.run([work], (), now, time_s, clock_s))
+        if ours:
+            _extend(together, self.run((), ours, now, time_s, clock_s))
+        if tick:
+            _extend(together, self.run((), (), now, time_s, clock_s, tick=True))
+        return together
+
+    def _run(
+        self,
+        works: Sequence[Work],
+        ours: Sequence[Record[Any]],
+        given: Given,
+        clock_s: float,
+        tick: bool,
+    ) -> Outcome:
+        self.store.room()
+        self.store.begin()
+        self._outcome = outcome = Outcome([], [], [])
+        records: list[Record[Any]] = []
+        for work in works:
+            record = self._carry_out(work, given, clock_s)
+            if record is not None:
+                records.append(record)
+        for record in ours:
+            self.delivery.settle(record, given.now)
+        records += ours
+        if tick:
+            records += self._tick(given)
+        if records:
+            self._commit(records, given)
+        else:
+            self._undo()
+        return outcome
+
+    def _blame(self, works: Sequence[Work], fault: _Fault, given: Given) -> Outcome:
+        """Settle the command at fault with `internal`; it consumes its number like a refusal."""
+        self.internal_errors += 1
+        cause = fault.__cause__
+        self._outcome = outcome = Outcome([], [], [])
+        for work in works:
+            self.log.error(
+                "a command failed",
+                operation=work.request.operation,
+                sender=work.sender.name,
+                number=work.request.number,
+                exc_info=cause,
+            )
+            error = Internal(
+                f"{work.request.operation} failed with {type(cause).__name__}",
+                hint="this is a defect of KSI: ksi logs shows the traceback",
+            )
+            self.store.begin()
+            self.delivery.client(work.sender.name, work.instance).acknowledge(work.acked)
+            record = self._refusal(work, error)
+            self.delivery.settle(record, given.now)
+            self._commit([record], given)
+        if not works:
+            self.log.error("a tick failed", exc_info=cause)
+        return outcome
+
+    def _commit(self, records: list[Record[Any]], given: Given) -> None:
+        self.delivery.put_rows(given.now)
+        payload = self._encode(Batch(given.now, given.time_s, self.cut, records))
+        self.store.commit(payload, len(records), given.time_s)
+
+    def _carry_out(self, work: Work, given: Given, clock_s: float) -> Record[Any] | None:
+        """Decide and apply one command; return its record, or None if it is not its turn."""
+        request = work.request
+        number = request.number
+        client = self.delivery.client(work.sender.name, work.instance)
+        client.acknowledge(work.acked)
+        answers = self._outcome.answers
+        if number <= client.last:
+            stored = client.replies.get(number)
+            if stored is not None:
+                answers.append((work.route, wire.Kind.REPLIES, msgspec.Raw(stored)))
+            return None
+        if number != client.last + 1:
+            if not client.told:
+                client.told = True
+                answers.append((work.route, wire.Kind.RESEND_FROM, client.last + 1))
+            return None
+        if work.again and self.delivery.forgotten(client):
+            answers.append(self._refused(work, _forgotten(work)))
+            return None
+        if number - client.acked > WINDOW_COMMANDS_MAX:
+            client.told = True
+            full = f"{number - client.acked} commands are unacknowledged"
+            answers.append(self._refused(work, Busy(full, limit=WINDOW_COMMANDS_MAX)))
+            return None
+        try:
+            record = self._decide(work, given, clock_s)
+        except KsiError as error:
+            if not error.conclusive:
+                client.told = True
+                answers.append(self._refused(work, error))
+                return None
+            record = self._refusal(work, error)
+        sends = self.delivery.settle(record, given.now)
+        if sends:
+            self._outcome.sends.extend(sends)
+        return record
+
+    def _decide(self, work: Work, given: Given, clock_s: float) -> Record[Any]:
+        request = work.request
+        declared = CATALOGUE.get(request.operation)
+        if declared is None or declared.owner != self.owner.name or declared.kind != "command":
+            raise self._not_ours(request.operation)
+        if work.sender.role not in declared.roles:
+            raise Forbidden(
+                f"{request.operation} is for {' and '.join(sorted(declared.roles))}, "
+                f"and {work.sender.name} is {work.sender.role}"
+            )
+        if work.expires_s is not None and clock_s >= work.expires_s:
+            raise Expired(f"the time for {request.operation} ran out before it was carried out")
+        command: Any = declared.decode(request.body)
+        request_id: str | None = getattr(command, "request_id", None)
+        if request_id is not None:
+            known = self.delivery.requests.get((work.sender.name, request.operation, request_id))
+            if known is not None:
+                body = _decode_answer(known.body).body or _NO_REPLY
+                return self._record(work, body, Decision())
+        decision = self._apply(command, work.sender, given)
+        body = _NO_REPLY if decision.reply is None else self._encode(decision.reply)
+        return self._record(work, body, decision, request_id)
+
+    def _apply(self, command: Any, sender: Sender, given: Given) -> Decision:
+        """Decide, and apply what was decided. A refusal passes through; nothing was applied."""
+        try:
+            decision = self.owner.decide(command, sender, self.tables, given)
+        except KsiError:
+            raise
+        except Exception as defect:
+            raise _Fault from defect
+        if decision.sends and self.delivery.outbox.count() >= OUTBOX_ROWS_MAX:
+            raise Busy(f"{OUTBOX_ROWS_MAX} messages wait for other owners")
+        try:
+            for event in decision.events:
+                self.owner.apply(event, self.tables)
+        except Exception as defect:
+            raise _Fault from defect
+        return decision
+
+    def _record(
+        self, work: Work, body: bytes, decision: Decision, request_id: str | None = None
+    ) -> Record[Any]:
+        request = work.request
+        answer = self._encode(wire.Answer(request.number, body))
+        outcome = self._outcome
+        outcome.answers.append((work.route, wire.Kind.REPLIES, msgspec.Raw(answer)))
+        sends: list[tuple[str, str, bytes]] = []
+        if decision.events:
+            outcome.events.extend(decision.events)
+        if decision.sends:
+            sends = [(s.owner, s.operation, encode(s.command)) for s in decision.sends]
+        return Record(
+            work.sender.name,
+            work.instance,
+            request.number,
+            request.operation,
+            answer,
+            list(decision.events),
+            sends,
+            request_id,
+        )
+
+    def _refusal(self, work: Work, error: KsiError) -> Record[Any]:
+        self.refusals += 1
+        request = work.request
+        answer = self._encode(wire.Answer(request.number, None, error.to_wire()))
+        self._outcome.answers.append((work.route, wire.Kind.REPLIES, msgspec.Raw(answer)))
+        operation = request.operation[:128]
+        return Record(work.sender.name, work.instance, request.number, operation, answer, [], [])
+
+    def _refused(self, work: Work, error: KsiError) -> tuple[bytes, wire.Kind, Any]:
+        """Return an answer that is not stored: nothing happened."""
+        answer = wire.Answer(work.request.number, None, error.to_wire())
+        return (work.route, wire.Kind.REPLIES, msgspec.Raw(self._encode(answer)))
+
+    def _tick(self, given: Given) -> list[Record[Any]]:
+        records = self.delivery.overdue(given.now)
+        for record in records:
+            self.delivery.settle(record, given.now)
+        decision = self._apply(Tick(), self._self, given)
+        if decision.events or decision.sends:
+            sends = [(s.owner, s.operation, encode(s.command)) for s in decision.sends]
+            record = Record(
+                self.owner.name, b"", 0, delivery.TICK, b"", list(decision.events), sends
+            )
+            self._outcome.sends.extend(self.delivery.settle(record, given.now))
+            self._outcome.events.extend(decision.events)
+            records.append(record)
+        return records
+
+    def _undo(self) -> None:
+        self.store.abort()
+        self.delivery.undo()
+
+    def _not_ours(self, operation: str) -> KsiError:
+        declared = CATALOGUE.get(operation)
+        if declared is None or declared.owner != self.owner.name:
+            ours = [each.name for each in CATALOGUE.values() if each.owner == self.owner.name]
+            return unknown(operation, ours)
+        return Invalid(f"{operation} is a query; it has no number", hint="send it as QUERIES")
+
+
+def _forgotten(work: Work) -> Evicted:
+    return Evicted(
+        f"whether number {work.request.number} was carried out is not known any more",
+        hint="read the state and decide; the client has started anew",
+    )
+
+
+def _extend(together: Outcome, more: Outcome) -> None:
+    for kept, added in zip(together, more, strict=True):
+        kept.extend(added)
+
+
+def bind(declared: type[Tables], tables: Mapping[str, Any], logs: Log | None = None) -> Any:
+    """Return an instance of the declared tables over `tables`, by their names."""
+    bound = declared()
+    for name, kind in get_type_hints(declared).items():
+        setattr(bound, name, logs if kind is Log else tables[name])
+    return bound
+
+
+def table_types(owner: Owner[Any]) -> dict[str, tuple[type, tuple[type, ...]]]:
+    """Return row and key types of every table in the owner's store, the host's among them."""
+    types = dict(HOST_TABLES)
+    for name, kind in get_type_hints(owner.tables, include_extras=True).items():
+        if kind is not Log:
+            (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
+            plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
+            types[name] = (get_args(plain)[0], keyed.parts)
+    return types

@@ -1,0 +1,184 @@
+"""Starts children: forked from a clean fork server, bound to the supervisor's life.
+
+    supervisor ── starts, main thread ──▶ fork server ── forks ──▶ child
+        └──── kill -9 ──▶ PDEATHSIG kills it ──▶ PDEATHSIG kills it
+
+1. The fork server (`multiprocessing`) is started by the supervisor's main thread before anything
+   heavy is imported. It loads what children need (`actors/preload.py`), has one thread, and never
+   a ZeroMQ context or an LMDB environment. A child costs a fork, not an interpreter.
+2. A child sits in a session of its own, with umask 077, standard output and error in
+   `var/logs/ksi/<name>.out`, and nothing of the supervisor's open files.
+3. It waits for one byte before it does anything: when that byte comes, the supervisor holds its
+   pidfd, so that signals and the news of its end can never concern another process.
+4. A command line is started in the same way and then replaces the child by exec. What keeps it
+   from running is the answer of `spawn`, not a crash loop.
+
+The supervisor must run with a `__main__` that is cheap to import, best none at all (`python -c`):
+Python 3.11 imports it again in every child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import resource
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Final
+
+from ksi.actors import log, preload
+from ksi.actors.child import ChildSpec
+from ksi.transport.errors import Invalid
+
+EXEC_S_MAX: Final = 5.0  # From fork to a running program; more, and the machine is on its knees.
+EXIT_CODE_S_MAX: Final = 1.0  # The code follows the end of a child through the fork server.
+EXIT_NOT_RUN: Final = 127  # What shells say of a program that cannot be run.
+
+_context = multiprocessing.get_context("forkserver")
+
+
+@dataclass(slots=True)
+class Running:
+    """A child process, running or ended. `pidfd` is readable from its end on."""
+
+    name: str
+    pid: int
+    pidfd: int
+    started_s: float
+    process: ForkServerProcess
+
+    def signal(self, number: int) -> None:
+        """Send a signal to this very process; nothing happens if it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def signal_group(self, number: int) -> None:
+        """Send a signal to what this process has started and left in its group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    def exit_code(self) -> int | None:
+        """Return the exit code (-n: signal n) of an ended child, or None if it is lost."""
+        self.process.join(EXIT_CODE_S_MAX)
+        return self.process.exitcode
+
+    def close(self) -> None:
+        """Give back the descriptors. The child must have ended."""
+        os.close(self.pidfd)
+        self.process.close()
+
+
+class ForkServer:
+    """The fork server of a supervisor, started anew if it dies (its children die with it).
+
+    Use it from the supervisor's main thread only: when that thread ends, all children do.
+    """
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        self._modules = ",".join(("ksi.actors.forkserver", *modules))
+        multiprocessing.set_forkserver_preload(["ksi.actors.preload"])
+
+    def start(self) -> None:
+        """Start the server if it does not run; it loads its modules while the caller goes on."""
+        os.environ[preload.SUPERVISOR_PID] = str(os.getpid())
+        os.environ[preload.MODULES] = self._modules
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            del os.environ[preload.SUPERVISOR_PID], os.environ[preload.MODULES]
+
+    def spawn(self, spec: ChildSpec, var: Path, environment: Mapping[str, str]) -> Running:
+        """Start a child and return it; an agent's program runs when this returns.
+
+        `environment` is set on top of the supervisor's own.
+
+        Raises:
+            Invalid: the program of an agent cannot be run; the text says why.
+            OSError: no process can be started.
+        """
+        self.start()
+        ours, theirs = _context.Pipe()
+        with ours, theirs:
+            process = _context.Process(
+                target=_child, args=(spec, var, dict(environment), theirs), daemon=True
+            )
+            process.start()
+            pid = process.pid
+            assert pid is not None
+            running = Running(spec.name, pid, os.pidfd_open(pid), time.monotonic(), process)
+            theirs.close()
+            with contextlib.suppress(BrokenPipeError):
+                ours.send_bytes(b"go")
+            if spec.kind == "agent" and (fault := _fault(ours)):
+                running.signal(signal.SIGKILL)
+                running.exit_code()
+                running.close()
+                raise Invalid(f"agent {spec.name} cannot be started: {fault}"[:1000])
+            return running
+
+
+def _fault(channel: Connection) -> str | None:
+    """Return why exec failed, or None: the channel closes when it succeeds."""
+    if not channel.poll(EXEC_S_MAX):
+        return f"it does not run after {EXEC_S_MAX:.0f} s"
+    try:
+        return channel.recv_bytes().decode()
+    except (EOFError, OSError):
+        return None
+
+
+def _child(spec: ChildSpec, var: Path, environment: dict[str, str], channel: Connection) -> None:
+    """Run in the child: become what the spec says, and end with it."""
+    preload.die_with(preload.server_pid)
+    os.setsid()
+    os.umask(0o077)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    _redirect(log.directory(var) / f"{spec.name}.out")
+    os.environ.update(environment)
+    with contextlib.suppress(EOFError, OSError):
+        if channel.recv_bytes() == b"go":
+            return _exec(spec, channel) if spec.kind == "agent" else _call(spec, channel)
+    return None
+
+
+def _call(spec: ChildSpec, channel: Connection) -> None:
+    channel.close()
+    faulthandler.enable()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # ipc:// aborts when they run out
+    module, _, function = spec.function.partition(":")
+    getattr(importlib.import_module(module), function)(*spec.arguments)
+
+
+def _exec(spec: ChildSpec, channel: Connection) -> None:
+    try:
+        if spec.cwd is not None:
+            os.chdir(spec.cwd)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor > 2:
+                with contextlib.suppress(OSError):
+                    os.set_inheritable(descriptor, False)
+        os.execvpe(spec.arguments[0], spec.arguments, os.environ)
+    except OSError as error:
+        channel.send_bytes(f"{spec.arguments[0]}: {error.strerror}".encode(errors="replace"))
+        os._exit(EXIT_NOT_RUN)
+
+
+def _redirect(path: Path) -> None:
+    """Make standard output and error append to `path`."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

@@ -1,0 +1,352 @@
+"""The host: one process, one owner, one loop. The same for all owners.
+
+A pykka actor whose inbox is the ZeroMQ mailbox and whose loop runs in the main thread. Each turn
+takes what has arrived, carries out one batch (`actors/commit.py`), sends the answers, one frame a
+connection, answers the queries behind them, and lets time pass.
+
+The mailbox is bounded by count and bytes; what comes beyond is answered `busy` at once. Frames
+that are not of this protocol are dropped. A sender whose key was removed gets `forbidden`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import msgspec
+import pykka
+import zmq
+
+from ksi.actors.commit import CommitLoop, Work
+from ksi.actors.delivery import GOODBYE, Record
+from ksi.actors.outbox import Outbox
+from ksi.actors.owner import Sender
+from ksi.actors.stat import StatWriter
+from ksi.actors.subscriptions import Deliveries, Subscriptions
+from ksi.storage.reader import Reader
+from ksi.storage.store import Store
+from ksi.transport import wire
+from ksi.transport.errors import Busy, Forbidden, Internal, KsiError, TooLarge
+from ksi.transport.limits import (
+    BATCH_BYTES_MAX,
+    BATCH_COMMANDS_MAX,
+    FRAME_BYTES_MAX,
+    MAILBOX_BYTES_MAX,
+    MAILBOX_REQUESTS_MAX,
+    TICK_S,
+    WINDOW_BYTES_MAX,
+    WINDOW_COMMANDS_MAX,
+)
+from ksi.transport.mailbox import Letter, Mailbox, Post
+from ksi.transport.message import CATALOGUE, Role, unknown
+from ksi.transport.wire import Kind
+
+EXIT_UNKNOWN_OUTCOME: Final = 74  # EX_IOERR: a sync or commit failed, recovery must decide
+_STEP_S_MAX: Final = 4 * TICK_S  # Owner time goes no further at once: a stopped owner ages little.
+_REPLY_BYTES_MAX: Final = FRAME_BYTES_MAX - 1024
+
+_decode_requests = msgspec.msgpack.Decoder(wire.CommandsFrame).decode
+_decode_frame = msgspec.msgpack.Decoder(wire.Frame).decode
+_REQUESTS: Final = frozenset({Kind.COMMANDS, Kind.QUERIES})
+
+
+class Host(pykka.ThreadingActor):
+    """The actor around one owner. `Host.start(...)` runs its loop and returns when it has ended."""
+
+    def __init__(
+        self,
+        loop: CommitLoop,
+        store: Store,
+        reader: Reader,
+        mailbox: Mailbox,
+        outbox: Outbox,
+        stat: StatWriter,
+        log: Any,
+    ) -> None:
+        self._mailbox = mailbox
+        super().__init__()
+        self._loop = loop
+        self._owner = loop.owner
+        self._store = store
+        self._reader = reader
+        self._outbox = outbox
+        self._stat = stat
+        self._log = log
+        self._subscriptions = Subscriptions()
+        self._waiting: deque[tuple[Kind, Work]] = deque()
+        self._waiting_bytes = 0
+        self._ours: list[Record[Any]] = []
+        self._time_s = store.meta.time_s
+        self._turned_s = self._ticked_s = time.monotonic()
+        self._draining = False
+
+    def _create_actor_inbox(self) -> Any:  # type: ignore[override]
+        return self._mailbox
+
+    def _start_actor_loop(self) -> None:
+        self._actor_loop()
+
+    def on_start(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._drain)
+        self._mailbox.wake_on_signals()
+        for (owner, number), row in self._reader.read(
+            lambda tables, _meta: list(tables["ksi.outbox"].range())
+        ):
+            self._push(owner, number, row.operation, row.body)
+        self._stat.state = "running"
+        self._stat.store_id = self._store.id
+        self._mailbox.timeout_s = TICK_S
+
+    def on_receive(self, message: Any) -> None:
+        """One turn. Anything unexpected ends the process: its outcome is unknown."""
+        try:
+            self._turn(message)
+        except BaseException:
+            self._log.exception("the turn failed; recovery decides")
+            os._exit(EXIT_UNKNOWN_OUTCOME)
+
+    def on_stop(self) -> None:
+        self._outbox.close()
+        self._mailbox.close()
+        self._store.close()
+        self._stat.close()
+
+    def _drain(self, _number: int, _frame: Any) -> None:
+        self._draining = True
+
+    def _turn(self, post: Post) -> None:
+        started_s = time.monotonic()
+        self._stat.begin_turn(started_s)
+        self._time_s += min(started_s - self._turned_s, _STEP_S_MAX)
+        self._turned_s = started_s
+        for letter in post.letters:
+            self._take_in(letter)
+        self._ours += self._outbox.turn(started_s)
+        commands, queries = self._next_batch()
+        tick = started_s - self._ticked_s >= TICK_S
+        if commands or self._ours or tick:
+            self._carry_out(commands, started_s, tick)
+        if queries:
+            self._answer(queries)
+        self._end_turn(commands, started_s)
+        if self._draining and not self._waiting:
+            self._stat.state = "draining"
+            self.stop()
+
+    def _take_in(self, letter: Letter) -> None:
+        """Put the requests of a frame into the queue, or act on another kind at once."""
+        sender = self._mailbox.sender_of(letter.sender)
+        payload = letter.payload
+        try:
+            if len(payload) > 2 and payload[2] in _REQUESTS:
+                frame = _decode_requests(payload)
+            else:
+                return self._control(letter, _decode_frame(payload), sender)
+        except (msgspec.MsgspecError, ValueError, TypeError, RecursionError):
+            self._stat.refusals += 1
+            return None
+        kind = Kind(frame.kind)
+        if sender is None:
+            return self._turn_away(letter.route, kind, frame)
+        who = Sender(*sender)
+        for request in frame.items:
+            if (
+                len(self._waiting) >= MAILBOX_REQUESTS_MAX
+                or self._waiting_bytes > MAILBOX_BYTES_MAX
+            ):
+                full = Busy("the mailbox is full", limit=MAILBOX_REQUESTS_MAX, retry_after_s=0.05)
+                return self._send(letter.route, kind_of_answer(kind), [_error(request, full)])
+            left_ms = request.remaining_ms
+            work = Work(
+                letter.route,
+                who,
+                frame.instance,
+                frame.acked,
+                frame.again,
+                request,
+                None if left_ms is None else letter.arrived_s + left_ms / 1000,
+                letter.arrived_s,
+            )
+            self._waiting.append((kind, work))
+            self._waiting_bytes += len(request.body)
+        return None
+
+    def _control(
+        self, letter: Letter, frame: wire.Frame, sender: tuple[str, Role] | None
+    ) -> None:
+        """Act on a frame that carries no requests."""
+        route = letter.route
+        if sender is None:
+            return
+        match frame.kind:
+            case Kind.HELLO:
+                welcome = wire.Welcome(
+                    self._owner.name,
+                    os.getpid(),
+                    wire.VERSION,
+                    wire.VERSION,
+                    WINDOW_COMMANDS_MAX,
+                    WINDOW_BYTES_MAX,
+                )
+                self._send(route, Kind.WELCOME, [welcome])
+            case Kind.SUBSCRIBE:
+                for asked in msgspec.convert(frame.items, list[wire.Subscribe]):
+                    refused = self._subscriptions.add(route, asked)
+                    wired = refused.to_wire() if refused else None
+                    self._send(route, Kind.ANSWERS, [wire.Answer(-asked.number, b"", wired)])
+            case Kind.UNSUBSCRIBE:
+                for number in msgspec.convert(frame.items, list[int]):
+                    self._subscriptions.remove(route, number)
+            case Kind.CREDIT:
+                for number, credit in msgspec.convert(frame.items, list[tuple[int, int]]):
+                    self._deliver(self._subscriptions.grant(route, number, credit))
+            case Kind.GOODBYE:
+                self._ours.append(Record(sender[0], frame.instance, 0, GOODBYE, b"", [], []))
+                self._subscriptions.drop(route)
+                self._send(route, Kind.FAREWELL, [])
+            case _:
+                self._stat.refusals += 1
+
+    def _turn_away(self, route: bytes, kind: Kind, frame: wire.CommandsFrame) -> None:
+        """The key was removed while the connection was open."""
+        error = Forbidden("the key of this connection is not enrolled any more")
+        self._stat.refusals += len(frame.items)
+        self._send(route, kind_of_answer(kind), [_error(each, error) for each in frame.items])
+
+    def _next_batch(self) -> tuple[list[Work], list[Work]]:
+        """Take the next requests from the queue: the commands and the queries among them."""
+        commands: list[Work] = []
+        queries: list[Work] = []
+        waiting = self._waiting
+        room = BATCH_BYTES_MAX
+        for _ in range(min(len(waiting), BATCH_COMMANDS_MAX)):
+            kind, work = waiting.popleft()
+            room -= len(work.request.body)
+            (commands if kind is Kind.COMMANDS else queries).append(work)
+            if room < 0:
+                break
+        self._waiting_bytes -= BATCH_BYTES_MAX - room
+        return commands, queries
+
+    def _carry_out(self, commands: Sequence[Work], started_s: float, tick: bool) -> None:
+        if tick:
+            self._ticked_s = started_s
+        ours, self._ours = self._ours, []
+        now = round(time.time(), 6)
+        self._stat.committing(started_s)
+        outcome = self._loop.run(commands, ours, now, self._time_s, started_s, tick=tick)
+        self._send_all(outcome.answers)
+        if outcome.events:
+            self._mailbox.ring()
+            if self._subscriptions:
+                told = [each for event in outcome.events for each in self._owner.announce(event)]
+                self._deliver(self._subscriptions.deliver(told))
+        if outcome.sends:
+            for owner, number, operation, body in outcome.sends:
+                self._push(owner, number, operation, body)
+            self._ours += self._outbox.turn(started_s)
+        if commands:
+            self._stat.commits += 1
+            self._stat.commands += len(commands)
+            self._stat.record(time.monotonic() - commands[0].arrived_s)
+
+    def _answer(self, queries: Sequence[Work]) -> None:
+        """Answer queries from one read transaction, after the commands that came before them."""
+        answers = self._reader.read(
+            lambda tables, _meta: [(work.route, self._answer_one(work, tables)) for work in queries]
+        )
+        self._send_all([(route, Kind.ANSWERS, answer) for route, answer in answers])
+        self._stat.queries += len(queries)
+
+    def _answer_one(self, work: Work, tables: Any) -> wire.Answer:
+        request = work.request
+        try:
+            declared = CATALOGUE.get(request.operation)
+            if declared is None or declared.owner != self._owner.name or declared.kind != "query":
+                ours = [each.name for each in CATALOGUE.values() if each.owner == self._owner.name]
+                raise unknown(request.operation, ours)
+            if work.sender.role not in declared.roles:
+                raise Forbidden(f"{request.operation} is not for the role {work.sender.role}")
+            query = declared.decode(request.body)
+            reply = self._owner.answer(query, self._reader.bound(self._owner.tables, tables))
+            body = wire.encode(reply)
+            if len(body) > _REPLY_BYTES_MAX:
+                raise TooLarge(f"the answer is {len(body)} bytes", hint="ask for a smaller page")
+            return wire.Answer(request.number, body)
+        except KsiError as error:
+            return _error(request, error)
+        except Exception:
+            self._log.exception("a query failed", operation=request.operation)
+            self._stat.internal_errors += 1
+            return _error(request, Internal(f"{request.operation} failed: see ksi logs"))
+
+    def _end_turn(self, commands: Sequence[Work], started_s: float) -> None:
+        stat = self._stat
+        waiting = len(self._waiting)
+        stat.mailbox = waiting
+        stat.mailbox_peak = max(stat.mailbox_peak, waiting + len(commands))
+        now_s = time.monotonic()
+        oldest_ms = (now_s - self._waiting[0][1].arrived_s) * 1000 if waiting else 0
+        stat.oldest_ms = int(oldest_ms)
+        stat.refusals += self._loop.refusals
+        stat.internal_errors += self._loop.internal_errors
+        self._loop.refusals = self._loop.internal_errors = 0
+        stat.syncs = self._store.journal.syncs
+        stat.journal_seq = self._store.meta.seq
+        stat.end_turn(now_s)
+        due_s = max(0.0, self._ticked_s + TICK_S - now_s)
+        self._mailbox.timeout_s = 0.0 if waiting or self._ours else due_s
+
+    def _push(self, owner: str, number: int, operation: str, body: bytes) -> None:
+        for socket in self._outbox.push(owner, number, operation, body):
+            self._mailbox.watch(socket.getsockopt(zmq.FD), _nothing)
+
+    def _deliver(self, deliveries: Deliveries) -> None:
+        for route, items in deliveries.items():
+            self._send(route, Kind.DELIVERIES, items)
+
+    def _send_all(self, answers: Sequence[tuple[bytes, Kind, Any]]) -> None:
+        """Send answers, those of one kind to one connection in one frame, in their order."""
+        frames: dict[tuple[bytes, Kind], list[Any]] = {}
+        for route, kind, answer in answers:
+            frames.setdefault((route, kind), []).append(answer)
+        for (route, kind), items in frames.items():
+            self._send(route, kind, items)
+
+    def _send(self, route: bytes, kind: Kind, items: list[Any]) -> None:
+        frame = wire.encode(
+            wire.OwnerFrame(wire.VERSION, kind, self._store.id, self._loop.cut, items)
+        )
+        if len(frame) > _REPLY_BYTES_MAX and len(items) > 1:
+            half = len(items) // 2
+            self._send(route, kind, items[:half])
+            self._send(route, kind, items[half:])
+        elif not self._mailbox.send(route, frame):
+            # The connection is gone or does not read: what it missed it will ask for again.
+            self._stat.replies_dropped += 1
+            self._subscriptions.drop(route)
+
+
+def kind_of_answer(kind: Kind) -> Kind:
+    """Return the kind of frame that answers requests of `kind`."""
+    return Kind.REPLIES if kind is Kind.COMMANDS else Kind.ANSWERS
+
+
+def _error(request: wire.Request, error: KsiError) -> wire.Answer:
+    return wire.Answer(request.number, None, error.to_wire())
+
+
+def _nothing() -> None:
+    """The socket is looked at in the turn that follows."""
+
+
+def fresh_ids() -> Iterator[str]:
+    """Yield random UUIDs for ever."""
+    while True:
+        yield str(uuid.uuid4())

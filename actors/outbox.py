@@ -1,0 +1,113 @@
+"""Messages to other owners: written with the events, sent after commit, effectively once.
+
+An owner is to another owner what any client is: a window of numbered commands under a key of its
+own. What differs is that numbers and bodies are rows of its store and its instance is the same for
+the life of the store, so that after a restart it goes on where it was. A row is removed by a
+record in the journal once the other owner has answered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from ksi.actors.delivery import SENT, Record
+from ksi.transport.errors import KsiError
+from ksi.transport.mailbox import read_monitor
+from ksi.transport.window import Window
+
+Connect = Callable[[str], tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]
+
+
+class Peer:
+    """The way to one other owner."""
+
+    def __init__(self, instance: bytes, dealer: zmq.Socket[bytes], monitor: Any) -> None:
+        self.window = Window(instance)
+        self.dealer = dealer
+        self.monitor = monitor
+        self.waiting: deque[tuple[int, str, bytes]] = deque()  # beyond what the window takes
+        self.up = False
+        self.sent_upto = 0  # answered, and not yet recorded
+
+    def flush(self, now_s: float) -> None:
+        """Send all that the window lets through."""
+        window = self.window
+        while self.waiting and not window.full():
+            window.resume(*self.waiting.popleft())
+        if self.up:
+            for frame in window.frames(now_s):
+                self.dealer.send(frame, zmq.DONTWAIT)
+
+
+class Outbox:
+    """All peers of one owner. Driven by the host: `push` after commit, `turn` each turn."""
+
+    def __init__(self, store_id: str, connect: Connect, log: Any) -> None:
+        self._store_id = store_id
+        self._connect = connect
+        self._log = log
+        self._peers: dict[str, Peer] = {}
+
+    def push(
+        self, owner: str, number: int, operation: str, body: bytes
+    ) -> list[zmq.Socket[bytes]]:
+        """Take up a message whose row is on disk; return sockets to watch from now on, if any."""
+        opened: list[zmq.Socket[bytes]] = []
+        peer = self._peers.get(owner)
+        if peer is None:
+            instance = hashlib.blake2b(f"{self._store_id}/{owner}".encode(), digest_size=16)
+            peer = self._peers[owner] = Peer(instance.digest(), *self._connect(owner))
+            opened = [peer.dealer, peer.monitor]
+        peer.waiting.append((number, operation, body))
+        return opened
+
+    def turn(self, now_s: float) -> list[Record[Any]]:
+        """Send and receive what can be; return the records of what other owners have answered."""
+        records = []
+        for owner, peer in self._peers.items():
+            for change in read_monitor(peer.monitor):
+                peer.up = change == "up"
+                peer.window.lost()
+            self._receive(owner, peer, now_s)
+            try:
+                peer.flush(now_s)
+            except zmq.Again:
+                peer.window.lost()  # Not connected after all; the monitor will tell.
+            if peer.sent_upto:
+                records.append(Record(owner, b"", peer.sent_upto, SENT, b"", [], []))
+                peer.sent_upto = 0
+        return records
+
+    def close(self) -> None:
+        """Close the sockets; what was not answered stays in its rows."""
+        for peer in self._peers.values():
+            peer.dealer.close(0)
+            peer.monitor.close(0)
+
+    def _receive(self, owner: str, peer: Peer, now_s: float) -> None:
+        while True:
+            try:
+                frame = peer.dealer.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            for pending, _body, error in peer.window.receive(frame, now_s):
+                if error is not None and error.code in ("restored", "evicted"):
+                    self._again(peer, pending.number, pending.operation, pending.body)
+                    continue
+                if error is not None:
+                    self._refused(owner, pending.operation, error)
+                peer.sent_upto = peer.window.acked
+
+    def _again(self, peer: Peer, number: int, operation: str, body: bytes) -> None:
+        """The other owner was restored: what it had not answered is sent to its new store."""
+        peer.waiting.append((number, operation, body))
+
+    def _refused(self, owner: str, operation: str, error: KsiError) -> None:
+        self._log.warning(
+            "another owner refused a message", owner=owner, operation=operation, error=str(error)
+        )

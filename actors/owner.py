@@ -1,0 +1,185 @@
+"""The one idea: one owner, one mailbox, one writer.
+
+Every piece of state has exactly one owner. To change it, a *command* is sent to that owner, which
+*decides*: it refuses (raise a refusal: nothing has changed, the caller is told why) or accepts, as
+events and a reply. Events are then *applied*; applying never refuses and has no other effect.
+To read it, a *query* is answered from one committed state, by the owner or in any other process.
+
+    decide(command, sender, tables, given) -> Decision      reads tables, writes nothing
+    apply(event, tables)                                    writes tables, live and in replay
+    answer(query, tables) -> reply                          reads tables, in any process
+
+Nothing here does I/O, knows the time or draws a random number: what a decision needs from outside
+is *given* as data. So a refused command has nothing to undo, a journal replays to the same state,
+and an owner runs in a simulator unchanged. `actors/host.py` is the loop around it.
+
+Invariants every owner keeps (checked for each by `actors/testing.py`):
+- a refused command leaves the tables as they were;
+- the events of a journal, applied in order to empty tables, give the live tables.
+
+Source: "commands may be refused, events may not fail": event sourcing as in Pekko persistence;
+the split of generic loop and callbacks: Erlang/OTP gen_server.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from ksi.transport.message import Command, Event, Message, Query, Reply, Role
+
+Row = TypeVar("Row")
+Key = str | tuple[str | int, ...]
+
+
+class Table(Protocol[Row]):
+    """Rows by key, in key order. Rows are immutable; to change one, put another.
+
+    A key is a string or a tuple of strings and non-negative integers; tuples order by their
+    parts. Strings in keys hold no NUL.
+    """
+
+    def get(self, key: Key) -> Row | None:
+        """Return the row, or None."""
+
+    def put(self, key: Key, row: Row) -> None:
+        """Set the row."""
+
+    def delete(self, key: Key) -> None:
+        """Remove the row if it is there."""
+
+    def range(
+        self, start: Key = (), stop: Key | None = None, *, prefix: Key = (), reverse: bool = False
+    ) -> Iterator[tuple[Any, Row]]:
+        """Yield `(key, row)` with start <= key < stop, in order, or backwards with `reverse`.
+
+        `prefix` keeps to keys that begin with these parts. The table must not change meanwhile.
+        """
+
+    def count(self) -> int:
+        """Return how many rows there are."""
+
+
+class Log(Protocol):
+    """Bytes by key that only ever grow: the files people read, written by a follower.
+
+    `apply` does not write it; the owner's `lines` says which bytes an event adds. Reading gives
+    what is committed, from the file and, where the follower is behind, from the journal.
+    """
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop) of `key`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Bytes that an event adds to the log of `key`, at `offset`: the same each time it is asked."""
+
+    key: str
+    offset: int
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Who speaks, proven by the key of the connection, never by the message."""
+
+    name: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a decision may use from outside its tables.
+
+    Attributes:
+        now: wall time in seconds since the epoch, for people.
+        time_s: owner time in seconds: advances only while the owner runs; for deadlines.
+        ids: fresh ids, each a UUID in its usual form.
+    """
+
+    now: float
+    time_s: float
+    ids: Iterator[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A command to another owner, sent after commit and effectively once."""
+
+    owner: str
+    operation: str
+    command: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens if this command is carried out: events in order, a reply, and messages."""
+
+    events: tuple[Event, ...] = ()
+    reply: Reply | None = None
+    sends: tuple[Send, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """Something subscribers of `topic` are told once the event is on disk. May be lost by them."""
+
+    topic: str
+    message: dict[str, Any]
+    sender: str = ""
+
+
+class Tick(Command[None], frozen=True, kw_only=True):
+    """Time has passed. Sent by the host to its own owner, a few times a second."""
+
+
+class Keyed:
+    """The parts of a table's key: `Annotated[Table[Row], Keyed(str, int)]`. Default: one string."""
+
+    def __init__(self, *parts: type) -> None:
+        self.parts = parts
+
+
+class Tables:
+    """Base of an owner's tables: annotate each as `name: Table[Row]` or `name: Log`."""
+
+
+T = TypeVar("T", bound=Tables)
+
+
+class Owner(ABC, Generic[T]):
+    """One piece of state and all that may happen to it. Instances hold nothing."""
+
+    name: ClassVar[str]
+    tables: ClassVar[type[Tables]]
+    events: ClassVar[Any]  # the union of this owner's event classes
+    domains: ClassVar[tuple[str, ...]] = ()  # first words of the topics it announces
+
+    @abstractmethod
+    def decide(self, command: Any, sender: Sender, tables: T, given: Given) -> Decision:
+        """Return what happens if `command` is carried out, or raise a refusal."""
+
+    @abstractmethod
+    def apply(self, event: Any, tables: T) -> None:
+        """Write what `event` says. Never refuses, reads nothing but its arguments."""
+
+    @abstractmethod
+    def answer(self, query: Any, tables: T) -> Reply:
+        """Return the reply to `query`, or raise a refusal."""
+
+    def announce(self, event: Any) -> Iterable[Announcement]:
+        """Return what subscribers are told of `event`."""
+        return ()
+
+    def lines(self, event: Any) -> Iterable[Line]:
+        """Return the bytes that `event` adds to logs."""
+        return ()
+
+
+__all__ = [
+    "Announcement", "Command", "Decision", "Event", "Given", "Key", "Keyed", "Line", "Log", "Owner",
+    "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
+]  # fmt: skip

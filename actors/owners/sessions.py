@@ -1,0 +1,1007 @@
+"""Sessions: conversations, each written by one agent at a time.
+
+Owns who may write which session, and what was said in it, in one total order.
+
+- A session has one owner, an agent identity, and an epoch that grows whenever the owner changes.
+  Only the owner appends; a writer that carries a former epoch is refused even if the name fits.
+- Entries are numbered 1, 2, 3 ... a session. Entry n's line begins where line n - 1 ended, so the
+  bytes of a session's file are fixed by its events, whoever writes the file and however often.
+- Others contribute through the system, if the session admits them, and become participants.
+- A session with a lease may be claimed once its owner has been silent for `lease_s`.
+
+Source: "KSI Dynamic Storage Architecture": session ownership, JSONL session files, patterns and
+role transitions. Fencing tokens: Kafka's epochs, decided where the write is decided.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+
+from ksi.actors.owner import (
+    Announcement,
+    Command,
+    Decision,
+    Event,
+    Given,
+    Keyed,
+    Line,
+    Log,
+    Owner,
+    Query,
+    Reply,
+    Sender,
+    Table,
+    Tables,
+    Tick,
+)
+from ksi.transport.errors import Conflict, Forbidden, NotFound, NotOwner, StaleEpoch, TooLarge
+from ksi.transport.limits import FRAME_BYTES_MAX
+from ksi.transport.message import OWNER as OWNERS_ONLY
+from ksi.transport.message import PEOPLE, Id, Plain, Text, operation
+
+LINE_BYTES_MAX: Final = FRAME_BYTES_MAX  # A line must fit into the frame that reads it back.
+PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # One page of history, with room for its header.
+PAGE_ENTRIES_MAX: Final = 1000  # The same, for short lines.
+ENTRIES_MAX: Final = 256  # Entries of one `append_many`: one command must not be a whole batch.
+SCAN_ROWS_MAX: Final = 10_000  # Rows one `list` looks at before it returns with a cursor.
+INVITED_MAX: Final = 256  # Agents named when a session is made.
+ANCHOR_EVERY: Final = 64  # Entries between two known offsets: a page of history reads no more.
+
+Admission = Literal["open", "invited", "closed"]
+Status = Literal["active", "closed"]
+EventName = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Epoch = Annotated[int, msgspec.Meta(ge=1)]
+Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_ENTRIES_MAX)]
+LeaseSeconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400.0)]
+
+
+class Ownership(Reply, frozen=True, kw_only=True):
+    """Who writes the session now. Send `epoch` with later commands to be fenced by it."""
+
+    session_id: str
+    owner: str
+    epoch: int
+    created_at: float | None = None
+
+
+class Appended(Reply, frozen=True, kw_only=True):
+    """The entry is on disk as number `seq` of its session."""
+
+    session_id: str
+    seq: int
+    epoch: int
+    timestamp: float
+
+
+class AppendedMany(Reply, frozen=True, kw_only=True):
+    """The entries are on disk, all or none, numbered `first_seq` to `last_seq`."""
+
+    session_id: str
+    first_seq: int
+    last_seq: int
+    epoch: int
+    timestamp: float
+
+
+class SessionView(Reply, frozen=True, kw_only=True):
+    """One session: times in seconds since the epoch."""
+
+    session_id: str
+    owner: str
+    epoch: int
+    status: Status
+    seq: int
+    size_bytes: int
+    created_at: float
+    updated_at: float
+    pattern: str
+    admission: Admission
+    lease_s: float | None
+    title: str
+
+
+class SessionPage(Reply, frozen=True, kw_only=True):
+    """Sessions in the order of their ids; `next` continues, None at the end."""
+
+    sessions: list[SessionView]
+    next: str | None
+
+
+class History(Reply, frozen=True, kw_only=True):
+    """Entries in order; `first_seq` numbers the first. `next` is the `after` of the next page."""
+
+    session_id: str
+    entries: list[dict[str, Any]]
+    first_seq: int
+    seq: int
+    next: int | None
+
+
+class ParticipantView(Reply, frozen=True, kw_only=True):
+    """One who has a part in a session, with the role taken last and the way to it."""
+
+    agent_id: str
+    joined_at: float
+    role: str | None
+    roles: list[dict[str, Any]]
+
+
+class Participants(Reply, frozen=True, kw_only=True):
+    """All who have a part in a session, by name."""
+
+    session_id: str
+    participants: list[ParticipantView]
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One thing said."""
+
+    event: EventName
+    data: Plain = {}
+    correlation_id: Text | None = None
+
+
+_WRITES: Final = (NotFound, NotOwner, StaleEpoch, Conflict, TooLarge)
+
+
+@operation(
+    "session:create",
+    owner="sessions",
+    refuses=(Conflict,),
+    example={"pattern": "peer_to_peer", "admission": "open"},
+)
+class Create(Command[Ownership], frozen=True, kw_only=True):
+    """Create a session that the sender owns and alone may append to.
+
+    `admission` says who else may contribute: anyone (open), those in `invited`, or nobody
+    (closed). With `lease_s` another agent may claim it once its owner has been silent that long.
+    """
+
+    session_id: Id | None = None
+    pattern: EventName = "general"
+    admission: Admission = "open"
+    invited: Annotated[list[Id], msgspec.Meta(max_length=INVITED_MAX)] = []
+    lease_s: LeaseSeconds | None = None
+    title: Text = ""
+    request_id: Id | None = None
+
+
+@operation(
+    "session:append",
+    owner="sessions",
+    refuses=_WRITES,
+    example={"session_id": "sess_1", "event": "note", "data": {"text": "hello"}},
+)
+class Append(Command[Appended], frozen=True, kw_only=True):
+    """Append one entry to a session the sender owns."""
+
+    session_id: Id
+    event: EventName
+    data: Plain = {}
+    epoch: Epoch | None = None
+    correlation_id: Text | None = None
+    request_id: Id | None = None
+
+
+@operation(
+    "session:append_many",
+    owner="sessions",
+    refuses=_WRITES,
+    example={"session_id": "sess_1", "entries": [{"event": "note", "data": {"text": "one"}}]},
+)
+class AppendMany(Command[AppendedMany], frozen=True, kw_only=True):
+    """Append entries to a session the sender owns: all of them, in this order, or none."""
+
+    session_id: Id
+    entries: Annotated[list[Entry], msgspec.Meta(min_length=1, max_length=ENTRIES_MAX)]
+    epoch: Epoch | None = None
+    request_id: Id | None = None
+
+
+@operation(
+    "session:contribute",
+    owner="sessions",
+    refuses=(NotFound, Forbidden, Conflict, TooLarge),
+    example={"session_id": "sess_1", "event": "note", "data": {"text": "may I?"}},
+)
+class Contribute(Command[Appended], frozen=True, kw_only=True):
+    """Add one entry to a session of somebody else, if it admits the sender."""
+
+    session_id: Id
+    event: EventName
+    data: Plain = {}
+    correlation_id: Text | None = None
+    request_id: Id | None = None
+
+
+@operation(
+    "session:transfer",
+    owner="sessions",
+    refuses=(NotFound, NotOwner, StaleEpoch, Conflict),
+    example={"session_id": "sess_1", "to_agent": "bob"},
+)
+class Transfer(Command[Ownership], frozen=True, kw_only=True):
+    """Hand a session over. The epoch grows: what the former owner sends late is refused."""
+
+    session_id: Id
+    to_agent: Id
+    epoch: Epoch | None = None
+    request_id: Id | None = None
+
+
+@operation(
+    "session:claim",
+    owner="sessions",
+    refuses=(NotFound, NotOwner, Conflict),
+    example={"session_id": "sess_1"},
+)
+class Claim(Command[Ownership], frozen=True, kw_only=True):
+    """Take a session over whose lease has lapsed; an operator may always."""
+
+    session_id: Id
+    request_id: Id | None = None
+
+
+@operation(
+    "session:close",
+    owner="sessions",
+    refuses=(NotFound, NotOwner, StaleEpoch, Conflict),
+    example={"session_id": "sess_1"},
+)
+class Close(Command[Ownership], frozen=True, kw_only=True):
+    """Close a session for good: nothing is appended to it any more, it is still read."""
+
+    session_id: Id
+    epoch: Epoch | None = None
+    request_id: Id | None = None
+
+
+@operation(
+    "session:heartbeat", owner="sessions", roles=OWNERS_ONLY, example={"agent_id": "alice"}
+)
+class Heartbeat(Command[None], frozen=True, kw_only=True):
+    """An agent is alive: its leases run from now. Sent by the registry."""
+
+    agent_id: Id
+
+
+@operation(
+    "session:get", owner="sessions", refuses=(NotFound,), example={"session_id": "sess_1"}
+)
+class Get(Query[SessionView], frozen=True, kw_only=True):
+    """Return one session: owner, epoch, how much was said and when."""
+
+    session_id: Id
+
+
+@operation("session:list", owner="sessions", example={"limit": 10})
+class ListSessions(Query[SessionPage], frozen=True, kw_only=True):
+    """List sessions, all or those of one owner, status or pattern."""
+
+    owner: Id | None = None
+    status: Status | None = None
+    pattern: EventName | None = None
+    limit: Limit = 100
+    after: Id | None = None
+
+
+@operation(
+    "session:history", owner="sessions", refuses=(NotFound,), example={"session_id": "sess_1"}
+)
+class GetHistory(Query[History], frozen=True, kw_only=True):
+    """Return entries of a session in order: the newest `limit`, or those that follow `after`."""
+
+    session_id: Id
+    after: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    limit: Limit = 100
+
+
+@operation(
+    "session:participants", owner="sessions", refuses=(NotFound,), example={"session_id": "sess_1"}
+)
+class GetParticipants(Query[Participants], frozen=True, kw_only=True):
+    """Return who has a part in a session, with their roles and how these changed."""
+
+    session_id: Id
+
+
+class SessionCreated(Event, frozen=True, array_like=True, tag="created"):
+    session_id: str
+    owner: str
+    pattern: str
+    admission: Admission
+    invited: list[str]
+    lease_s: float | None
+    title: str
+    now: float
+    time_s: float
+
+
+class EntryAppended(Event, frozen=True, array_like=True, tag="appended"):
+    session_id: str
+    agent_id: str
+    seq: int
+    offset: int
+    line: bytes
+    now: float
+    time_s: float
+    pattern: str | None = None
+
+
+class Joined(Event, frozen=True, array_like=True, tag="joined"):
+    session_id: str
+    agent_id: str
+    now: float
+
+
+class RoleTaken(Event, frozen=True, array_like=True, tag="role"):
+    session_id: str
+    agent_id: str
+    seq: int
+    role: str
+    previous: str | None
+    duration: str | None
+    now: float
+
+
+class OwnerChanged(Event, frozen=True, array_like=True, tag="owner"):
+    session_id: str
+    owner: str
+    epoch: int
+    now: float
+    time_s: float
+
+
+class SessionClosed(Event, frozen=True, array_like=True, tag="closed"):
+    session_id: str
+    by: str
+    now: float
+
+
+class OwnerSeen(Event, frozen=True, array_like=True, tag="seen"):
+    agent_id: str
+    time_s: float
+
+
+class Session(msgspec.Struct, frozen=True, array_like=True):
+    """The row of a session. Small: 64 random ones are touched by one commit."""
+
+    owner: str
+    epoch: int
+    seq: int
+    size: int
+    created_at: float
+    updated_at: float
+    active_s: float  # owner time of the owner's last command
+    status: Status
+    pattern: str
+    admission: Admission
+    lease_s: float | None
+    title: str
+
+
+class Anchor(msgspec.Struct, frozen=True, array_like=True):
+    """Where the line of an entry begins."""
+
+    offset: int
+
+
+class Participant(msgspec.Struct, frozen=True, array_like=True):
+    joined_at: float
+    role: str | None
+
+
+class RoleChange(msgspec.Struct, frozen=True, array_like=True):
+    agent_id: str
+    role: str
+    previous: str | None
+    duration: str | None
+    at: float
+
+
+class Seen(msgspec.Struct, frozen=True, array_like=True):
+    time_s: float
+
+
+class SessionTables(Tables):
+    sessions: Table[Session]
+    anchors: Annotated[Table[Anchor], Keyed(str, int)]  # every 64th entry, by its number
+    participants: Annotated[Table[Participant], Keyed(str, str)]
+    invited: Annotated[Table[bytes], Keyed(str, str)]
+    roles: Annotated[Table[RoleChange], Keyed(str, int)]  # by session and entry
+    owned: Annotated[Table[bytes], Keyed(str, str)]  # by owner and session
+    leased: Annotated[Table[bytes], Keyed(str, str)]  # likewise, those with a lease
+    seen: Table[Seen]  # by agent: its last heartbeat, where it owns a session with a lease
+    lines: Log
+
+
+class Sessions(Owner[SessionTables]):
+    """The owner of all sessions."""
+
+    name = "sessions"
+    tables = SessionTables
+    domains = ("session",)
+    events = (
+        EntryAppended | SessionCreated | Joined | RoleTaken | OwnerChanged | SessionClosed | OwnerSeen
+    )
+
+    def decide(
+        self, command: Any, sender: Sender, tables: SessionTables, given: Given
+    ) -> Decision:
+        match command:
+            case Append():
+                return _append(command, sender, tables, given)
+            case AppendMany():
+                return _append_many(command, sender, tables, given)
+            case Contribute():
+                return _contribute(command, sender, tables, given)
+            case Create():
+                return _create(command, sender, tables, given)
+            case Transfer():
+                return _transfer(command, sender, tables, given)
+            case Claim():
+                return _claim(command, sender, tables, given)
+            case Close():
+                return _close(command, sender, tables, given)
+            case Heartbeat():
+                return _heartbeat(command, tables, given)
+            case Tick():
+                return Decision()  # A lease is looked at when somebody claims.
+            case _:
+                raise TypeError(command)
+
+    def apply(self, event: Any, tables: SessionTables) -> None:
+        match event:
+            case EntryAppended():
+                _entry_appended(event, tables)
+            case SessionCreated():
+                _session_created(event, tables)
+            case Joined():
+                key = (event.session_id, event.agent_id)
+                tables.participants.put(key, Participant(event.now, None))
+            case RoleTaken():
+                _role_taken(event, tables)
+            case OwnerChanged():
+                _owner_changed(event, tables)
+            case SessionClosed():
+                _session_closed(event, tables)
+            case OwnerSeen():
+                tables.seen.put(event.agent_id, Seen(event.time_s))
+            case _:
+                raise TypeError(event)
+
+    def answer(self, query: Any, tables: SessionTables) -> Reply:
+        match query:
+            case Get():
+                return _view(query.session_id, _known(tables, query.session_id))
+            case GetHistory():
+                return _history(query, tables)
+            case ListSessions():
+                return _list(query, tables)
+            case GetParticipants():
+                return _participants(query, tables)
+            case _:
+                raise TypeError(query)
+
+    def lines(self, event: Any) -> Iterable[Line]:
+        if type(event) is EntryAppended:
+            return (Line(event.session_id, event.offset, event.line),)
+        return ()
+
+    def announce(self, event: Any) -> Iterable[Announcement]:
+        match event:
+            case EntryAppended():
+                return (_told(event.session_id, "appended", event.agent_id, seq=event.seq),)
+            case SessionCreated():
+                return (_told(event.session_id, "created", event.owner, owner=event.owner),)
+            case OwnerChanged():
+                changed = {"owner": event.owner, "epoch": event.epoch}
+                return (_told(event.session_id, "transferred", event.owner, **changed),)
+            case SessionClosed():
+                return (_told(event.session_id, "closed", event.by),)
+            case _:
+                return ()
+
+
+OWNER = Sessions()
+
+
+def _create(command: Create, sender: Sender, tables: SessionTables, given: Given) -> Decision:
+    session_id = command.session_id or f"sess_{next(given.ids)}"
+    known = tables.sessions.get(session_id)
+    if known is not None:
+        raise Conflict(
+            f"session {session_id} exists already and is written by {known.owner}",
+            hint="leave session_id out to get a fresh one",
+            owner=known.owner,
+            epoch=known.epoch,
+        )
+    created = SessionCreated(
+        session_id,
+        sender.name,
+        command.pattern,
+        command.admission,
+        command.invited,
+        command.lease_s,
+        command.title,
+        given.now,
+        given.time_s,
+    )
+    reply = Ownership(
+        session_id=session_id, owner=sender.name, epoch=1, created_at=given.now
+    )
+    return Decision((created,), reply)
+
+
+def _append(command: Append, sender: Sender, tables: SessionTables, given: Given) -> Decision:
+    session_id = command.session_id
+    session = _writable(tables, session_id, sender, command.epoch)
+    events = _entry_events(session_id, session, command, sender.name, given)
+    seq = session.seq + 1
+    reply = Appended(session_id=session_id, seq=seq, epoch=session.epoch, timestamp=given.now)
+    return Decision(events, reply)
+
+
+def _append_many(
+    command: AppendMany, sender: Sender, tables: SessionTables, given: Given
+) -> Decision:
+    session = _writable(tables, command.session_id, sender, command.epoch)
+    first_seq = session.seq + 1
+    events: list[Event] = []
+    for entry in command.entries:
+        added = _entry_events(command.session_id, session, entry, sender.name, given)
+        events += added
+        session = _grown(session, added[0], session.active_s)
+    if sum(len(each.line) for each in events if isinstance(each, EntryAppended)) > LINE_BYTES_MAX:
+        raise TooLarge(f"the entries are over {LINE_BYTES_MAX} bytes", limit_bytes=LINE_BYTES_MAX)
+    reply = AppendedMany(
+        session_id=command.session_id,
+        first_seq=first_seq,
+        last_seq=session.seq,
+        epoch=session.epoch,
+        timestamp=given.now,
+    )
+    return Decision(tuple(events), reply)
+
+
+def _contribute(
+    command: Contribute, sender: Sender, tables: SessionTables, given: Given
+) -> Decision:
+    session_id = command.session_id
+    session = _open(tables, session_id)
+    name = sender.name
+    if session.owner != name and session.admission != "open":
+        invited = tables.invited.get((session_id, name)) is not None
+        if session.admission == "closed" or not invited:
+            raise Forbidden(
+                f"session {session_id} admits {_ADMITS[session.admission]}, not {name}",
+                hint=f"ask its owner, {session.owner}",
+                owner=session.owner,
+            )
+    events = _entry_events(session_id, session, command, name, given)
+    if tables.participants.get((session_id, name)) is None:
+        events = (*events, Joined(session_id, name, given.now))
+    reply = Appended(
+        session_id=session_id, seq=session.seq + 1, epoch=session.epoch, timestamp=given.now
+    )
+    return Decision(events, reply)
+
+
+_ADMITS: Final = {"open": "anyone", "invited": "those invited", "closed": "nobody else"}
+
+
+def _transfer(command: Transfer, sender: Sender, tables: SessionTables, given: Given) -> Decision:
+    session_id = command.session_id
+    if sender.role == "operator":
+        session = _open(tables, session_id)
+    else:
+        session = _writable(tables, session_id, sender, command.epoch)
+    if command.to_agent == session.owner:
+        raise Conflict(
+            f"{command.to_agent} owns session {session_id} already", epoch=session.epoch
+        )
+    return _change_owner(session_id, session, command.to_agent, given)
+
+
+def _claim(command: Claim, sender: Sender, tables: SessionTables, given: Given) -> Decision:
+    session = _open(tables, command.session_id)
+    if sender.role != "operator" and session.owner != sender.name:
+        left_s = _lease_left_s(session, tables, given)
+        if left_s is None or left_s > 0:
+            why = "has no lease" if left_s is None else f"has a lease for {left_s:.1f} s more"
+            raise NotOwner(
+                f"session {command.session_id} is written by {session.owner} and {why}",
+                hint=f"ask {session.owner} to transfer it",
+                owner=session.owner,
+                epoch=session.epoch,
+                lease_left_s=left_s,
+            )
+    return _change_owner(command.session_id, session, sender.name, given)
+
+
+def _close(command: Close, sender: Sender, tables: SessionTables, given: Given) -> Decision:
+    if sender.role == "operator":
+        session = _open(tables, command.session_id)
+    else:
+        session = _writable(tables, command.session_id, sender, command.epoch)
+    reply = Ownership(session_id=command.session_id, owner=session.owner, epoch=session.epoch)
+    return Decision((SessionClosed(command.session_id, sender.name, given.now),), reply)
+
+
+def _heartbeat(command: Heartbeat, tables: SessionTables, given: Given) -> Decision:
+    for _ in tables.leased.range(prefix=(command.agent_id,)):
+        return Decision((OwnerSeen(command.agent_id, given.time_s),))
+    return Decision()
+
+
+def _change_owner(session_id: str, session: Session, owner: str, given: Given) -> Decision:
+    epoch = session.epoch + 1
+    changed = OwnerChanged(session_id, owner, epoch, given.now, given.time_s)
+    return Decision((changed,), Ownership(session_id=session_id, owner=owner, epoch=epoch))
+
+
+def _known(tables: SessionTables, session_id: str) -> Session:
+    session = tables.sessions.get(session_id)
+    if session is None:
+        raise NotFound(
+            f"there is no session {session_id}", hint="ksi sessions list", session_id=session_id
+        )
+    return session
+
+
+def _open(tables: SessionTables, session_id: str) -> Session:
+    session = _known(tables, session_id)
+    if session.status == "closed":
+        raise Conflict(f"session {session_id} is closed", hint="create another", status="closed")
+    return session
+
+
+def _writable(
+    tables: SessionTables, session_id: str, sender: Sender, epoch: int | None
+) -> Session:
+    """Return the session if the sender writes it now: a former epoch is refused before a name."""
+    session = _open(tables, session_id)
+    if epoch is not None and epoch != session.epoch:
+        raise StaleEpoch(
+            f"session {session_id} is in epoch {session.epoch}, not {epoch}",
+            hint="stop writing, or claim the session",
+            owner=session.owner,
+            epoch=session.epoch,
+        )
+    if session.owner != sender.name:
+        raise NotOwner(
+            f"session {session_id} is written by {session.owner} (epoch {session.epoch}), "
+            f"not by {sender.name}",
+            hint=f"ask {session.owner}, or contribute: ksi help session:contribute",
+            owner=session.owner,
+            epoch=session.epoch,
+        )
+    return session
+
+
+def _lease_left_s(session: Session, tables: SessionTables, given: Given) -> float | None:
+    if session.lease_s is None:
+        return None
+    seen = tables.seen.get(session.owner)
+    active_s = max(session.active_s, seen.time_s if seen else 0.0)
+    return active_s + session.lease_s - given.time_s
+
+
+class _Metadata(msgspec.Struct, omit_defaults=True):
+    session_id: str
+    agent_id: str
+    seq: int
+    epoch: int
+    pattern: str | None = None
+
+
+class _Line(msgspec.Struct, omit_defaults=True):
+    """An entry as its line holds it: the documented form, with what the system vouches for."""
+
+    event: str
+    data: dict[str, Any]
+    timestamp: float
+    metadata: _Metadata
+    correlation_id: str | None = None
+
+
+_encode_line: Final = msgspec.json.Encoder().encode
+# What some readers take for the end of a line, or a terminal for a command.
+_UNSAFE: Final = re.compile("[\u0080-\u009f\u2028\u2029]")
+
+
+def _entry_events(
+    session_id: str,
+    session: Session,
+    entry: Append | Contribute | Entry,
+    agent_id: str,
+    given: Given,
+) -> tuple[Event, ...]:
+    data = entry.data
+    pattern = None if _MARKS.isdisjoint(data) else detect_pattern(data)
+    seq = session.seq + 1
+    metadata = _Metadata(session_id, agent_id, seq, session.epoch, pattern)
+    line = _encode_line(_Line(entry.event, data, given.now, metadata, entry.correlation_id))
+    if not line.isascii():
+        line = _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", line.decode()).encode()
+    line += b"\n"
+    if len(line) > LINE_BYTES_MAX:
+        raise TooLarge(
+            f"the entry is {len(line)} bytes as a line, over the limit of {LINE_BYTES_MAX}",
+            size_bytes=len(line),
+            limit_bytes=LINE_BYTES_MAX,
+        )
+    appended = EntryAppended(
+        session_id, agent_id, seq, session.size, line, given.now, given.time_s, pattern
+    )
+    taken = None if _MARKS.isdisjoint(data) else detect_role(data)
+    if taken is None:
+        return (appended,)
+    role, previous, duration = taken
+    return (
+        appended,
+        RoleTaken(session_id, agent_id, seq, role, previous, duration, given.now),
+    )
+
+
+PATTERNS: Final = frozenset(
+    {
+        "peer_to_peer",
+        "broadcast",
+        "team",
+        "swarm",
+        "peer_discovery",
+        "team_formation",
+        "role_assumption",
+    }
+)
+_MARKS: Final = frozenset(
+    {
+        "pattern",
+        "broadcast",
+        "team_id",
+        "swarm_id",
+        "to_agent",
+        "capabilities",
+        "role",
+        "new_role",
+        "context",
+    }
+)
+
+
+def detect_pattern(data: Mapping[str, Any]) -> str | None:
+    """Return the communication pattern an entry shows, or None.
+
+    What it declares goes first; then a change of role, joining a team, speaking within one, a
+    call to all, an answer that offers capabilities, and speaking to one other.
+    Source: "KSI Dynamic Storage Architecture", Dynamic Communication Patterns.
+    """
+    declared = data.get("pattern")
+    if isinstance(declared, str) and declared in PATTERNS:
+        return declared
+    if _transition(data) is not None or "new_role" in data:
+        return "role_assumption"
+    if "team_id" in data:
+        return "team_formation" if "role" in data else "team"
+    if "swarm_id" in data:
+        return "swarm"
+    if data.get("broadcast") is True:
+        return "broadcast"
+    if "capabilities" in data:
+        return "peer_discovery"
+    return "peer_to_peer" if "to_agent" in data else None
+
+
+def detect_role(data: Mapping[str, Any]) -> tuple[str, str | None, str | None] | None:
+    """Return the role an entry takes, the one it leaves and for how long, or None.
+
+    The document has three forms: `context.role_transition`, `new_role` with `previous_role`, and
+    a plain `role`.
+    """
+    change = _transition(data)
+    if change is not None:
+        role, previous, duration = change.get("to"), change.get("from"), change.get("duration")
+    elif "new_role" in data:
+        role, previous, duration = data["new_role"], data.get("previous_role"), None
+    else:
+        role, previous, duration = data.get("role"), None, None
+    if not isinstance(role, str) or not role:
+        return None
+    return (
+        role[:128],
+        previous[:128] if isinstance(previous, str) else None,
+        duration[:128] if isinstance(duration, str) else None,
+    )
+
+
+def _transition(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    context = data.get("context")
+    change = context.get("role_transition") if isinstance(context, dict) else None
+    return change if isinstance(change, dict) else None
+
+
+def _grown(session: Session, appended: Any, active_s: float) -> Session:
+    return Session(
+        session.owner,
+        session.epoch,
+        appended.seq,
+        appended.offset + len(appended.line),
+        session.created_at,
+        appended.now,
+        active_s,
+        session.status,
+        appended.pattern or session.pattern,
+        session.admission,
+        session.lease_s,
+        session.title,
+    )
+
+
+def _entry_appended(event: EntryAppended, tables: SessionTables) -> None:
+    session = _known(tables, event.session_id)
+    active_s = event.time_s if event.agent_id == session.owner else session.active_s
+    tables.sessions.put(event.session_id, _grown(session, event, active_s))
+    if event.seq % ANCHOR_EVERY == 1:
+        tables.anchors.put((event.session_id, event.seq), Anchor(event.offset))
+
+
+def _session_created(event: SessionCreated, tables: SessionTables) -> None:
+    session = Session(
+        event.owner,
+        1,
+        0,
+        0,
+        event.now,
+        event.now,
+        event.time_s,
+        "active",
+        event.pattern,
+        event.admission,
+        event.lease_s,
+        event.title,
+    )
+    tables.sessions.put(event.session_id, session)
+    tables.owned.put((event.owner, event.session_id), b"")
+    tables.participants.put((event.session_id, event.owner), Participant(event.now, None))
+    for agent_id in event.invited:
+        tables.invited.put((event.session_id, agent_id), b"")
+    if event.lease_s is not None:
+        tables.leased.put((event.owner, event.session_id), b"")
+
+
+def _role_taken(event: RoleTaken, tables: SessionTables) -> None:
+    key = (event.session_id, event.agent_id)
+    known = tables.participants.get(key)
+    joined_at = known.joined_at if known else event.now
+    previous = event.previous or (known.role if known else None)
+    tables.participants.put(key, Participant(joined_at, event.role))
+    change = RoleChange(event.agent_id, event.role, previous, event.duration, event.now)
+    tables.roles.put((event.session_id, event.seq), change)
+
+
+def _owner_changed(event: OwnerChanged, tables: SessionTables) -> None:
+    session = _known(tables, event.session_id)
+    former, owner = (session.owner, event.session_id), (event.owner, event.session_id)
+    tables.owned.delete(former)
+    tables.owned.put(owner, b"")
+    if session.lease_s is not None:
+        tables.leased.delete(former)
+        tables.leased.put(owner, b"")
+    if tables.participants.get((event.session_id, event.owner)) is None:
+        tables.participants.put((event.session_id, event.owner), Participant(event.now, None))
+    changed = msgspec.structs.replace(
+        session, owner=event.owner, epoch=event.epoch, updated_at=event.now, active_s=event.time_s
+    )
+    tables.sessions.put(event.session_id, changed)
+
+
+def _session_closed(event: SessionClosed, tables: SessionTables) -> None:
+    session = _known(tables, event.session_id)
+    tables.leased.delete((session.owner, event.session_id))
+    closed = msgspec.structs.replace(session, status="closed", updated_at=event.now)
+    tables.sessions.put(event.session_id, closed)
+
+
+def _view(session_id: str, session: Session) -> SessionView:
+    return SessionView(
+        session_id=session_id,
+        owner=session.owner,
+        epoch=session.epoch,
+        status=session.status,
+        seq=session.seq,
+        size_bytes=session.size,
+        created_at=session.created_at,
+        updated_at=session.updated_at,
+        pattern=session.pattern,
+        admission=session.admission,
+        lease_s=session.lease_s,
+        title=session.title,
+    )
+
+
+def _history(query: GetHistory, tables: SessionTables) -> History:
+    session = _known(tables, query.session_id)
+    after = max(0, session.seq - query.limit) if query.after is None else query.after
+    last = min(session.seq, after + query.limit)
+    entries: list[dict[str, Any]] = []
+    if after < last:
+        start = _offset(tables, query.session_id, after)
+        skipped = after % ANCHOR_EVERY
+        stop = session.size
+        beyond = -(-last // ANCHOR_EVERY) * ANCHOR_EVERY  # the anchor at or after the last
+        if beyond < session.seq:
+            stop = _offset(tables, query.session_id, beyond)
+        lines = tables.lines.read(query.session_id, start, stop).split(b"\n")
+        room = PAGE_BYTES_MAX
+        for line in lines[skipped : skipped + last - after]:
+            room -= len(line)
+            if room < 0 and entries:
+                break
+            entries.append(msgspec.json.decode(line))
+    upto = after + len(entries)
+    return History(
+        session_id=query.session_id,
+        entries=entries,
+        first_seq=after + 1,
+        seq=session.seq,
+        next=upto if upto < session.seq else None,
+    )
+
+
+def _offset(tables: SessionTables, session_id: str, after: int) -> int:
+    """Return where the line begins that follows entry `after`, rounded down to an anchor."""
+    anchor = tables.anchors.get((session_id, after - after % ANCHOR_EVERY + 1))
+    return 0 if anchor is None else anchor.offset
+
+
+def _list(query: ListSessions, tables: SessionTables) -> SessionPage:
+    found: list[SessionView] = []
+    start = f"{query.after}\x01" if query.after else ""
+    if query.owner is not None:
+        keys = (key[1] for key, _ in tables.owned.range((query.owner, start), prefix=(query.owner,)))
+    else:
+        keys = (key for key, _ in tables.sessions.range(start))
+    last = None
+    for looked, session_id in enumerate(keys):
+        if len(found) == query.limit or looked == SCAN_ROWS_MAX:
+            return SessionPage(sessions=found, next=last)
+        last = session_id
+        session = _known(tables, session_id)
+        if query.status in (None, session.status) and query.pattern in (None, session.pattern):
+            found.append(_view(session_id, session))
+    return SessionPage(sessions=found, next=None)
+
+
+def _participants(query: GetParticipants, tables: SessionTables) -> Participants:
+    _known(tables, query.session_id)
+    roles: dict[str, list[dict[str, Any]]] = {}
+    for (_, seq), change in tables.roles.range(prefix=(query.session_id,)):
+        roles.setdefault(change.agent_id, []).append(
+            {
+                "seq": seq,
+                "role": change.role,
+                "previous": change.previous,
+                "duration": change.duration,
+                "at": change.at,
+            }
+        )
+    views = [
+        ParticipantView(
+            agent_id=agent_id,
+            joined_at=participant.joined_at,
+            role=participant.role,
+            roles=roles.get(agent_id, []),
+        )
+        for (_, agent_id), participant in tables.participants.range(prefix=(query.session_id,))
+    ]
+    return Participants(session_id=query.session_id, participants=views)
+
+
+def _told(session_id: str, what: str, sender: str, **message: Any) -> Announcement:
+    message = {"session_id": session_id, **message}
+    return Announcement(f"session.{session_id}.{what}", message, sender)

@@ -1,0 +1,60 @@
+"""What the fork server imports before it forks, so that no child has to.
+
+Imported in the fork server only, by `multiprocessing`, because `forkserver.start` names it; the
+variable says so. It makes the server what children may safely be forked from: bound to the life of
+the supervisor, out of its session (so that Ctrl-C and a signal to the group of the supervisor
+reach the supervisor alone), single-threaded, with all modules loaded and its memory frozen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import os
+import signal
+import sys
+import traceback
+from typing import Final
+
+SUPERVISOR_PID: Final = "KSI_FORK_SERVER_OF"  # set while the fork server is started
+MODULES: Final = "KSI_FORK_SERVER_MODULES"
+
+_PR_SET_PDEATHSIG: Final = 1
+
+server_pid = 0  # of the fork server; its children inherit the value
+
+
+def die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends; exit if the parent has ended.
+
+    The bond is to the *thread* that forked, does not pass on to children, and survives exec.
+    Source: prctl(2), PR_SET_PDEATHSIG.
+    """
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    if prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG")
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def _become_server(supervisor_pid: int, modules: list[str]) -> None:
+    global server_pid  # noqa: PLW0603 - children read it after the fork
+    die_with(supervisor_pid)
+    server_pid = os.getpid()
+    os.setsid()
+    # The server ends with the supervisor, not before. Blocked and not ignored: what is sent to a
+    # child in its first moments waits until the child is ready for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception:
+            traceback.print_exc(file=sys.stderr)  # a child that needs it fails and says so again
+    gc.collect()
+    gc.freeze()  # no child's collector touches, and so copies, the pages they share
+
+
+if SUPERVISOR_PID in os.environ:
+    _become_server(int(os.environ.pop(SUPERVISOR_PID)), os.environ.pop(MODULES, "").split(","))

@@ -1,0 +1,126 @@
+"""What can be asked of the supervisor. Declarations only: it is cheap to import anywhere.
+
+`system:*` looks at the system and stops it; `child:*` starts and stops supervised agents, asked
+for by the registry, which knows why. A supervised agent is `agent:spawn`ed there, not here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from ksi.actors.restarts import Restart
+from ksi.transport.errors import Conflict, Draining, Invalid, NotFound, Quota
+from ksi.transport.message import (
+    ANYONE,
+    OPERATOR,
+    Command,
+    Id,
+    Query,
+    Reply,
+    Role,
+    Text,
+    operation,
+)
+
+State = Literal["STARTING", "RUNNING", "BACKOFF", "STOPPED", "FATAL"]
+STARTERS: frozenset[Role] = frozenset({"operator", "owner"})
+
+
+class ChildStatus(Reply, frozen=True, kw_only=True):
+    """One child process as the supervisor sees it; `run/children.json` holds the same.
+
+    Attributes:
+        state: STARTING: not ready yet. RUNNING. BACKOFF: waits to be restarted. STOPPED: on
+            purpose. FATAL: ended too often, it needs `child:start` or a person.
+        pid: None while no process runs.
+        starts: how often it was started by this supervisor.
+        restarts: how often because it had ended by itself.
+        last_exit: how it last ended, in words, None if it never did.
+        since: when it came into this state, seconds since the epoch.
+    """
+
+    name: str
+    kind: str
+    state: State
+    pid: int | None
+    starts: int
+    restarts: int
+    last_exit: str | None
+    since: float
+
+
+class SystemStatus(Reply, frozen=True, kw_only=True):
+    """The supervisor and its children, in the order in which they start."""
+
+    pid: int
+    started_at: float
+    stopping: bool
+    children: list[ChildStatus]
+
+
+class Done(Reply, frozen=True, kw_only=True):
+    """It will be done; `system:status` shows how far it is."""
+
+    name: str
+    state: str
+
+
+@operation("system:status", owner="supervisor", roles=ANYONE)
+class Status(Query[SystemStatus], frozen=True, kw_only=True):
+    """The processes of the system: which run, which were restarted, which gave up."""
+
+
+@operation("system:stop", owner="supervisor", roles=OPERATOR)
+class Stop(Command[Done], frozen=True, kw_only=True):
+    """Stop the whole system in order. The reply comes first, then everything ends."""
+
+
+@operation(
+    "system:restart",
+    owner="supervisor",
+    roles=OPERATOR,
+    refuses=(NotFound, Draining),
+    example={"owner": "sessions"},
+)
+class RestartChild(Command[Done], frozen=True, kw_only=True):
+    """Stop one child in order and start it again. Its clients wait and lose nothing."""
+
+    owner: Id
+
+
+@operation(
+    "child:start",
+    owner="supervisor",
+    roles=STARTERS,
+    refuses=(Conflict, Quota, Invalid, Draining),
+    example={"name": "alice", "argv": ["claude", "-p", "hello"], "identity": "alice"},
+)
+class StartChild(Command[ChildStatus], frozen=True, kw_only=True):
+    """Start a command line as a supervised agent; it runs when the reply comes.
+
+    It finds its identity in `KSI_AGENT` and the var directory in `KSI_VAR`.
+    """
+
+    name: Id
+    argv: Annotated[list[str], msgspec.Meta(min_length=1, max_length=256)]
+    env: dict[str, str] = {}
+    cwd: Text | None = None
+    restart: Restart = "transient"
+    identity: Id | None = None
+    shutdown_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 5.0
+
+
+@operation(
+    "child:stop",
+    owner="supervisor",
+    roles=STARTERS,
+    refuses=(NotFound, Conflict),
+    example={"name": "alice"},
+)
+class StopChild(Command[Done], frozen=True, kw_only=True):
+    """Stop a supervised agent: SIGTERM, then SIGKILL after its `shutdown_s`; `force` at once."""
+
+    name: Id
+    force: bool = False

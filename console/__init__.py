@@ -1,0 +1,1 @@
+"""The `ksi` command, one file a sub-command."""

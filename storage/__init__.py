@@ -1,0 +1,1 @@
+"""What is on disk: journals, LMDB views, tables, snapshots and the files people read."""

@@ -1,0 +1,350 @@
+"""The client for programs on asyncio: `AsyncClient`.
+
+What is asked in one turn of the event loop travels in one frame, and one sweep watches all
+deadlines: no timer a call, no task a connection, the raw socket in place of `zmq.asyncio`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Self, TypeVar, overload
+
+import zmq
+
+from ksi.transport.caller import Caller, Prepared, Ticket
+from ksi.transport.errors import KsiError, NotFound, Unavailable
+from ksi.transport.limits import ASK_TIMEOUT_S
+from ksi.transport.link import Delivery, Link, Subscribed
+from ksi.transport.message import Command, Message, Query, Role
+from ksi.transport.window import Pending
+
+R = TypeVar("R")
+
+SWEEP_S: Final = 0.02  # Precision of deadlines, and of what is sent again.
+_CLOSE_S: Final = 5.0
+
+
+class _Told:
+    """Stands where a future would: nobody waits for a `tell`, but its refusal is kept."""
+
+
+_TOLD: Final = _Told()
+
+
+class AsyncClient:
+    """An agent's way to the system. Use it from one event loop.
+
+    Args:
+        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`.
+        var: the runtime directory. Default: `KSI_VAR`, or `./var`.
+        role: the role to enrol with, if the name is new.
+
+    Raises:
+        NotRunning: no supervisor has ever run on this var.
+        Forbidden: the key of this name was revoked, or the name is reserved.
+    """
+
+    def __init__(
+        self, name: str | None = None, *, var: str | Path | None = None, role: Role = "agent"
+    ) -> None:
+        self._caller = Caller(name, var=var, role=role)
+        self._loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]
+        self._scheduled: set[Link] = set()
+        self._sweeping = False
+        self._room: asyncio.Event | None = None
+        self._quiet: asyncio.Event | None = None
+        self._told_errors: list[KsiError] = []
+
+    @property
+    def name(self) -> str:
+        """Who speaks."""
+        return self._caller.name
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.close()
+
+    @overload
+    async def ask(self, what: Command[R] | Query[R], /, *, timeout_s: float = ...) -> R: ...
+    @overload
+    async def ask(
+        self,
+        what: str,
+        fields: Mapping[str, Any] | None = ...,
+        /,
+        *,
+        timeout_s: float = ...,
+        **named: Any,
+    ) -> dict[str, Any]: ...
+    async def ask(
+        self,
+        what: str | Message,
+        fields: Mapping[str, Any] | None = None,
+        /,
+        *,
+        timeout_s: float = ASK_TIMEOUT_S,
+        **named: Any,
+    ) -> Any:
+        """Ask an operation and return its reply: what it says is on disk.
+
+        Args:
+            what: the name of an operation, or a typed message.
+            fields: its fields, for names that are taken here; `named` for all others.
+            timeout_s: how long to wait for the reply, resends included.
+
+        Raises:
+            KsiError: the refusal, by its class. Nothing was changed.
+            Unavailable: no answer in time; `ticket` is for `settle`.
+        """
+        prepared = self._caller.prepare(what, fields, named)
+        pending = await self._send(prepared, time.monotonic() + timeout_s)
+        return self._caller.reply(prepared, await pending.future)
+
+    async def tell(
+        self,
+        what: str | Message,
+        fields: Mapping[str, Any] | None = None,
+        /,
+        **named: Any,
+    ) -> None:
+        """Send a command and go on. It is delivered, resends included, while this client lives.
+
+        A refusal is raised by the next `flush` or `close`.
+        """
+        prepared = self._caller.prepare(what, fields, named)
+        pending = await self._send(prepared, None)
+        pending.future = _TOLD
+
+    async def flush(self, timeout_s: float = ASK_TIMEOUT_S) -> None:
+        """Wait until every command is answered; raise what was refused since the last time.
+
+        Raises:
+            KsiError: the refusal of a `tell`; an ExceptionGroup if there are several.
+            Unavailable: some are still unanswered at the deadline.
+        """
+        if self._unanswered():
+            self._quiet = self._quiet or asyncio.Event()
+            self._quiet.clear()
+            try:
+                await asyncio.wait_for(self._quiet.wait(), timeout_s)
+            except TimeoutError:
+                raise Unavailable(f"{self._unanswered()} commands are still unanswered") from None
+        errors, self._told_errors = self._told_errors, []
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise ExceptionGroup("commands that were told were refused", errors)
+
+    async def read(
+        self, what: str | Message, fields: Mapping[str, Any] | None = None, /, **named: Any
+    ) -> Any:
+        """Answer a query from the owner's committed state, in this process: no message, no wait.
+
+        It works while the owner is busy, stopped or dead.
+        """
+        return self._caller.read_local(what, fields, named)
+
+    async def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
+        """Return the reply to a command whose `ask` ended in `Unavailable`.
+
+        Raises:
+            Expired: it was not carried out and never will be. Other refusals likewise.
+            Unavailable: still no answer.
+            NotFound: this client knows nothing of the ticket.
+        """
+        known = self._caller.outcome_of(ticket)
+        if known is None:
+            raise NotFound("this client knows nothing of that ticket")
+        if isinstance(known, Pending):
+            known.future = self._loop.create_future()
+            try:
+                body = await asyncio.wait_for(asyncio.shield(known.future), timeout_s)
+            except TimeoutError:
+                known.future = None
+                raise Unavailable(f"still no answer to {known.operation}") from None
+        else:
+            body, error = known
+            if error is not None:
+                raise error
+        return self._caller.reply(Prepared("", ticket.owner, True, b"", None), body)  # type: ignore[no-any-return]
+
+    async def subscribe(self, pattern: str, *, owner: str | None = None) -> Subscription:
+        """Hear what is announced under topics that match `pattern`: `*` a word, `>` the rest.
+
+        Raises:
+            Invalid, Quota: the pattern is none, or one too many.
+        """
+        link = self._link(owner or self._caller.owner_of_topic(pattern))
+        subscribed = link.subscribe(pattern)
+        subscription = Subscription(self, link, subscribed)
+        await subscription._confirmed()
+        return subscription
+
+    async def close(self, timeout_s: float = _CLOSE_S) -> None:
+        """Wait until all is acknowledged, say goodbye and close. Raises what `flush` raises."""
+        try:
+            if self._caller.links:
+                await self.flush(timeout_s)
+                await self._farewell()
+        finally:
+            for link in self._caller.links.values():
+                self._unwatch(link)
+            self._caller.close_links()
+
+    async def _farewell(self) -> None:
+        links = [link for link in self._caller.links.values() if link.up]
+        for link in links:
+            link.goodbye()
+            self._arrived(link)
+        deadline_s = time.monotonic() + 0.25
+        while time.monotonic() < deadline_s and not all(link.window.farewell for link in links):
+            await asyncio.sleep(0.001)
+
+    async def _send(self, prepared: Prepared, deadline_s: float | None) -> Pending:
+        link = self._caller.links.get(prepared.owner) or self._link(prepared.owner)
+        while prepared.is_command and link.window.full():
+            await self._await_room(prepared, deadline_s)
+        pending = self._caller.add(prepared, link, deadline_s)
+        if deadline_s is not None:
+            pending.future = self._loop.create_future()
+        if link not in self._scheduled:
+            self._scheduled.add(link)
+            self._loop.call_soon(self._flush, link)
+        if not self._sweeping:
+            self._sweeping = True
+            self._loop.call_later(SWEEP_S, self._sweep)
+        return pending
+
+    async def _await_room(self, prepared: Prepared, deadline_s: float | None) -> None:
+        self._room = self._room or asyncio.Event()
+        self._room.clear()
+        left_s = None if deadline_s is None else deadline_s - time.monotonic()
+        try:
+            await asyncio.wait_for(self._room.wait(), left_s)
+        except TimeoutError:
+            raise Unavailable(
+                f"{prepared.operation} was not sent: the window to {prepared.owner} is full"
+            ) from None
+
+    def _link(self, owner: str) -> Link:
+        link = self._caller.links.get(owner)
+        if link is None:
+            self._loop = asyncio.get_running_loop()
+            link = self._caller.link(owner)
+            for socket in (link.dealer, link.monitor):
+                self._loop.add_reader(socket.getsockopt(zmq.FD), self._arrived, link)
+            self._arrived(link)
+        return link
+
+    def _unwatch(self, link: Link) -> None:
+        for socket in (link.dealer, link.monitor):
+            self._loop.remove_reader(socket.getsockopt(zmq.FD))
+
+    def _flush(self, link: Link) -> None:
+        self._scheduled.discard(link)
+        now_s = time.monotonic()
+        if not link.window.waiting():
+            link.heard_s = now_s
+        link.flush(now_s)
+        # The socket's descriptor signals edges only, and sending may have taken one.
+        if link.dealer.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._loop.call_soon(self._arrived, link)
+
+    def _arrived(self, link: Link) -> None:
+        """Take all that has come on `link` and wake who waited for it."""
+        was_up = link.up
+        outcomes = link.take(time.monotonic())
+        for pending, body, error in outcomes:
+            future = pending.future
+            if future is None:
+                self._caller.keep(link, pending, body, error)
+            elif future is _TOLD:
+                if error is not None:
+                    self._told_errors.append(error)
+            elif not future.done():
+                if error is None:
+                    future.set_result(body)
+                else:
+                    future.set_exception(error)
+        if outcomes:
+            if self._room is not None:
+                self._room.set()
+            if self._quiet is not None and not self._unanswered():
+                self._quiet.set()
+        if (link.up and not was_up) or (link.window.unsent() and link not in self._scheduled):
+            self._scheduled.add(link)
+            self._loop.call_soon(self._flush, link)
+
+    def _sweep(self) -> None:
+        """Look at every deadline, and send again what is due."""
+        now_s = time.monotonic()
+        busy = False
+        for link in list(self._caller.links.values()):
+            self._arrived(link)
+            for pending in link.expired(now_s):
+                future = pending.future
+                if isinstance(future, asyncio.Future) and not future.done():
+                    future.set_exception(self._caller.late(link, pending))
+            if link.due(now_s):
+                self._flush(link)
+            busy = busy or link.window.waiting()
+        self._sweeping = busy
+        if busy:
+            self._loop.call_later(SWEEP_S, self._sweep)
+
+    def _unanswered(self) -> int:
+        return sum(len(link.window.commands) for link in self._caller.links.values())
+
+
+class Subscription:
+    """What a pattern brings, in order: `async with await client.subscribe(...) as news:`."""
+
+    def __init__(self, client: AsyncClient, link: Link, subscribed: Subscribed) -> None:
+        self._client = client
+        self._link = link
+        self._subscribed = subscribed
+        self._arrived = asyncio.Event()
+        subscribed.wake = self._arrived.set
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> AsyncIterator[Delivery]:
+        return self
+
+    async def __anext__(self) -> Delivery:
+        return await self.next()
+
+    async def next(self, timeout_s: float | None = None) -> Delivery:
+        """Return the next delivery.
+
+        Raises:
+            TimeoutError: none came in time.
+        """
+        while not self._subscribed.arrived:
+            self._arrived.clear()
+            await asyncio.wait_for(self._arrived.wait(), timeout_s)
+        return self._link.next_delivery(self._subscribed)
+
+    def close(self) -> None:
+        """End the subscription."""
+        self._link.unsubscribe(self._subscribed)
+
+    async def _confirmed(self) -> None:
+        deadline_s = time.monotonic() + ASK_TIMEOUT_S
+        while not self._subscribed.ready:
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), deadline_s - time.monotonic())
+            except TimeoutError:
+                raise Unavailable(f"{self._link.owner} did not answer the subscription") from None
+        if self._subscribed.error is not None:
+            raise self._subscribed.error

@@ -1,0 +1,218 @@
+"""What both clients share: who speaks, where to, and what is sent.
+
+Nothing here waits. An operation is named, or given as a typed message; from the name comes the
+owner that is asked. `ask("session:append", session_id=..., ...)` and `ask(Append(...))` send the
+same bytes; the first returns a dict, the second the typed reply.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import msgspec
+import zmq
+
+from ksi.transport.errors import (
+    Busy,
+    Invalid,
+    KsiError,
+    NotRunning,
+    Unavailable,
+)
+from ksi.transport.identity import Directory, KeyRing
+from ksi.transport.limits import WINDOW_COMMANDS_MAX
+from ksi.transport.link import Link
+from ksi.transport.mailbox import connect
+from ksi.transport.message import Message, Role, encode, operation_of, unknown
+from ksi.transport.window import Pending
+
+if TYPE_CHECKING:
+    from ksi.storage.reader import Reader
+
+# Commands that carry the epoch this client has learnt, and the replies that teach it.
+_FENCED: Final = frozenset(
+    {"session:append", "session:append_many", "session:transfer", "session:close"}
+)
+_TEACHING: Final = frozenset({"session:create", "session:claim", "session:transfer"})
+_EPOCHS_MAX: Final = 100_000  # Sessions whose epoch a client remembers; the oldest go first.
+
+_decode = msgspec.msgpack.decode
+
+
+class Ticket(NamedTuple):
+    """Names a command whose outcome is unknown, for `settle`."""
+
+    owner: str
+    instance: bytes
+    number: int
+
+
+class Prepared(NamedTuple):
+    """One request ready to go."""
+
+    operation: str
+    owner: str
+    is_command: bool
+    body: bytes
+    reply_type: Any  # None: a dict
+
+
+def default_var() -> Path:
+    """Return the runtime directory: `KSI_VAR`, or `./var`."""
+    return Path(os.environ.get("KSI_VAR") or "var")
+
+
+class Caller:
+    """An identity in a var directory, and its links to owners."""
+
+    def __init__(
+        self, name: str | None = None, *, var: str | Path | None = None, role: Role = "agent"
+    ) -> None:
+        self.var = Path(var) if var is not None else default_var()
+        self.name = name or os.environ.get("KSI_AGENT") or ""
+        if not self.name:
+            raise Invalid("a client needs a name", hint="Client('alice'), or set KSI_AGENT")
+        if not self.var.is_dir():
+            raise NotRunning(f"there is no directory {self.var}", hint="ksi start")
+        self.directory = Directory.read(self.var)
+        self.certificate = KeyRing(self.var).enroll(self.name, role)
+        self.links: dict[str, Link] = {}
+        self._epochs: dict[str, int] = {}
+        self._readers: dict[str, Reader] = {}
+        self._unclaimed: dict[Ticket, tuple[bytes | None, KsiError | None]] = {}
+
+    def prepare(
+        self, what: str | Message, fields: Mapping[str, Any] | None, named: dict[str, Any]
+    ) -> Prepared:
+        """Return the request for an operation or message.
+
+        Raises:
+            UnknownOperation, Invalid, TooLarge: nothing was sent.
+        """
+        if isinstance(what, Message):
+            declared = operation_of(what)
+            kind = declared.kind == "command"
+            return Prepared(declared.name, declared.owner, kind, encode(what), declared.reply)
+        owner = self.directory.commands.get(what)
+        is_command = owner is not None
+        if owner is None:
+            owner = self.directory.queries.get(what)
+            if owner is None:
+                raise unknown(what, [*self.directory.commands, *self.directory.queries])
+        if fields is not None:
+            named = {**fields, **named}
+        if what in _FENCED and "epoch" not in named:
+            epoch = self._epochs.get(named.get("session_id", ""))
+            if epoch is not None:
+                named["epoch"] = epoch
+        return Prepared(what, owner, is_command, encode(named), None)
+
+    def link(self, owner: str) -> Link:
+        """Return the link to an owner, made if there is none."""
+        link = self.links.get(owner)
+        if link is None:
+            place = self.directory.owners.get(owner)
+            if place is None:
+                raise NotRunning(f"{owner} is no part of this system", hint="ksi status")
+            sockets = connect(
+                zmq.Context.instance(), place.endpoint, place.key.encode(), self.certificate
+            )
+            link = self.links[owner] = Link(owner, *sockets)
+        return link
+
+    def owner_of_topic(self, pattern: str) -> str:
+        """Return who announces topics under `pattern`: by its first word, else the bus."""
+        return self.directory.domains.get(pattern.split(".", 1)[0], "bus")
+
+    def add(
+        self, prepared: Prepared, link: Link, deadline_s: float | None
+    ) -> Pending:
+        """Put a request into the link's window; ask `link.window.full()` first."""
+        window = link.window
+        add = window.add_command if prepared.is_command else window.add_query
+        return add(prepared.operation, prepared.body, deadline_s)
+
+    def reply(self, prepared: Prepared, body: bytes | None) -> Any:
+        """Return the decoded reply; learn the epoch it may carry."""
+        if prepared.reply_type is None:
+            reply = _decode(body) if body else {}
+            if prepared.operation in _TEACHING:
+                self._learn(reply["session_id"], reply["epoch"])
+            return reply
+        if prepared.reply_type is type(None):
+            return None
+        typed = _decode(body or b"\x80", type=prepared.reply_type)
+        if prepared.operation in _TEACHING:
+            self._learn(typed.session_id, typed.epoch)
+        return typed
+
+    def late(self, link: Link, pending: Pending) -> KsiError:
+        """The caller of `pending` waits no longer: return what to tell it, keep its number going."""
+        pending.future = None
+        if pending.refused is not None:
+            # Nothing has happened, and nothing will: it goes again with no time left.
+            return pending.refused
+        if link.window.queries.get(pending.number) is pending:
+            link.window.drop_query(pending.number)
+            ticket = None
+        else:
+            ticket = Ticket(link.owner, link.window.instance, pending.number)
+        error = self.no_answer(link, pending)
+        error.ticket = ticket
+        return error
+
+    def no_answer(self, link: Link, pending: Pending) -> Unavailable:
+        known = "; it may or may not have happened" if pending.number in link.window.commands else ""
+        hint = "client.settle(error.ticket) finds out" if known else "ksi status"
+        return Unavailable(
+            f"{link.owner} did not answer {pending.operation} in time{known}",
+            hint=hint,
+            owner=link.owner,
+        )
+
+    def keep(
+        self, link: Link, pending: Pending, body: bytes | None, error: KsiError | None
+    ) -> None:
+        """Keep an outcome nobody waits for, in case `settle` asks for it."""
+        ticket = Ticket(link.owner, link.window.instance, pending.number)
+        self._unclaimed[ticket] = (body, error)
+        while len(self._unclaimed) > WINDOW_COMMANDS_MAX:
+            del self._unclaimed[next(iter(self._unclaimed))]
+
+    def outcome_of(self, ticket: Ticket) -> tuple[bytes | None, KsiError | None] | Pending | None:
+        """Return what is known of a ticket: its outcome, its pending command, or nothing."""
+        known = self._unclaimed.pop(ticket, None)
+        if known is not None:
+            return known
+        link = self.links.get(ticket.owner)
+        if link is None or link.window.instance != ticket.instance:
+            return None
+        return link.window.commands.get(ticket.number)
+
+    def read_local(
+        self, what: str | Message, fields: Mapping[str, Any] | None, named: dict[str, Any]
+    ) -> Any:
+        """Run a query here, on the owner's committed state. No message is sent."""
+        from ksi.storage.reader import read  # the one place where a client looks at the disk
+
+        return read(self, what, fields, named)
+
+    def close_links(self) -> None:
+        for link in self.links.values():
+            link.close()
+        self.links.clear()
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+    def _learn(self, session_id: str, epoch: int) -> None:
+        self._epochs[session_id] = epoch
+        if len(self._epochs) > _EPOCHS_MAX:
+            del self._epochs[next(iter(self._epochs))]
+
+
+def overdue(pending: Pending) -> KsiError:
+    return pending.refused or Busy("the window is full and nothing is answered")

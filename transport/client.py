@@ -1,0 +1,341 @@
+"""The client for ordinary programs: `Client`. The socket is driven by the thread that waits.
+
+No thread stands between the caller and the owner: a call sends, then polls until its reply is
+there. Only once something was told or subscribed to does a keeper thread look after the links
+between calls, so that a `tell` is resent, and a subscription renewed, while the program does other
+things. A client may be shared by threads; their calls then take turns. For many calls at once use
+`AsyncClient`, whose calls share frames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Self, TypeVar, overload
+
+import zmq
+
+from ksi.transport.caller import Caller, Prepared, Ticket
+from ksi.transport.errors import KsiError, NotFound, Unavailable
+from ksi.transport.limits import ASK_TIMEOUT_S
+from ksi.transport.link import Delivery, Link, Subscribed
+from ksi.transport.message import Command, Message, Query, Role
+from ksi.transport.window import Pending
+
+R = TypeVar("R")
+
+KEEPER_S: Final = 0.02  # How often the keeper looks, while there is anything to look after.
+_CLOSE_S: Final = 5.0
+
+
+class _Slot:
+    """Where the outcome of one request is put for the thread that waits."""
+
+    __slots__ = ("body", "done", "error")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.body: bytes | None = None
+        self.error: KsiError | None = None
+
+
+_TOLD: Final = _Slot()  # nobody waits for a `tell`, but its refusal is kept
+
+
+class Client:
+    """An agent's way to the system.
+
+    Args:
+        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`.
+        var: the runtime directory. Default: `KSI_VAR`, or `./var`.
+        role: the role to enrol with, if the name is new.
+
+    Raises:
+        NotRunning: no supervisor has ever run on this var.
+        Forbidden: the key of this name was revoked, or the name is reserved.
+    """
+
+    def __init__(
+        self, name: str | None = None, *, var: str | Path | None = None, role: Role = "agent"
+    ) -> None:
+        self._caller = Caller(name, var=var, role=role)
+        self._lock = threading.RLock()
+        self._poller = zmq.Poller()
+        self._told_errors: list[KsiError] = []
+        self._keeper: threading.Thread | None = None
+        self._closed = threading.Event()
+
+    @property
+    def name(self) -> str:
+        """Who speaks."""
+        return self._caller.name
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    @overload
+    def ask(self, what: Command[R] | Query[R], /, *, timeout_s: float = ...) -> R: ...
+    @overload
+    def ask(
+        self,
+        what: str,
+        fields: Mapping[str, Any] | None = ...,
+        /,
+        *,
+        timeout_s: float = ...,
+        **named: Any,
+    ) -> dict[str, Any]: ...
+    def ask(
+        self,
+        what: str | Message,
+        fields: Mapping[str, Any] | None = None,
+        /,
+        *,
+        timeout_s: float = ASK_TIMEOUT_S,
+        **named: Any,
+    ) -> Any:
+        """Ask an operation and return its reply: what it says is on disk.
+
+        Args:
+            what: the name of an operation, or a typed message.
+            fields: its fields, for names that are taken here; `named` for all others.
+            timeout_s: how long to wait for the reply, resends included.
+
+        Raises:
+            KsiError: the refusal, by its class. Nothing was changed.
+            Unavailable: no answer in time; `ticket` is for `settle`.
+        """
+        prepared = self._caller.prepare(what, fields, named)
+        deadline_s = time.monotonic() + timeout_s
+        with self._lock:
+            link, pending = self._send(prepared, deadline_s)
+            slot = pending.future = _Slot()
+            if not self._wait(lambda: slot.done, deadline_s):
+                raise self._caller.late(link, pending)
+        if slot.error is not None:
+            raise slot.error
+        return self._caller.reply(prepared, slot.body)
+
+    def tell(
+        self,
+        what: str | Message,
+        fields: Mapping[str, Any] | None = None,
+        /,
+        **named: Any,
+    ) -> None:
+        """Send a command and go on. It is delivered, resends included, while this client lives.
+
+        A refusal is raised by the next `flush` or `close`.
+
+        Raises:
+            Unavailable: the window is full and nothing in it is answered; it was not sent.
+        """
+        prepared = self._caller.prepare(what, fields, named)
+        with self._lock:
+            _link, pending = self._send(prepared, None)
+            pending.future = _TOLD
+            self._take_all()
+        self._keep()
+
+    def flush(self, timeout_s: float = ASK_TIMEOUT_S) -> None:
+        """Wait until every command is answered; raise what was refused since the last time.
+
+        Raises:
+            KsiError: the refusal of a `tell`; an ExceptionGroup if there are several.
+            Unavailable: some are still unanswered at the deadline.
+        """
+        with self._lock:
+            if not self._wait(lambda: not self._unanswered(), time.monotonic() + timeout_s):
+                raise Unavailable(f"{self._unanswered()} commands are still unanswered")
+            errors, self._told_errors = self._told_errors, []
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise ExceptionGroup("commands that were told were refused", errors)
+
+    def read(
+        self, what: str | Message, fields: Mapping[str, Any] | None = None, /, **named: Any
+    ) -> Any:
+        """Answer a query from the owner's committed state, in this process: no message, no wait.
+
+        It works while the owner is busy, stopped or dead.
+        """
+        return self._caller.read_local(what, fields, named)
+
+    def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
+        """Return the reply to a command whose `ask` ended in `Unavailable`.
+
+        Raises:
+            Expired: it was not carried out and never will be. Other refusals likewise.
+            Unavailable: still no answer.
+            NotFound: this client knows nothing of the ticket.
+        """
+        with self._lock:
+            self._take_all()
+            known = self._caller.outcome_of(ticket)
+            if known is None:
+                raise NotFound("this client knows nothing of that ticket")
+            if isinstance(known, Pending):
+                slot = known.future = _Slot()
+                if not self._wait(lambda: slot.done, time.monotonic() + timeout_s):
+                    known.future = None
+                    raise Unavailable(f"still no answer to {known.operation}")
+                known = (slot.body, slot.error)
+        body, error = known
+        if error is not None:
+            raise error
+        return self._caller.reply(Prepared("", ticket.owner, True, b"", None), body)  # type: ignore[no-any-return]
+
+    def subscribe(self, pattern: str, *, owner: str | None = None) -> Subscription:
+        """Hear what is announced under topics that match `pattern`: `*` a word, `>` the rest.
+
+        Raises:
+            Invalid, Quota: the pattern is none, or one too many.
+            Unavailable: no answer.
+        """
+        with self._lock:
+            link = self._link(owner or self._caller.owner_of_topic(pattern))
+            subscribed = link.subscribe(pattern)
+            if not self._wait(lambda: subscribed.ready, time.monotonic() + ASK_TIMEOUT_S):
+                link.unsubscribe(subscribed)
+                raise Unavailable(f"{link.owner} did not answer the subscription")
+            if subscribed.error is not None:
+                link.unsubscribe(subscribed)
+                raise subscribed.error
+        self._keep()
+        return Subscription(self, link, subscribed)
+
+    def close(self, timeout_s: float = _CLOSE_S) -> None:
+        """Wait until all is acknowledged, say goodbye and close. Raises what `flush` raises."""
+        if self._closed.is_set():
+            return
+        try:
+            self.flush(timeout_s)
+            with self._lock:
+                links = [link for link in self._caller.links.values() if link.up]
+                for link in links:
+                    link.goodbye()
+                self._wait(
+                    lambda: all(link.window.farewell for link in links), time.monotonic() + 0.25
+                )
+        finally:
+            self._closed.set()
+            if self._keeper is not None:
+                self._keeper.join()
+            with self._lock:
+                self._caller.close_links()
+
+    def _link(self, owner: str) -> Link:
+        link = self._caller.links.get(owner)
+        if link is None:
+            if self._closed.is_set():
+                raise Unavailable("this client is closed")
+            link = self._caller.link(owner)
+            self._poller.register(link.dealer, zmq.POLLIN)
+            self._poller.register(link.monitor, zmq.POLLIN)
+        return link
+
+    def _send(self, prepared: Prepared, deadline_s: float | None) -> tuple[Link, Pending]:
+        link = self._caller.links.get(prepared.owner) or self._link(prepared.owner)
+        now_s = time.monotonic()
+        if prepared.is_command and link.window.full():
+            until_s = now_s + ASK_TIMEOUT_S if deadline_s is None else deadline_s
+            if not self._wait(lambda: not link.window.full(), until_s):
+                raise Unavailable(
+                    f"{prepared.operation} was not sent: the window to {prepared.owner} is full"
+                )
+        if not link.window.waiting():
+            link.heard_s = now_s
+        pending = self._caller.add(prepared, link, deadline_s)
+        link.flush(now_s)
+        return link, pending
+
+    def _wait(self, done: Any, deadline_s: float) -> bool:
+        """Drive the sockets until `done()`; return False when the deadline comes first."""
+        self._take_all()
+        while not done():
+            now_s = time.monotonic()
+            if now_s >= deadline_s:
+                return False
+            with contextlib.suppress(zmq.ZMQError):  # A signal's handler may have run: look again.
+                self._poller.poll(max(1.0, min(deadline_s - now_s, KEEPER_S) * 1000))
+            self._take_all()
+        return True
+
+    def _take_all(self) -> None:
+        """Take what has come on all links, and send what is due."""
+        now_s = time.monotonic()
+        for link in self._caller.links.values():
+            for pending, body, error in link.take(now_s):
+                slot = pending.future
+                if slot is None:
+                    self._caller.keep(link, pending, body, error)
+                elif slot is _TOLD:
+                    if error is not None:
+                        self._told_errors.append(error)
+                else:
+                    slot.body, slot.error, slot.done = body, error, True
+            if link.due(now_s):
+                link.flush(now_s)
+
+    def _unanswered(self) -> int:
+        return sum(len(link.window.commands) for link in self._caller.links.values())
+
+    def _keep(self) -> None:
+        """Start the thread that looks after the links between calls."""
+        if self._keeper is None:
+            self._keeper = threading.Thread(target=self._look_after, name="ksi", daemon=True)
+            self._keeper.start()
+
+    def _look_after(self) -> None:
+        while not self._closed.wait(KEEPER_S):
+            if self._lock.acquire(blocking=False):  # Whoever holds it is driving the sockets.
+                try:
+                    self._take_all()
+                finally:
+                    self._lock.release()
+
+
+class Subscription:
+    """What a pattern brings, in order: `with client.subscribe("agent.*") as news: for each in news`."""
+
+    def __init__(self, client: Client, link: Link, subscribed: Subscribed) -> None:
+        self._client = client
+        self._link = link
+        self._subscribed = subscribed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Delivery]:
+        while True:
+            yield self.next()
+
+    def next(self, timeout_s: float | None = None) -> Delivery:
+        """Return the next delivery.
+
+        Raises:
+            TimeoutError: none came in time.
+        """
+        deadline_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        arrived = self._subscribed.arrived
+        while time.monotonic() < deadline_s:
+            with self._client._lock:  # Only for a moment: other threads want to ask.
+                slice_s = min(deadline_s, time.monotonic() + KEEPER_S)
+                if self._client._wait(lambda: bool(arrived), slice_s):
+                    return self._link.next_delivery(self._subscribed)
+        raise TimeoutError(f"nothing under {self._subscribed.pattern} in {timeout_s} s")
+
+    def close(self) -> None:
+        """End the subscription."""
+        with self._client._lock:
+            self._link.unsubscribe(self._subscribed)

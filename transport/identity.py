@@ -1,0 +1,480 @@
+"""Who is speaking: key pairs, their names and roles, and where owners are found.
+
+Every actor has a CURVE key pair. `var/keys/<hex of public key>.key` says which name and role a
+public key has: its presence is enrolment, its removal revocation. `var/keys/<name>.key_secret`
+holds the pair. Both have the ZeroMQ certificate format, which `zmq.auth.load_certificate` reads.
+
+- A name is enrolled once, however many processes try at the same time: all get the same pair.
+- A secret without its public file is revoked; nothing but an operator brings it back.
+- The names of owners can be taken in the role `owner` only.
+- Nothing here follows a symlink below `var/`, or believes a directory that is not ours alone.
+- A secret key is in its file and in `Certificate.secret`, never in a text or a `repr`.
+
+Source: certificates as in ZPL (ZeroMQ RFC 4) and czmq's zcert; addresses: unix(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import stat
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final, NamedTuple, cast
+
+import msgspec
+import zmq
+from zmq.utils import z85
+
+from ksi.transport.errors import Forbidden, Invalid, NotRunning
+from ksi.transport.limits import ID_PATTERN, RUN_NAME_BYTES_MAX, SOCKET_PATH_BYTES_MAX
+from ksi.transport.message import ANYONE, Role
+
+RESERVED: Final = frozenset(
+    {"archive", "bus", "completion", "events", "files", "index", "registry", "sessions"}
+    | {"supervisor"}
+)
+BELL_SUFFIX: Final = ".bell"  # The doorbell of an owner is beside its socket.
+
+_SETTLED_NS: Final = 20_000_000  # Two changes within one tick of the file clock look like one.
+_FILE_BYTES_MAX: Final = 1 << 20
+_ID: Final = re.compile(ID_PATTERN)
+_USER_ID: Final = re.compile(r"[0-9a-f]{64}")
+_KEY_FILE: Final = re.compile(r"([0-9a-f]{64})\.key")
+_FIELD: Final = re.compile(r'^\s+([a-z-]+)\s*=\s*"?([^"\n]*)"?\s*$', re.MULTILINE)
+
+
+class Identity(NamedTuple):
+    """The name and role that a public key stands for."""
+
+    name: str
+    role: Role
+
+
+class Certificate(NamedTuple):
+    """A key pair with its name and role; `secret` is None where only the public half is known."""
+
+    name: str
+    role: Role
+    public: bytes  # Z85, 40 bytes
+    secret: bytes | None = None  # Z85, 40 bytes
+
+    @property
+    def user_id(self) -> str:
+        """The hex of the public key: how the frames of its connections name the sender."""
+        return z85.decode(self.public).hex()
+
+    def __repr__(self) -> str:
+        return f"Certificate(name={self.name!r}, role={self.role!r}, public={self.public!r})"
+
+
+class KeyRing:
+    """The identities of one var directory, and which public keys are enrolled.
+
+    Any number of processes may use the same directory. What is remembered of it is dropped when
+    the directory changes.
+
+    Raises:
+        Forbidden: the key directory is there and is not ours alone.
+    """
+
+    def __init__(self, var: Path) -> None:
+        self.directory = _real(var) / "keys"
+        _require_private(self.directory)
+        self._known: dict[str, Identity] = {}
+        self._known_at = -1
+
+    def enroll(self, name: str, role: Role = "agent") -> Certificate:
+        """Return the key pair of `name`, made now in this role if there is none yet.
+
+        The role of a name that exists already is left as it is and returned.
+
+        Raises:
+            Invalid: the name is no id, or there is no such role.
+            Forbidden: the name is reserved or revoked, or the key directory is not ours alone.
+        """
+        _require_admissible(name, role)
+        _make_private(self.directory)
+        if (known := self.load(name)) is not None:
+            return known
+        public, secret = zmq.curve_keypair()
+        made = Certificate(name, role, public, secret)
+        public_path = self._public_path(made.user_id)
+        # The public file goes first: whoever sees the secret file sees an enrolled pair.
+        _write(public_path, _text_of(made._replace(secret=None)))
+        if not _write_first(self._secret_path(name), _text_of(made)):
+            public_path.unlink()
+            return self.enroll(name, role)  # Another process was first: its pair is there now.
+        return made
+
+    def load(self, name: str) -> Certificate | None:
+        """Return the key pair of `name`, or None when there is none.
+
+        Raises:
+            Forbidden: it was revoked, or others can read the secret file.
+            Invalid: the file is damaged.
+        """
+        if not _ID.match(name):
+            raise Invalid(f"{name!r} is no name ([A-Za-z0-9._-], 1-128 characters)"[:300])
+        path = self._secret_path(name)
+        try:
+            text = _read(path, closed_to=0o077)
+        except FileNotFoundError:
+            return None
+        pair = _parse(text)
+        if pair is None or pair.name != name or not _is_pair(pair):
+            raise Invalid(f"{path} does not hold the key pair of {name}", hint=_renew(name))
+        enrolled = self._enrolled(pair.user_id)
+        if enrolled is None or enrolled.name != name:
+            raise Forbidden(f"the key of {name} was revoked", hint=_renew(name), name=name)
+        return pair._replace(role=enrolled.role)
+
+    def of_public(self, key: str | bytes) -> Identity | None:
+        """Return whose public key this is (hex, or Z85 as bytes); None when it is not enrolled."""
+        self.refresh()
+        return self.lookup(z85.decode(key).hex() if isinstance(key, bytes) else key)
+
+    def lookup(self, user_id: str) -> Identity | None:
+        """Return whose public key this is (hex) as of the last `refresh`, without asking the disk
+        for a key that was asked for since."""
+        known = self._known.get(user_id)
+        if known is None and (known := self._enrolled(user_id)) is not None:
+            self._known[user_id] = known
+        return known
+
+    def refresh(self) -> None:
+        """Forget what is known if the directory may have changed since. One `stat`."""
+        generation = self.generation()
+        if generation == self._known_at:
+            return
+        self._known.clear()
+        # A change right after this one may carry the same time: keep looking until it cannot.
+        settled = time.time_ns() - generation > _SETTLED_NS
+        self._known_at = generation if settled else -1
+
+    def generation(self) -> int:
+        """Return a number that changes when a key comes or goes (after `_SETTLED_NS`)."""
+        try:
+            return os.stat(self.directory, follow_symlinks=False).st_mtime_ns
+        except OSError:
+            return 0
+
+    def enrolled(self) -> list[Certificate]:
+        """Return the public halves of all that are enrolled, by name."""
+        found = []
+        with suppress(FileNotFoundError), os.scandir(self.directory) as entries:
+            for entry in entries:
+                if match := _KEY_FILE.fullmatch(entry.name):
+                    user_id = match[1]
+                    if (identity := self._enrolled(user_id)) is not None:
+                        public = z85.encode(bytes.fromhex(user_id))
+                        found.append(Certificate(*identity, public))
+        return sorted(found)
+
+    def names(self) -> list[str]:
+        """Return the names that are enrolled, in order."""
+        return sorted({certificate.name for certificate in self.enrolled()})
+
+    def remove(self, name: str) -> None:
+        """Revoke every key of `name`, also for connections that are up. Its secret file stays,
+        and keeps the name from being enrolled again until `forget`."""
+        for certificate in self.enrolled():
+            if certificate.name == name:
+                self._public_path(certificate.user_id).unlink(missing_ok=True)
+        _sync(self.directory)
+
+    def forget(self, name: str) -> None:
+        """Revoke `name` and free it: whoever enrols it next gets a new key pair."""
+        self.remove(name)
+        self._secret_path(name).unlink(missing_ok=True)
+        _sync(self.directory)
+
+    def _enrolled(self, user_id: str) -> Identity | None:
+        if not _USER_ID.fullmatch(user_id):
+            return None
+        try:
+            public = _parse(_read(self._public_path(user_id), closed_to=0o022))
+        except (OSError, Forbidden):
+            return None
+        if public is None or public.user_id != user_id:
+            return None
+        return Identity(public.name, public.role)
+
+    def _public_path(self, user_id: str) -> Path:
+        return self.directory / f"{user_id}.key"
+
+    def _secret_path(self, name: str) -> Path:
+        return self.directory / f"{name}.key_secret"
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where an owner listens, and the public key (Z85) it proves to be itself with."""
+
+    endpoint: str
+    key: str
+
+
+class Directory(msgspec.Struct, frozen=True):
+    """Who owns what and where: `run/endpoints.json`, written by the supervisor.
+
+    Attributes:
+        operations: the owner of each operation.
+        domains: the owner of the topics that begin with this word.
+        owners: the address of each owner.
+    """
+
+    operations: dict[str, str]
+    domains: dict[str, str]
+    owners: dict[str, Address]
+
+
+def run_directory(var: Path) -> Path:
+    """Return the directory of sockets and what else lives as long as a run. It may not exist yet.
+
+    It is `var/run`, or where socket paths there would be too long, a short directory of our own:
+    `$XDG_RUNTIME_DIR/ksi-<hash>` or `/tmp/ksi-<uid>-<hash>`. Which one is recorded in `var/run`,
+    so that processes with another environment find the same.
+
+    Raises:
+        Forbidden: it is there and is not ours alone.
+    """
+    usual = _real(var) / "run"
+    _require_private(usual)
+    directory = usual if _has_room(usual) else _recorded(usual) or _short_directory(usual.parent)
+    _require_private(directory)
+    return directory
+
+
+def make_run_directory(var: Path) -> Path:
+    """Return `run_directory(var)`, created if need be.
+
+    Raises:
+        Forbidden: it is there and is not ours alone.
+    """
+    usual = _real(var) / "run"
+    _make_private(usual)
+    if not _has_room(usual):
+        recorded = _recorded(usual)
+        if recorded is None or not recorded.parent.is_dir():  # Gone with the login session.
+            _write(usual / "elsewhere", f"{_short_directory(usual.parent)}\n")
+    directory = run_directory(var)
+    _make_private(directory)
+    return directory
+
+
+def endpoint(var: Path, name: str) -> str:
+    """Return the address on this machine of the owner `name`.
+
+    Raises:
+        Invalid: the name is no id, or too long for a socket.
+        Forbidden: the run directory is not ours alone.
+    """
+    if not _ID.match(name) or len(name) + len(BELL_SUFFIX) > RUN_NAME_BYTES_MAX:
+        raise Invalid(f"{name!r} cannot name a socket"[:300])
+    return f"ipc://{run_directory(var) / name}"
+
+
+def write_directory(var: Path, directory: Directory) -> None:
+    """Publish the directory, in one step: a reader sees the former one or this one."""
+    text = msgspec.json.format(msgspec.json.encode(directory, order="sorted"), indent=2)
+    _write(run_directory(var) / "endpoints.json", text.decode())
+
+
+def read_directory(var: Path) -> Directory:
+    """Return the directory as it was published last.
+
+    Raises:
+        NotRunning: there is none.
+        Forbidden: it is not ours alone.
+    """
+    path = run_directory(var) / "endpoints.json"
+    try:
+        return msgspec.json.decode(_read(path, closed_to=0o022), type=Directory)
+    except FileNotFoundError:
+        raise NotRunning(f"nothing runs on {var}", hint="ksi start") from None
+    except msgspec.MsgspecError as error:
+        raise NotRunning(f"{path} is unreadable: {error}", hint="ksi restart") from None
+
+
+def remove_directory(var: Path) -> None:
+    """Withdraw the directory: clients learn at once that nothing runs."""
+    (run_directory(var) / "endpoints.json").unlink(missing_ok=True)
+
+
+def _require_admissible(name: str, role: Role) -> None:
+    if not _ID.match(name):
+        raise Invalid(f"{name!r} is no name ([A-Za-z0-9._-], 1-128 characters)"[:300])
+    if role not in ANYONE:
+        raise Invalid(f"{role!r} is no role ({', '.join(sorted(ANYONE))})"[:300])
+    if name in RESERVED and role != "owner":
+        raise Forbidden(f"{name} is the name of an owner", hint="choose another name", name=name)
+
+
+def _renew(name: str) -> str:
+    return f"an operator may remove keys/{name}.key_secret; then `ksi agents enroll {name}`"
+
+
+def _text_of(certificate: Certificate) -> str:
+    kind, warning = (
+        ("Public", "#   Exchange securely, or verify the contents after exchange.")
+        if certificate.secret is None
+        else ("**Secret**", "#   Do not give this file to anyone, nor change its permissions.")
+    )
+    lines = [
+        f"#   ZeroMQ CURVE {kind} Certificate",
+        warning,
+        "",
+        "metadata",
+        f'    name = "{certificate.name}"',
+        f'    role = "{certificate.role}"',
+        "curve",
+        f'    public-key = "{certificate.public.decode()}"',
+    ]
+    if certificate.secret is not None:
+        lines.append(f'    secret-key = "{certificate.secret.decode()}"')
+    return "\n".join([*lines, ""])
+
+
+def _parse(text: str) -> Certificate | None:
+    """Return the certificate, or None when the text is none that could have been enrolled."""
+    fields = dict(_FIELD.findall(text))
+    try:
+        name, role = fields["name"], cast(Role, fields["role"])
+        _require_admissible(name, role)
+        public = fields["public-key"].encode("ascii")
+        secret = fields["secret-key"].encode("ascii") if "secret-key" in fields else None
+        if len(z85.decode(public)) != 32:
+            return None
+    except (Invalid, Forbidden, KeyError, ValueError, struct.error):
+        return None
+    return Certificate(name, role, public, secret)
+
+
+def _is_pair(certificate: Certificate) -> bool:
+    try:
+        return zmq.curve_public(certificate.secret or b"") == certificate.public
+    except (ValueError, zmq.ZMQError):
+        return False
+
+
+def _real(var: Path) -> Path:
+    return Path(os.path.realpath(var))
+
+
+def _has_room(directory: Path) -> bool:
+    return len(os.fsencode(directory)) + 1 + RUN_NAME_BYTES_MAX <= SOCKET_PATH_BYTES_MAX
+
+
+def _short_directory(var: Path) -> Path:
+    """Return the place for sockets of a `var` whose path is too long."""
+    mark = hashlib.sha256(os.fsencode(var)).hexdigest()[:8]
+    session = os.environ.get("XDG_RUNTIME_DIR")
+    if session:
+        directory = Path(session) / f"ksi-{mark}"
+        if directory.is_absolute() and _has_room(directory) and _is_ours(directory.parent):
+            return directory
+    return Path(f"/tmp/ksi-{os.geteuid()}-{mark}")
+
+
+def _recorded(usual: Path) -> Path | None:
+    """Return the short directory that was chosen before."""
+    try:
+        recorded = Path(_read(usual / "elsewhere", closed_to=0o077).strip())
+    except FileNotFoundError:
+        return None
+    return recorded if recorded.is_absolute() and _has_room(recorded) else None
+
+
+def _is_ours(directory: Path) -> bool:
+    try:
+        return os.stat(directory).st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def _make_private(directory: Path) -> None:
+    """Create a directory that is ours alone, or check that it is."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+    _require_private(directory)
+
+
+def _require_private(directory: Path) -> None:
+    """Raise `Forbidden` if the directory is there and someone else could write or look into it."""
+    try:
+        found = os.lstat(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        raise Forbidden(f"{directory} is not a directory", hint=f"remove {directory}")
+    if found.st_uid != os.geteuid():
+        raise Forbidden(f"{directory} belongs to user {found.st_uid}", hint="use another --var")
+    if found.st_mode & 0o077:
+        raise Forbidden(f"{directory} is open to other users", hint=f"chmod 700 {directory}")
+
+
+def _read(path: Path, *, closed_to: int) -> str:
+    """Return a small file of ours; raise `Forbidden` for a symlink, and for one that is someone
+    else's or has a permission of `closed_to`."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Forbidden(f"{path} is a symbolic link", hint=f"remove {path}") from None
+        raise
+    with open(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            raise Forbidden(f"{path} is not a file of ours", hint=f"remove {path}")
+        if found.st_mode & closed_to:
+            raise Forbidden(f"{path} is open to other users", hint=f"chmod 600 {path}")
+        return file.read(_FILE_BYTES_MAX).decode(errors="replace")
+
+
+def _write(path: Path, text: str) -> None:
+    """Set the content of a file, 0600, in one step that lasts."""
+    with _draft(path, text) as draft:
+        os.rename(draft, path)
+
+
+def _write_first(path: Path, text: str) -> bool:
+    """Create a file, 0600, in one step that lasts; return False when there was one."""
+    with _draft(path, text) as draft:
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return False
+        return True
+
+
+@contextmanager
+def _draft(path: Path, text: str) -> Iterator[Path]:
+    """Write `text` to a new file beside `path`; what is made of it is synced at the end."""
+    draft = path.with_name(f".{secrets.token_hex(8)}")
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(fd)
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    with suppress(FileNotFoundError):
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

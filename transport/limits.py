@@ -1,0 +1,59 @@
+"""Every bound of the system, in one place, each with its reason.
+
+A limit that is reached is answered with a refusal that names it; nothing grows without one.
+"""
+
+from typing import Final
+
+# Messages
+FRAME_BYTES_MAX: Final = 1 << 20  # One ZeroMQ frame; `MAXMSGSIZE` cuts a peer that sends more.
+BODY_BYTES_MAX: Final = FRAME_BYTES_MAX - 4096  # Room for the header around one lone request.
+NESTING_MAX: Final = 32  # Deeper values break `json.dumps` and `repr` of their readers.
+ITEMS_MAX: Final = 10_000  # Entries of one list or map: 1 MiB of empty lists is 70 MB decoded.
+ID_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$(?!\n)"  # Ids are keys and file names.
+TEXT_CHARS_MAX: Final = 4096  # Names, reasons and descriptions people read in one line.
+
+# Mailbox and batches
+MAILBOX_REQUESTS_MAX: Final = 16_384  # Sixteen full client windows; beyond it the answer is `busy`.
+MAILBOX_BYTES_MAX: Final = 64 << 20  # The same, for large bodies.
+BATCH_COMMANDS_MAX: Final = 256  # Amortises one sync; more would only add to everyone's wait.
+BATCH_BYTES_MAX: Final = 4 << 20  # One journal record; a sync of more than this is felt.
+LETTERS_MAX: Final = 256  # Frames taken from the socket in one turn: a few ms of decoding.
+REQUEST_FRAMES_MAX: Final = 256  # Frames of one connection waiting at an owner; then it must wait.
+CLIENT_FRAMES_MAX: Final = 1024  # Frames a client holds each way: one window, a command a frame.
+REPLY_FRAMES_MAX: Final = 64  # Frames queued to one connection that does not read, then dropped.
+
+# Delivery
+WINDOW_COMMANDS_MAX: Final = 1024  # Unacknowledged commands of one client instance at one owner.
+WINDOW_BYTES_MAX: Final = 1 << 20  # The same in bytes: what an owner may have to remember.
+CLIENT_ROWS_MAX: Final = 100_000  # Remembered client instances an owner; 200 bytes each.
+CLIENT_IDLE_S_MAX: Final = 30 * 86_400.0  # An instance silent this long is forgotten.
+REQUEST_ID_S_MAX: Final = 30 * 86_400.0  # How long a caller's `request_id` is remembered.
+SUBSCRIPTIONS_MAX: Final = 256  # Patterns one connection may hold at one owner.
+CREDIT_MAX: Final = 4096  # Deliveries in flight to one subscription before they are counted as gap.
+OUTBOX_ROWS_MAX: Final = 100_000  # Messages waiting for another owner; beyond it `busy`.
+
+# Disk
+SEGMENT_BYTES: Final = 64 << 20  # A journal segment: small enough to drop, large enough to be few.
+SNAPSHOT_JOURNAL_BYTES: Final = 256 << 20  # At least one snapshot for this much journal.
+MAP_BYTES: Final = 64 << 30  # LMDB map: address space only, the same for every opener.
+MAP_USE_MAX: Final = 0.8  # Above this part of the map new work is refused, deletes go on.
+READERS_MAX: Final = 4096  # LMDB reader slots; the first opener of an environment sizes the file.
+FREE_BYTES_MIN: Final = 64 << 20  # Free disk below which new work is refused ...
+FREE_PART_MIN: Final = 0.05  # ... or below this part of the disk, whichever is smaller.
+OPEN_FILES_MAX: Final = 256  # Session files a follower keeps open.
+SOCKET_PATH_BYTES_MAX: Final = 107  # `sun_path` less its NUL.
+RUN_NAME_BYTES_MAX: Final = 24  # Of a socket in `run/`, so that the path is known to fit or not.
+
+# Time
+ASK_TIMEOUT_S: Final = 5.0  # What a caller waits when it does not say.
+TICK_S: Final = 0.25  # How often an owner lets time pass: the precision of leases.
+HUNG_TURN_S: Final = 10.0  # No turn of its loop for this long and an owner is hung ...
+HUNG_COMMIT_S: Final = 60.0  # ... or this long inside a commit: slow disks are not hung owners.
+BELL_S: Final = 0.01  # Followers are rung this often at the most: they group 20 ms of work anyway.
+HANDSHAKE_MS: Final = 3000  # A peer that is silent this long before its key is proven is cut.
+HEARTBEAT_MS: Final = 5000  # Over tcp only: a dead machine sends no FIN ...
+HEARTBEAT_MS_MAX: Final = 15_000  # ... and is given up after this.
+BACKLOG: Final = 512  # Connections waiting to be accepted: a fleet that starts at once.
+RECONNECT_MS: Final = 1  # ZeroMQ's default of 100 alone makes a restart take 142 ms.
+RECONNECT_MS_MAX: Final = 16  # A killed owner is back in 5; this bounds the idle retries.

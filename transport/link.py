@@ -1,0 +1,203 @@
+"""One client's connection to one owner: a window, a socket and its monitor. Never waits.
+
+Both clients and nothing else are built on it: `flush` sends what is due, `take` receives what has
+come and settles it. When the connection comes up again, all that is unanswered goes again and all
+subscriptions are renewed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+import zmq
+
+from ksi.transport.errors import Forbidden, KsiError, from_wire
+from ksi.transport.mailbox import read_monitor
+from ksi.transport.window import Outcome, Pending, Window
+from ksi.transport.wire import Kind, Subscribe
+
+CREDIT: Final = 256  # Deliveries an owner may send ahead of their reader.
+SILENCE_S: Final = 1.0  # After this long without an answer what is unanswered is sent again.
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message that was announced under `topic` by `sender`.
+
+    `seq` numbers what was announced to a subscription from 1, for each connection; `gap` is how many
+    were missed right before this one. A notice of a gap alone has `topic` "" and `message` None.
+    """
+
+    topic: str
+    message: Any
+    sender: str
+    seq: int
+    gap: int
+
+
+@dataclass(slots=True)
+class Subscribed:
+    """One subscription of this client: what has come and is not yet taken."""
+
+    number: int
+    pattern: str
+    arrived: deque[Delivery] = field(default_factory=deque)
+    taken: int = 0  # taken by the reader since the connection came up
+    granted: int = CREDIT
+    error: KsiError | None = None
+    ready: bool = False
+    wake: Callable[[], None] = lambda: None
+
+
+class Link:
+    """The way to one owner."""
+
+    def __init__(self, owner: str, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+        self.owner = owner
+        self.dealer = dealer
+        self.monitor = monitor
+        self.window = Window()
+        self.up = False
+        self.denied = False
+        self.subscribed: dict[int, Subscribed] = {}
+        self.heard_s = 0.0  # when something last came, or was first waited for
+        self._goodbye = False
+
+    def flush(self, now_s: float) -> None:
+        """Send all that is due and can be sent now."""
+        if not self.up:
+            return
+        try:
+            for frame in self.window.frames(now_s):
+                self.dealer.send(frame, zmq.DONTWAIT)
+        except zmq.Again:
+            self.window.lost()  # Part of it may have gone: the owner knows numbers it has seen.
+            self.up = False
+
+    def take(self, now_s: float) -> list[Outcome]:
+        """Receive all that has come; return what it settles."""
+        outcomes: list[Outcome] = []
+        for change in read_monitor(self.monitor):
+            self._changed(change, now_s, outcomes)
+        receive = self.window.receive
+        while True:
+            try:
+                frame = self.dealer.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                break
+            self.heard_s = now_s
+            outcomes += receive(frame, now_s)
+        if self.window.subscribed:
+            self._answered()
+        if self.window.deliveries:
+            self._delivered()
+        return outcomes
+
+    def due(self, now_s: float) -> bool:
+        """Whether there is something to send: after a refusal's pause, or after silence."""
+        window = self.window
+        if window.waiting() and now_s - self.heard_s > SILENCE_S:
+            self.heard_s = now_s
+            window.lost()
+        return window.unsent() and now_s >= window.not_before_s
+
+    def expired(self, now_s: float) -> list[Pending]:
+        """Return the requests whose deadline has passed and whose caller still waits."""
+        late = []
+        for waiting in (self.window.commands, self.window.queries):
+            for pending in waiting.values():
+                deadline_s = pending.deadline_s
+                if deadline_s is not None and deadline_s <= now_s and pending.future is not None:
+                    late.append(pending)
+        return late
+
+    def subscribe(self, pattern: str) -> Subscribed:
+        """Add a subscription; it is renewed whenever the connection comes up."""
+        number = len(self.subscribed) + 1
+        while number in self.subscribed:
+            number += 1
+        subscribed = self.subscribed[number] = Subscribed(number, pattern)
+        if self.up:
+            self._ask(subscribed)
+        return subscribed
+
+    def unsubscribe(self, subscribed: Subscribed) -> None:
+        """End a subscription."""
+        self.subscribed.pop(subscribed.number, None)
+        self._control(Kind.UNSUBSCRIBE, [subscribed.number])
+
+    def next_delivery(self, subscribed: Subscribed) -> Delivery:
+        """Take the next delivery that has arrived, and grant credit for more in time."""
+        delivery = subscribed.arrived.popleft()
+        subscribed.taken += 1
+        if subscribed.granted - subscribed.taken <= CREDIT // 2:
+            subscribed.granted = subscribed.taken + CREDIT
+            self._control(Kind.CREDIT, [(subscribed.number, subscribed.granted)])
+        return delivery
+
+    def hello(self) -> None:
+        """Ask who is there; `window.welcome` is the answer."""
+        self._control(Kind.HELLO, [])
+
+    def goodbye(self) -> None:
+        """Tell the owner that this instance is done; `window.farewell` is the answer."""
+        self._control(Kind.GOODBYE, [])
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self.dealer.disable_monitor()
+        self.monitor.close(0)
+        self.dealer.close(0)
+
+    def _changed(self, change: str, now_s: float, outcomes: list[Outcome]) -> None:
+        if change == "up":
+            self.up, self.denied, self.heard_s = True, False, now_s
+            for subscribed in self.subscribed.values():
+                self._ask(subscribed)
+        elif change == "down":
+            self.up = False
+            self.window.lost()
+        elif change == "denied":
+            self.denied = True
+            error = Forbidden(
+                f"{self.owner} does not admit this key",
+                hint="ksi agents list shows who is enrolled; ksi agents enroll NAME enrols",
+            )
+            outcomes += [(pending, None, error) for pending in self.window.give_up()]
+
+    def _ask(self, subscribed: Subscribed) -> None:
+        subscribed.granted, subscribed.taken = CREDIT - len(subscribed.arrived), 0
+        asked = Subscribe(subscribed.number, subscribed.pattern, subscribed.granted)
+        self._control(Kind.SUBSCRIBE, [asked])
+
+    def _control(self, kind: Kind, items: list[Any]) -> None:
+        if self.up:
+            try:
+                self.dealer.send(self.window.control(kind, items), zmq.DONTWAIT)
+            except zmq.Again:
+                self.up = False
+                self.window.lost()
+
+    def _answered(self) -> None:
+        answers, self.window.subscribed = self.window.subscribed, []
+        for answer in answers:
+            subscribed = self.subscribed.get(-answer.number)
+            if subscribed is not None:
+                subscribed.ready = True
+                subscribed.error = from_wire(answer.error) if answer.error else None
+                subscribed.wake()
+
+    def _delivered(self) -> None:
+        deliveries, self.window.deliveries = self.window.deliveries, []
+        for each in deliveries:
+            subscribed = self.subscribed.get(each.number)
+            if subscribed is None:
+                continue
+            message = msgspec.msgpack.decode(each.body) if each.topic else None
+            delivery = Delivery(each.topic, message, each.sender, each.seq, each.gap)
+            subscribed.arrived.append(delivery)
+            subscribed.wake()

@@ -1,0 +1,234 @@
+"""Typed messages and their declarations.
+
+An operation is declared once, as a message class under `@operation(...)`. From that declaration
+come validation, `ksi help`, `ksi discover`, JSON Schema, `docs/operations.md` and typed replies.
+A command changes state, a query is a pure function of one read transaction.
+
+On the wire a body is a MessagePack map of the fields. Values that a field leaves open (`Any`) are
+checked to be plain: what JSON, MessagePack and every reader can hold alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Final, Generic, Literal, TypeVar, get_args, get_type_hints
+
+import msgspec
+
+from ksi.transport.errors import Invalid, KsiError, TooLarge, UnknownOperation
+from ksi.transport.limits import (
+    BODY_BYTES_MAX,
+    ID_PATTERN,
+    ITEMS_MAX,
+    NESTING_MAX,
+    TEXT_CHARS_MAX,
+)
+
+R = TypeVar("R")
+M = TypeVar("M", bound="type[Message]")
+
+Id = Annotated[str, msgspec.Meta(pattern=ID_PATTERN, description="an id")]
+Text = Annotated[str, msgspec.Meta(max_length=TEXT_CHARS_MAX)]
+Plain = dict[str, Any]  # free-form fields: str keys, JSON values, checked by `require_plain`
+
+Role = Literal["operator", "agent", "worker", "owner"]
+ANYONE: Final[frozenset[Role]] = frozenset(get_args(Role))
+PEOPLE: Final[frozenset[Role]] = frozenset({"operator", "agent", "worker"})
+OPERATOR: Final[frozenset[Role]] = frozenset({"operator"})
+OWNER: Final[frozenset[Role]] = frozenset({"owner"})
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything that is asked: fields are keyword-only, unknown ones are refused."""
+
+
+class Command(Message, Generic[R], frozen=True, kw_only=True):
+    """Asks an owner to change state; `R` is the type of its reply."""
+
+
+class Query(Message, Generic[R], frozen=True, kw_only=True):
+    """Asks what is; answered from one committed state, by the owner or in place."""
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of replies. Unknown fields are ignored, so that old clients read new owners."""
+
+
+class Event(msgspec.Struct, frozen=True, array_like=True):
+    """Base of events: what has happened, in the order of its fields. Stored for good.
+
+    A subclass sets `tag=`; a new field goes last and has a default.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One declared operation."""
+
+    name: str
+    owner: str
+    kind: Literal["command", "query"]
+    message: type[Message]
+    reply: Any
+    roles: frozenset[Role]
+    refuses: tuple[type[KsiError], ...]
+    example: Mapping[str, Any]
+    open_fields: tuple[str, ...] = field(default=())
+    decoder: msgspec.msgpack.Decoder[Any] = field(default=None, repr=False)  # type: ignore[assignment]
+
+    @property
+    def doc(self) -> str:
+        """The docstring of the message, as `ksi help` prints it."""
+        return (self.message.__doc__ or "").strip()
+
+    def decode(self, body: bytes | memoryview) -> Message:
+        """Return the validated message of a body; raise `Invalid` with the path of the field."""
+        try:
+            message: Message = self.decoder.decode(body)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise Invalid(f"{self.name}: {_plain_words(error)}", hint=self.hint) from None
+        except (RecursionError, UnicodeDecodeError, ValueError) as error:
+            raise Invalid(f"{self.name}: unreadable body: {error}", hint=self.hint) from None
+        for name in self.open_fields:
+            require_plain(getattr(message, name), f"$.{name}", self.name)
+        return message
+
+    @property
+    def hint(self) -> str:
+        return f"ksi help {self.name}"
+
+
+CATALOGUE: dict[str, Operation] = {}
+_BY_MESSAGE: dict[type[Message], Operation] = {}
+
+
+def operation(
+    name: str,
+    *,
+    owner: str,
+    roles: frozenset[Role] = PEOPLE,
+    refuses: tuple[type[KsiError], ...] = (),
+    example: Mapping[str, Any] | None = None,
+) -> Callable[[M], M]:
+    """Declare the decorated message class as the operation `name` of `owner`."""
+
+    def declare(message: M) -> M:
+        assert name not in CATALOGUE, f"{name} is declared twice"
+        declared = Operation(
+            name=name,
+            owner=owner,
+            kind="command" if issubclass(message, Command) else "query",
+            message=message,
+            reply=_reply_type(message),
+            roles=roles,
+            refuses=refuses,
+            example=example or {},
+            open_fields=_open_fields(message),
+            decoder=msgspec.msgpack.Decoder(message, ext_hook=_refuse_extension),
+        )
+        CATALOGUE[name] = _BY_MESSAGE[message] = declared
+        return message
+
+    return declare
+
+
+def operation_of(message: Message) -> Operation:
+    """Return the declaration of a message object."""
+    return _BY_MESSAGE[type(message)]
+
+
+def unknown(name: str, known: Any) -> UnknownOperation:
+    """Return the refusal of an operation name that is not in `known`, naming the nearest."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "ksi discover lists all operations"
+    return UnknownOperation(f"there is no operation {name!r}"[:200], hint=hint)
+
+
+def encode(fields: Any) -> bytes:
+    """Return the MessagePack body of a message or a dict of fields.
+
+    Raises:
+        Invalid: a value has no MessagePack form (a lone surrogate, an integer over 64 bits, ...).
+        TooLarge: the body is over `BODY_BYTES_MAX`.
+    """
+    try:
+        body = msgspec.msgpack.encode(fields)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise Invalid(f"the message cannot be encoded: {error}") from None
+    if len(body) > BODY_BYTES_MAX:
+        raise TooLarge(
+            f"a message of {len(body)} bytes is over the limit of {BODY_BYTES_MAX}",
+            size_bytes=len(body),
+            limit_bytes=BODY_BYTES_MAX,
+        )
+    return body
+
+
+_SCALARS: Final = frozenset({str, int, bool, type(None)})
+
+
+def require_plain(value: Any, path: str, what: str, depth: int = 1) -> None:
+    """Raise `Invalid` unless `value` can be held by JSON and MessagePack alike.
+
+    Plain are str, bool, None, integers of 64 bits, finite floats, and lists and str-keyed dicts
+    of them, `NESTING_MAX` deep and `ITEMS_MAX` long at the most.
+    """
+    kind = type(value)
+    if kind in _SCALARS:
+        return
+    if kind is float:
+        if not math.isfinite(value):
+            raise Invalid(f"{what}: {value} is not a number JSON can hold - at `{path}`")
+        return
+    if kind is not dict and kind is not list:
+        raise Invalid(f"{what}: a {kind.__name__} is not a plain value - at `{path}`")
+    if depth > NESTING_MAX:
+        raise Invalid(f"{what}: nested deeper than {NESTING_MAX} - at `{path[:200]}`")
+    if len(value) > ITEMS_MAX:
+        raise TooLarge(
+            f"{what}: {len(value)} entries are over the limit of {ITEMS_MAX} - at `{path[:200]}`",
+            size=len(value),
+            limit=ITEMS_MAX,
+        )
+    if kind is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise Invalid(f"{what}: the key {key!r} is no string - at `{path[:200]}`")
+            if type(item) not in _SCALARS:
+                require_plain(item, f"{path}.{key}", what, depth + 1)
+    else:
+        for position, item in enumerate(value):
+            if type(item) not in _SCALARS:
+                require_plain(item, f"{path}[{position}]", what, depth + 1)
+
+
+def _refuse_extension(code: int, _payload: memoryview) -> Any:
+    raise ValueError(f"extension type {code} is not part of this protocol")
+
+
+def _reply_type(message: type[Message]) -> Any:
+    for base in getattr(message, "__orig_bases__", ()):
+        arguments = get_args(base)
+        if arguments:
+            return arguments[0]
+    raise AssertionError(f"{message.__name__} does not say what it replies")
+
+
+def _open_fields(message: type[Message]) -> tuple[str, ...]:
+    """Return the fields whose type leaves values open (`Any`) or that may hold a NaN."""
+    hints = get_type_hints(message)
+    return tuple(
+        name
+        for name in message.__struct_fields__
+        if "typing.Any" in (shown := repr(hints[name])) or "float" in shown
+    )
+
+
+def _plain_words(error: Exception) -> str:
+    text = str(error)
+    if "matching regex" in text:
+        text = text.replace(f"`str` matching regex {ID_PATTERN!r}", "an id ([A-Za-z0-9._-], 1-128)")
+    return text[:1000]

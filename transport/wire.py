@@ -1,0 +1,144 @@
+"""Frames: the bytes between a client and an owner, and nothing else.
+
+A frame is one MessagePack array. Many requests travel in one frame and all replies of one commit
+to one connection in another: the frame is the cost, not the request in it. The bodies inside are
+byte strings of their own, so that one bad body spoils one request, not the frame.
+
+`docs/protocol.md` describes the same for writers of clients in other languages.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, Final
+
+import msgspec
+
+VERSION: Final = 1
+
+
+class Kind(IntEnum):
+    """What a frame carries. Requests are below 64, what owners send is above."""
+
+    HELLO = 1  # items: none; answered WELCOME; changes nothing
+    COMMANDS = 2  # items: Request, numbered and carried out in order, effectively once
+    QUERIES = 3  # items: Request, answered from the state after the commands before it
+    SUBSCRIBE = 4  # items: Subscribe
+    UNSUBSCRIBE = 5  # items: numbers of subscriptions
+    CREDIT = 6  # items: (number of subscription, deliveries it may have sent in total)
+    GOODBYE = 7  # items: none; this instance is done, its row may go
+
+    WELCOME = 65  # items: one Welcome
+    REPLIES = 66  # items: Answer, to commands
+    ANSWERS = 67  # items: Answer, to queries and subscriptions
+    DELIVERIES = 68  # items: Delivery
+    RESEND_FROM = 69  # items: one number; what was sent from it on was not carried out
+    FAREWELL = 70  # items: none; the answer to GOODBYE
+
+
+class Request(msgspec.Struct, array_like=True, frozen=True):
+    """One command or query. `remaining_ms` is the time left for it, None for ever."""
+
+    number: int
+    operation: str
+    body: bytes
+    remaining_ms: int | None = None
+    correlation_id: str | None = None
+    traceparent: str | None = None
+
+
+class Frame(msgspec.Struct, array_like=True, frozen=True):
+    """What a client sends.
+
+    `store` is the id of the store it believes it speaks with (empty: it knows none yet), `cut` the
+    highest checkpoint number it has seen, `instance` 16 random bytes of this client object,
+    `acked` the number up to which all its commands have been answered, `again` whether a command
+    in it has been sent before.
+    """
+
+    version: int
+    kind: int
+    store: str
+    cut: int
+    instance: bytes
+    acked: int
+    again: bool
+    items: list[Any]
+
+
+class CommandsFrame(msgspec.Struct, array_like=True, frozen=True):
+    """`Frame` with items that are requests: COMMANDS and QUERIES."""
+
+    version: int
+    kind: int
+    store: str
+    cut: int
+    instance: bytes
+    acked: int
+    again: bool
+    items: list[Request]
+
+
+class Subscribe(msgspec.Struct, array_like=True, frozen=True):
+    """Ask for what is announced under topics that match `pattern` (`*` one word, `>` the rest)."""
+
+    number: int
+    pattern: str
+    credit: int
+
+
+class Answer(msgspec.Struct, array_like=True, frozen=True):
+    """The outcome of one request: a reply body, or an error in its wire form."""
+
+    number: int
+    body: bytes | None
+    error: list[Any] | None = None
+
+
+class Welcome(msgspec.Struct, array_like=True, frozen=True):
+    """Who answers: the owner's name and process, and the versions it speaks."""
+
+    owner: str
+    pid: int
+    version_min: int
+    version_max: int
+    window_commands: int
+    window_bytes: int
+
+
+class Delivery(msgspec.Struct, array_like=True, frozen=True):
+    """One announcement to one subscription.
+
+    `seq` counts what was delivered or missed on the subscription from 1; `gap` is how many were
+    missed right before this one.
+    """
+
+    number: int
+    topic: str
+    sender: str
+    seq: int
+    gap: int
+    body: bytes
+
+
+class OwnerFrame(msgspec.Struct, array_like=True, frozen=True):
+    """What an owner sends: store, cut, and items by kind."""
+
+    version: int
+    kind: int
+    store: str
+    cut: int
+    items: list[Any]
+
+
+class RepliesFrame(msgspec.Struct, array_like=True, frozen=True):
+    """`OwnerFrame` with items that are answers: REPLIES and ANSWERS."""
+
+    version: int
+    kind: int
+    store: str
+    cut: int
+    items: list[Answer]
+
+
+encode = msgspec.msgpack.Encoder().encode
