@@ -38,6 +38,7 @@ from ksi.transport.errors import (
     Invalid,
     KsiError,
     StorageFull,
+    TooLarge,
 )
 from ksi.transport.limits import OUTBOX_ROWS_MAX, WINDOW_COMMANDS_MAX
 from ksi.transport.message import CATALOGUE, encode, unknown
@@ -141,7 +142,7 @@ class CommitLoop:
         except StorageFull as full:
             self._undo()
             return Outcome([self._refused(work, full) for work in works], [], [])
-        except _Fault as fault:
+        except (_Fault, TooLarge) as fault:
             self._undo()
             if len(works) + len(ours) + tick == 1:
                 return self._blame(works, fault, given)
@@ -182,10 +183,10 @@ class CommitLoop:
             self._undo()
         return outcome
 
-    def _blame(self, works: Sequence[Work], fault: _Fault, given: Given) -> Outcome:
+    def _blame(self, works: Sequence[Work], fault: Exception, given: Given) -> Outcome:
         """Settle the command at fault with `internal`; it consumes its number like a refusal."""
         self.internal_errors += 1
-        cause = fault.__cause__
+        cause = fault.__cause__ or fault
         self._outcome = outcome = Outcome([], [], [])
         for work in works:
             self.log.error(
@@ -362,8 +363,9 @@ def _forgotten(work: Work) -> Evicted:
 
 
 def _extend(together: Outcome, more: Outcome) -> None:
-    for kept, added in zip(together, more, strict=True):
-        kept.extend(added)
+    together.answers.extend(more.answers)
+    together.events.extend(more.events)
+    together.sends.extend(more.sends)
 
 
 def bind(declared: type[Tables], tables: Mapping[str, Any], logs: Log | None = None) -> Any:

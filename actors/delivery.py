@@ -160,7 +160,7 @@ class Delivery:
         return client
 
     def forgotten(self, client: Client) -> bool:
-        """Whether commands this instance has sent before may have been carried out and forgotten."""
+        """Whether what this instance has sent before may have been carried out and forgotten."""
         return not client.known and self.counters.get("evictions") is not None
 
     def settle(self, record: Record[Any], now: float) -> list[tuple[str, int, str, bytes]]:
@@ -180,6 +180,7 @@ class Delivery:
             elif len(client.replies) >= WINDOW_COMMANDS_MAX:
                 client.acknowledge(record.number - WINDOW_COMMANDS_MAX)
             client.known = True
+            client.last = record.number
             client.replies[record.number] = record.reply
             if record.request_id is not None:
                 key = (record.sender, operation, record.request_id)
@@ -206,7 +207,7 @@ class Delivery:
 
     def overdue(self, now: float) -> list[Record[Any]]:
         """Return the records that keep the tables within their limits; called once a tick."""
-        records = [
+        records: list[Record[Any]] = [
             Record(sender, bytes.fromhex(instance), 0, EVICTED, b"", [], [])
             for sender, instance in self._idle_clients(now)
         ]

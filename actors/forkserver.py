@@ -50,7 +50,7 @@ _context = multiprocessing.get_context("forkserver")
 class Running:
     """A child process, running or ended. `pidfd` is readable from its end on."""
 
-    name: str
+    spec: ChildSpec
     pid: int
     pidfd: int
     started_s: float
@@ -61,20 +61,31 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
-    def signal_group(self, number: int) -> None:
-        """Send a signal to what this process has started and left in its group."""
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM: to an agent's whole session, as its command line may be a shell's."""
+        if self.spec.kind == "agent":
+            self._signal_session(signal.SIGTERM)
+        else:
+            self.signal(signal.SIGTERM)
+
+    def ended(self) -> int | None:
+        """Clear up after the end of the child: what it left running goes, too.
+
+        Returns:
+            Its exit code (-n: signal n), or None if that is lost.
+        """
+        self.process.join(EXIT_CODE_S_MAX)
+        code = self.process.exitcode
+        if self.spec.kind == "agent":
+            self._signal_session(signal.SIGKILL)
+        os.close(self.pidfd)
+        if code is not None:
+            self.process.close()
+        return code
+
+    def _signal_session(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
-
-    def exit_code(self) -> int | None:
-        """Return the exit code (-n: signal n) of an ended child, or None if it is lost."""
-        self.process.join(EXIT_CODE_S_MAX)
-        return self.process.exitcode
-
-    def close(self) -> None:
-        """Give back the descriptors. The child must have ended."""
-        os.close(self.pidfd)
-        self.process.close()
 
 
 class ForkServer:
@@ -114,14 +125,13 @@ class ForkServer:
             process.start()
             pid = process.pid
             assert pid is not None
-            running = Running(spec.name, pid, os.pidfd_open(pid), time.monotonic(), process)
+            running = Running(spec, pid, os.pidfd_open(pid), time.monotonic(), process)
             theirs.close()
             with contextlib.suppress(BrokenPipeError):
                 ours.send_bytes(b"go")
             if spec.kind == "agent" and (fault := _fault(ours)):
                 running.signal(signal.SIGKILL)
-                running.exit_code()
-                running.close()
+                running.ended()
                 raise Invalid(f"agent {spec.name} cannot be started: {fault}"[:1000])
             return running
 
@@ -142,7 +152,7 @@ def _child(spec: ChildSpec, var: Path, environment: dict[str, str], channel: Con
     os.setsid()
     os.umask(0o077)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    _redirect(log.directory(var) / f"{spec.name}.out")
+    _redirect(log.output(var, spec.name))
     os.environ.update(environment)
     with contextlib.suppress(EOFError, OSError):
         if channel.recv_bytes() == b"go":

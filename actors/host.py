@@ -20,15 +20,14 @@ from typing import Any, Final
 
 import msgspec
 import pykka
-import zmq
 
 from ksi.actors.commit import CommitLoop, Work
 from ksi.actors.delivery import GOODBYE, Record
 from ksi.actors.outbox import Outbox
 from ksi.actors.owner import Sender
+from ksi.actors.reading import OwnerReader
 from ksi.actors.stat import StatWriter
 from ksi.actors.subscriptions import Deliveries, Subscriptions
-from ksi.storage.reader import Reader
 from ksi.storage.store import Store
 from ksi.transport import wire
 from ksi.transport.errors import Busy, Forbidden, Internal, KsiError, TooLarge
@@ -62,7 +61,7 @@ class Host(pykka.ThreadingActor):
         self,
         loop: CommitLoop,
         store: Store,
-        reader: Reader,
+        reader: OwnerReader,
         mailbox: Mailbox,
         outbox: Outbox,
         stat: StatWriter,
@@ -95,7 +94,7 @@ class Host(pykka.ThreadingActor):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._drain)
         self._mailbox.wake_on_signals()
-        for (owner, number), row in self._reader.read(
+        for (owner, number), row in self._reader.reader.read(
             lambda tables, _meta: list(tables["ksi.outbox"].range())
         ):
             self._push(owner, number, row.operation, row.body)
@@ -177,9 +176,7 @@ class Host(pykka.ThreadingActor):
             self._waiting_bytes += len(request.body)
         return None
 
-    def _control(
-        self, letter: Letter, frame: wire.Frame, sender: tuple[str, Role] | None
-    ) -> None:
+    def _control(self, letter: Letter, frame: wire.Frame, sender: tuple[str, Role] | None) -> None:
         """Act on a frame that carries no requests."""
         route = letter.route
         if sender is None:
@@ -258,7 +255,7 @@ class Host(pykka.ThreadingActor):
 
     def _answer(self, queries: Sequence[Work]) -> None:
         """Answer queries from one read transaction, after the commands that came before them."""
-        answers = self._reader.read(
+        answers = self._reader.reader.read(
             lambda tables, _meta: [(work.route, self._answer_one(work, tables)) for work in queries]
         )
         self._send_all([(route, Kind.ANSWERS, answer) for route, answer in answers])
@@ -274,7 +271,7 @@ class Host(pykka.ThreadingActor):
             if work.sender.role not in declared.roles:
                 raise Forbidden(f"{request.operation} is not for the role {work.sender.role}")
             query = declared.decode(request.body)
-            reply = self._owner.answer(query, self._reader.bound(self._owner.tables, tables))
+            reply = self._owner.answer(query, self._reader.bound(tables))
             body = wire.encode(reply)
             if len(body) > _REPLY_BYTES_MAX:
                 raise TooLarge(f"the answer is {len(body)} bytes", hint="ask for a smaller page")
@@ -305,7 +302,7 @@ class Host(pykka.ThreadingActor):
 
     def _push(self, owner: str, number: int, operation: str, body: bytes) -> None:
         for socket in self._outbox.push(owner, number, operation, body):
-            self._mailbox.watch(socket.getsockopt(zmq.FD), _nothing)
+            self._mailbox.watch(socket, _nothing)
 
     def _deliver(self, deliveries: Deliveries) -> None:
         for route, items in deliveries.items():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -30,6 +31,19 @@ def directory(var: Path) -> Path:
     made = var / "logs" / "ksi"
     made.mkdir(mode=0o700, parents=True, exist_ok=True)
     return made
+
+
+def output(var: Path, process: str) -> Path:
+    """Return the file of what a process writes to its standard output and error."""
+    return directory(var) / f"{process}.out"
+
+
+def trim(path: Path) -> None:
+    """Move what a file over `LOG_BYTES_MAX` holds to `<name>.1`; its writers append and go on."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_size > LOG_BYTES_MAX:
+            shutil.copyfile(path, path.with_name(path.name + ".1"))
+            os.truncate(path, 0)
 
 
 def configure(var: Path, process: str, level: Level = "info") -> Any:

@@ -53,9 +53,7 @@ class Outbox:
         self._log = log
         self._peers: dict[str, Peer] = {}
 
-    def push(
-        self, owner: str, number: int, operation: str, body: bytes
-    ) -> list[zmq.Socket[bytes]]:
+    def push(self, owner: str, number: int, operation: str, body: bytes) -> list[zmq.Socket[bytes]]:
         """Take up a message whose row is on disk; return sockets to watch from now on, if any."""
         opened: list[zmq.Socket[bytes]] = []
         peer = self._peers.get(owner)
@@ -68,7 +66,7 @@ class Outbox:
 
     def turn(self, now_s: float) -> list[Record[Any]]:
         """Send and receive what can be; return the records of what other owners have answered."""
-        records = []
+        records: list[Record[Any]] = []
         for owner, peer in self._peers.items():
             for change in read_monitor(peer.monitor):
                 peer.up = change == "up"

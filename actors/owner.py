@@ -178,6 +178,10 @@ class Owner(ABC, Generic[T]):
         """Return the bytes that `event` adds to logs."""
         return ()
 
+    def logs(self, tables: T, after: str) -> Iterator[tuple[str, int]]:
+        """Yield every log beyond the key `after` with its committed size, in order of keys."""
+        return iter(())
+
 
 __all__ = [
     "Announcement", "Command", "Decision", "Event", "Given", "Key", "Keyed", "Line", "Log", "Owner",

@@ -29,18 +29,23 @@ Source: Erlang/OTP `supervisor.erl` and `sup_princ`.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import functools
 import json
 import os
 import random
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import pykka
+import zmq
 
 from ksi.actors import config, log
 from ksi.actors.child import ChildSpec
@@ -56,7 +61,6 @@ from ksi.actors.restarts import (
     backoff_s,
     exit_words,
     is_restarted,
-    within,
 )
 from ksi.actors.stat import StatWriter, read_stat
 from ksi.actors.system import (
@@ -78,11 +82,11 @@ from ksi.transport.errors import (
     KsiError,
     NotFound,
     Quota,
-    UnknownOperation,
 )
-from ksi.transport.mailbox import Mailbox, Post
-from ksi.transport.message import Message
+from ksi.transport.mailbox import Letter, Mailbox, Post
+from ksi.transport.message import Message, Reply
 
+NAME: Final = "supervisor"
 AGENTS_MAX: Final = 1024  # Supervised at once: four descriptors and some memory each.
 LOOK_S: Final = 0.5  # How often children are looked at for hanging, if nothing else happens.
 READY_LOOK_S: Final = 0.002  # How often a starting child is asked whether it is ready ...
@@ -92,6 +96,7 @@ EXIT_GAVE_UP: Final = 1
 EXIT_DEFECT: Final = 70  # EX_SOFTWARE: a turn of the supervisor itself failed
 
 Progress = Callable[[Mapping[str, Any]], None]
+Sockets = tuple[zmq.Socket[bytes], zmq.Socket[bytes]]  # a connection and its monitor
 
 
 @dataclass(slots=True)
@@ -110,8 +115,13 @@ class Child:
     starts: int = 0
     due_s: float = 0.0  # not to be started before
     kill_s: float | None = None  # when it is killed; None: it was not asked to stop
+    hung: str | None = None  # why it was killed, until its end is seen
     last_exit: str | None = None
     since: float = field(default_factory=time.time)
+
+    def leaves(self) -> bool:
+        """Whether its process, if there is one, has to end."""
+        return self.renew or not self.wanted
 
     def status(self) -> ChildStatus:
         """Return what others are told of it."""
@@ -125,3 +135,501 @@ class Child:
             last_exit=self.last_exit,
             since=self.since,
         )
+
+
+class Supervisor(pykka.ThreadingActor):
+    """The actor. `Supervisor.start(...)` runs its loop here and returns when all is stopped.
+
+    Args:
+        var, run: the directory it holds, and where what lives as long as a run goes.
+        mailbox: its inbox; it closes it.
+        server: forks its children.
+        connect: makes a connection to an owner, by name.
+        load: reads the settings, now and on SIGHUP.
+        specs: makes the specs of its own children from the settings, in the order of their start.
+        strategy: what else is restarted when one of them has ended.
+        environment: set for every child on top of the supervisor's own.
+        progress: told each child that becomes ready, and in the end that all are, or why not.
+
+    Attributes:
+        exit_code: of the process, once the loop has ended: 0, or 1 when it gave up.
+    """
+
+    def __init__(
+        self,
+        *,
+        var: Path,
+        run: Path,
+        mailbox: Mailbox,
+        server: ForkServer,
+        connect: Callable[[str], Sockets],
+        load: Callable[[], config.Loaded],
+        specs: Callable[[config.Config], tuple[ChildSpec, ...]],
+        strategy: Strategy,
+        environment: Mapping[str, str],
+        progress: Progress,
+    ) -> None:
+        self._mailbox = mailbox
+        super().__init__()
+        settings = load().config
+        self.exit_code = 0
+        self._var = var
+        self._run = run
+        self._server = server
+        self._connect = connect
+        self._load = load
+        self._settings = settings.supervisor
+        self._specs = specs
+        self._strategy = strategy
+        self._environment = environment
+        self._progress = progress
+        self._log = log.configure(var, NAME, settings.log.level)
+        self._desk = Desk(NAME, self._carry, self._log)
+        self._stat = StatWriter(run / f"{NAME}.stat")
+        self._own = [Child(spec) for spec in specs(settings)]
+        self._agents: dict[str, Child] = {}
+        self._restarts: tuple[float, ...] = ()  # of all its own children, newest first
+        self._ended: list[Child] = []
+        self._signals: list[int] = []
+        self._up = False  # all its own children have been ready
+        self._stopping = False
+        self._hurry_s: float | None = None  # when what is left is killed
+        self._changed = True
+        self._started_at = time.time()
+        self._started_s = self._looked_s = time.monotonic()
+
+    # pykka: the inbox is the mailbox and the loop runs in the thread that starts the actor.
+
+    def _create_actor_inbox(self) -> Any:  # type: ignore[override]
+        return self._mailbox
+
+    def _start_actor_loop(self) -> None:
+        self._actor_loop()
+
+    def on_start(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, _frame: self._signals.append(number))
+        self._mailbox.wake_on_signals()
+        self._mailbox.timeout_s = 0.0
+
+    def on_receive(self, message: Any) -> None:
+        """One turn. A defect in it ends the process at once; the kernel ends the children."""
+        try:
+            self._turn(message)
+        except BaseException as error:
+            self._log.exception("a turn of the supervisor failed")
+            with contextlib.suppress(OSError):
+                write_exit(self._run, EXIT_DEFECT, f"a defect: {error!r}"[:1000])
+            os._exit(EXIT_DEFECT)
+
+    def on_stop(self) -> None:
+        self._mailbox.close()
+        self._stat.close()
+
+    def _turn(self, post: Post) -> None:
+        now_s = time.monotonic()
+        self._stat.begin_turn(now_s)
+        while self._signals:
+            self._signalled(self._signals.pop(0))
+        while self._ended:
+            self._has_ended(self._ended.pop(0), now_s)
+        for letter in post.letters:
+            self._answer(letter)
+        self._look(now_s)
+        self._advance(now_s)
+        if self._changed:
+            self._publish()
+        self._stat.state = "draining" if self._stopping else "running"
+        self._stat.end_turn(time.monotonic())
+        self._mailbox.timeout_s = self._rest_s(time.monotonic())
+
+    # What has happened.
+
+    def _signalled(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            self._reload()
+        elif self._stopping:
+            self._log.warning("asked to stop again: in a hurry now")
+            self._hurry_s = time.monotonic() + HURRY_S
+        else:
+            self._stop_all(signal.Signals(number).name)
+
+    def _reload(self) -> None:
+        """Take up new settings. Children keep running; those of owners apply when they restart."""
+        try:
+            settings = self._load().config
+        except KsiError as error:
+            self._log.error("the settings are as before", error=str(error), hint=error.hint)
+            return
+        self._settings = settings.supervisor
+        self._log = log.configure(self._var, "supervisor", settings.log.level)
+        fresh = {spec.name: spec for spec in self._specs(settings)}
+        for child in self._own:
+            child.spec = fresh.get(child.spec.name, child.spec)
+        self._log.info("settings reloaded")
+
+    def _has_ended(self, child: Child, now_s: float) -> None:
+        """A child's process is gone: see to what follows."""
+        running, child.running = child.running, None
+        if running is None:
+            return
+        self._mailbox.unwatch(running.pidfd)
+        code = running.ended()
+        if child.probe is not None:
+            child.probe.close()
+            child.probe = None
+        child.last_exit = f"killed: {child.hung}" if child.hung else exit_words(code)
+        child.hung = child.kill_s = None
+        if child.leaves():
+            child.renew = False
+            self._set(child, "STOPPED")
+        elif child in self._own and not self._up and not child.was_ready:
+            self._set(child, "STOPPED")
+            self._give_up(
+                f"{child.spec.name} ended before it was ready ({child.last_exit})",
+                hint=last_line(log.output(self._var, child.spec.name)),
+            )
+        else:
+            self._restart(child, code, now_s)
+
+    def _restart(self, child: Child, code: int | None, now_s: float) -> None:
+        """Restart a child that has ended by itself, or not: by its type and the intensity."""
+        if not is_restarted(child.spec.restart, code):
+            child.wanted = False
+            self._set(child, "STOPPED")
+            return
+        intensity = self._intensity(child)
+        child.restarts, few = add_restart(child.restarts, now_s, intensity)
+        if child.spec.kind != "agent":  # its own children are under one intensity together
+            self._restarts, few = add_restart(self._restarts, now_s, intensity)
+        if not few:
+            child.wanted = False
+            self._set(child, "FATAL")
+            if child.spec.kind != "agent":
+                self._give_up(
+                    f"{child.spec.name} ended again ({child.last_exit}): more than "
+                    f"{intensity.restarts_max} restarts in {intensity.period_s:g} s"
+                )
+            return
+        child.restarts_total += 1
+        backoff = Backoff(self._settings.backoff_first_s, self._settings.backoff_max_s)
+        child.due_s = now_s + backoff_s(len(child.restarts), random.random(), backoff)
+        self._set(child, "BACKOFF")
+        if child in self._own and self._strategy == "rest_for_one":
+            for later in self._own[self._own.index(child) + 1 :]:
+                later.renew = later.running is not None
+
+    def _intensity(self, child: Child) -> Intensity:
+        settings = self._settings
+        if child.spec.kind == "agent":
+            return Intensity(settings.agent_intensity, settings.agent_period_s)
+        return Intensity(settings.intensity, settings.period_s)
+
+    def _look(self, now_s: float) -> None:
+        """Find children that have become ready, or that hang."""
+        for child in self._own:
+            if (
+                child.probe is not None
+                and child.running is not None
+                and child.probe.is_ready(child.running.pid)
+            ):
+                self._is_ready(child)
+        late = now_s - self._looked_s > 4 * LOOK_S  # we were stopped: perhaps they were, too
+        if now_s - self._looked_s < LOOK_S:
+            return
+        self._looked_s = now_s
+        for child in self._own:
+            if child.running is not None and child.kill_s is None and not late:
+                child.hung = self._hung(child, child.running, now_s)
+                if child.hung is not None:
+                    self._log.error("killed a hung child", child=child.spec.name, hung=child.hung)
+                    child.running.signal(signal.SIGKILL)
+        for child in self._all():
+            log.trim(log.output(self._var, child.spec.name))
+
+    def _hung(self, child: Child, running: Running, now_s: float) -> str | None:
+        """Return how a child hangs, in words, or None."""
+        stat = read_stat(self._run / f"{child.spec.name}.stat")
+        if stat is not None and stat.pid != running.pid:
+            stat = None  # of its predecessor
+        if child.state == "STARTING":
+            turned_s = max(running.started_s, stat.turn_monotonic if stat else 0.0)
+            silent_s = now_s - turned_s
+            return f"not ready for {silent_s:.1f} s" if silent_s > child.spec.start_s else None
+        if stat is None:
+            return None
+        settings = self._settings
+        return stat.hung(
+            now_s, turn_s_max=settings.hung_turn_s, commit_s_max=settings.hung_commit_s
+        )
+
+    def _is_ready(self, child: Child) -> None:
+        assert child.probe is not None
+        assert child.running is not None
+        child.probe.close()
+        child.probe = None
+        child.was_ready = True
+        self._set(child, "RUNNING")
+        if self._up:
+            return
+        spent_s = round(time.monotonic() - child.running.started_s, 4)
+        self._progress({"child": child.spec.name, "pid": child.running.pid, "seconds": spent_s})
+        if all(each.state == "RUNNING" for each in self._own):
+            self._up = True
+            spent_s = round(time.monotonic() - self._started_s, 4)
+            self._progress({"ready": True, "pid": os.getpid(), "seconds": spent_s})
+
+    # What is to be done: the next steps from what each child is to what it should be.
+
+    def _advance(self, now_s: float) -> None:
+        self._stop_next(now_s)
+        if not self._stopping:
+            self._start_next(now_s)
+        elif not any(child.running for child in self._all()):
+            self._log.info("stopped", exit_code=self.exit_code)
+            self.stop()
+
+    def _stop_next(self, now_s: float) -> None:
+        """Stop what has to stop: agents first and together, then one by one in reverse order."""
+        leaving = [child for child in self._all() if child.running and child.leaves()]
+        agents = [child for child in leaving if child.spec.kind == "agent"]
+        own = [child for child in reversed(leaving) if child.spec.kind != "agent"]
+        if self._hurry_s is None:
+            own = [] if agents and self._stopping else own[:1]
+        for child in (*agents, *own):
+            self._stop_child(child, now_s)
+
+    def _stop_child(self, child: Child, now_s: float) -> None:
+        assert child.running is not None
+        if child.kill_s is None:
+            child.kill_s = now_s + child.spec.shutdown_s
+            child.running.ask_to_stop()
+        if self._hurry_s is not None:
+            child.kill_s = min(child.kill_s, self._hurry_s)
+        if now_s >= child.kill_s:
+            child.running.signal(signal.SIGKILL)
+            child.kill_s = now_s + LOOK_S  # again, should it need to be
+
+    def _start_next(self, now_s: float) -> None:
+        """Start what has to run and does not: in order, while the order matters."""
+        in_order = not self._up or self._strategy == "rest_for_one"
+        if self._strategy == "rest_for_one" and any(child.renew for child in self._own):
+            return
+        for child in self._all():
+            if child.wanted and child.running is None and now_s >= child.due_s:
+                self._start_child(child, now_s)
+            if in_order and child in self._own and child.wanted and child.state != "RUNNING":
+                break
+
+    def _start_child(self, child: Child, now_s: float) -> None:
+        """Start a process; that it cannot be started counts as an end of it."""
+        try:
+            self._spawn(child)
+        except (OSError, KsiError) as error:
+            child.last_exit = f"not started: {error}"
+            self._log.error("a child cannot be started", child=child.spec.name, error=str(error))
+            self._restart(child, None, now_s)
+
+    def _spawn(self, child: Child) -> None:
+        spec = child.spec
+        running = self._server.spawn(spec, self._var, self._environment_of(spec))
+        child.running = running
+        child.starts += 1
+        self._mailbox.watch(running.pidfd, lambda: self._ended.append(child))
+        if spec.kind == "agent":
+            self._set(child, "RUNNING")
+        else:
+            connect = functools.partial(self._connect, spec.name)
+            stat = self._run / f"{spec.name}.stat"
+            child.probe = Probe(stat, connect if spec.kind == "owner" else None)
+            self._set(child, "STARTING")
+
+    def _environment_of(self, spec: ChildSpec) -> dict[str, str]:
+        environment = {**self._environment, **spec.env, "KSI_VAR": str(self._var)}
+        if spec.kind == "agent":
+            environment["KSI_AGENT"] = spec.identity or spec.name
+            path = environment.get("PATH", os.environ.get("PATH", os.defpath))
+            environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"
+        return environment
+
+    def _stop_all(self, why: str) -> None:
+        """Begin to stop; `_advance` does it."""
+        self._log.info("stopping", why=why)
+        self._stopping = True
+        if not self._up and self.exit_code == 0:
+            self._progress({"error": Draining(f"stopped while starting: {why}").to_wire()})
+        for child in self._all():
+            child.wanted = child.renew = False
+            if child.running is None and child.state != "FATAL":
+                self._set(child, "STOPPED")
+
+    def _give_up(self, why: str, *, hint: str | None = None) -> None:
+        """Escalate: stop everything, exit 1, and leave the reason where it is found."""
+        if self._stopping:
+            return
+        self.exit_code = EXIT_GAVE_UP
+        self._log.error("gave up", why=why)
+        write_exit(self._run, EXIT_GAVE_UP, why)
+        if not self._up:
+            self._progress({"error": Internal(why, hint=hint).to_wire()})
+        self._stop_all("gave up")
+
+    # What it is asked.
+
+    def _answer(self, letter: Letter) -> None:
+        identity = self._mailbox.sender_of(letter.sender)
+        sender = None if identity is None else Sender(*identity)
+        for kind, items in self._desk.take(letter.payload, sender, letter.arrived_s):
+            frame = wire.OwnerFrame(wire.VERSION, kind, STORE, 0, items)
+            if not self._mailbox.send(letter.route, wire.encode(frame)):
+                self._stat.replies_dropped += 1
+
+    def _carry(self, message: Message, _sender: Sender) -> Reply:
+        """Do what a message asks, or refuse."""
+        match message:
+            case Status():
+                return self._status()
+            case Stop():
+                self._stop_all("system:stop")
+                return Done(name="supervisor", state="STOPPED")
+            case RestartChild(owner=name):
+                return self._renew(_find(self._all(), name))
+            case StartChild():
+                return self._start_agent(message)
+            case StopChild(name=name, force=force):
+                return self._stop_agent(_find(self._agents.values(), name), force)
+        raise AssertionError(message)
+
+    def _status(self) -> SystemStatus:
+        return SystemStatus(
+            pid=os.getpid(),
+            started_at=self._started_at,
+            stopping=self._stopping,
+            children=[child.status() for child in self._all()],
+        )
+
+    def _renew(self, child: Child) -> Done:
+        self._require_open()
+        child.wanted = True
+        child.renew = child.running is not None
+        child.due_s = 0.0
+        return Done(name=child.spec.name, state=child.state)
+
+    def _start_agent(self, message: StartChild) -> ChildStatus:
+        self._require_open()
+        known = self._agents.get(message.name)
+        if known is not None and (known.running or known.wanted):
+            pid = known.running.pid if known.running else None
+            raise Conflict(f"{message.name} is {known.state} already", state=known.state, pid=pid)
+        if any(child.spec.name == message.name for child in self._own):
+            raise Conflict(f"{message.name} is the name of an owner", hint="choose another name")
+        if known is None and len(self._agents) >= AGENTS_MAX:
+            raise Quota(f"{AGENTS_MAX} agents are supervised already", limit=AGENTS_MAX)
+        spec = ChildSpec(
+            name=message.name,
+            kind="agent",
+            arguments=tuple(message.argv),
+            restart=message.restart,
+            shutdown_s=message.shutdown_s,
+            env=message.env,
+            cwd=message.cwd,
+            identity=message.identity,
+        )
+        child = Child(spec)
+        self._spawn(child)
+        self._agents[message.name] = child
+        return child.status()
+
+    def _stop_agent(self, child: Child, force: bool) -> Done:
+        child.wanted = child.renew = False
+        if child.running is None:
+            self._set(child, "STOPPED")
+        elif force:
+            child.kill_s = 0.0
+        return Done(name=child.spec.name, state=child.state)
+
+    def _require_open(self) -> None:
+        if self._stopping:
+            raise Draining("the system is stopping")
+
+    # What others are told.
+
+    def _set(self, child: Child, state: State) -> None:
+        """Enter a state; log it, publish it, report it."""
+        child.state = state
+        child.since = time.time()
+        self._changed = True
+        pid = child.running.pid if child.running else None
+        say = self._log.info if state in ("STARTING", "RUNNING", "STOPPED") else self._log.warning
+        say(
+            "child",
+            child=child.spec.name,
+            state=state,
+            child_pid=pid,
+            last_exit=child.last_exit,
+            restarts=child.restarts_total,
+        )
+        if child.spec.kind == "agent":
+            self._report(child.spec, state, pid, child.last_exit)
+            if state == "STOPPED":
+                self._agents.pop(child.spec.name, None)
+
+    def _report(self, spec: ChildSpec, state: State, pid: int | None, exit: str | None) -> None:
+        """Tell the registry what has become of a supervised agent."""
+
+    def _publish(self) -> None:
+        """Write `run/children.json`: `ksi status` reads it, whatever has become of us."""
+        self._changed = False
+        content = {"schema": "ksi.children/1", **msgspec.to_builtins(self._status())}
+        try:
+            replace_json(self._run / "children.json", content)
+        except OSError as error:
+            self._log.error("children.json cannot be written", error=str(error))
+
+    def _rest_s(self, now_s: float) -> float:
+        """Return how long nothing is to be done unless something happens."""
+        due_s = self._looked_s + LOOK_S
+        for child in self._all():
+            if child.probe is not None and child.running is not None:
+                old = now_s - child.running.started_s > 1.0
+                due_s = min(due_s, now_s + (READY_LOOK_S_MAX if old else READY_LOOK_S))
+            elif child.kill_s is not None:
+                due_s = min(due_s, child.kill_s)
+            elif child.wanted and child.running is None:
+                due_s = min(due_s, child.due_s)
+        return max(0.0, due_s - now_s)
+
+    def _all(self) -> list[Child]:
+        return [*self._own, *self._agents.values()]
+
+
+def _find(children: Iterable[Child], name: str) -> Child:
+    by_name = {child.spec.name: child for child in children}
+    if name in by_name:
+        return by_name[name]
+    near = difflib.get_close_matches(name, by_name, n=1)
+    hint = f"did you mean {near[0]}?" if near else "ksi status lists them"
+    raise NotFound(f"the supervisor has no child {name!r} of this kind"[:300], hint=hint)
+
+
+def last_line(path: Path) -> str | None:
+    """Return the last thing a process said on its standard error: why it ended, most likely."""
+    try:
+        content = path.read_bytes()[-4096:]
+    except OSError:
+        return None
+    lines = content.decode(errors="replace").strip().splitlines()
+    return f"its last words: {lines[-1][:500]} (all of them: {path})" if lines else None
+
+
+def write_exit(run: Path, code: int, why: str) -> None:
+    """Leave in `run/supervisor.exit` why the supervisor has ended, for `ksi status`."""
+    content = {"schema": "ksi.exit/1", "at": time.time(), "exit": code, "reason": why}
+    replace_json(run / "supervisor.exit", content)
+
+
+def replace_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Put a JSON file in place of the former in one step; not synced, it lives as long as a run."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(content))
+    fresh.replace(path)

@@ -5,20 +5,49 @@ One for one: an owner's state is on disk and its clients resend, so none needs a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
+from ksi.actors import system
 from ksi.actors.child import ChildSpec
+from ksi.actors.config import Config
+from ksi.actors.owners import OWNERS, load_all
 from ksi.actors.restarts import Strategy
 
-STRATEGY: Final[Strategy] = "one_for_one"
+DEFAULT: Final = "ksi.actors.tree:tree"
+MODULES: Final = ("ksi.actors.process", "ksi.actors.follower", "structlog")  # what children need
 
 
-def children(var: Path, *, start_s: float, shutdown_s: float) -> tuple[ChildSpec, ...]:
-    """Return the specs of the system on `var`."""
+class Tree(NamedTuple):
+    """What one supervisor supervises.
 
-    def owner(name: str) -> ChildSpec:
-        return ChildSpec(
+    Attributes:
+        specs: makes the child specs for a var directory from its settings.
+        strategy: what else is restarted when one of them has ended.
+        domains: which of them announces the topics that begin with a word.
+    """
+
+    specs: Callable[[Path, Config], tuple[ChildSpec, ...]]
+    strategy: Strategy = "one_for_one"
+    domains: Mapping[str, str] = {}
+
+
+def tree() -> Tree:
+    """Return the tree of the system. It declares all operations."""
+    assert system.Status is not None
+    owners = load_all()
+    return Tree(
+        specs,
+        domains={domain: name for name, owner in owners.items() for domain in owner.domains},
+    )
+
+
+def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
+    """Return the child specs of the system."""
+    start_s, shutdown_s = settings.supervisor.start_s, settings.supervisor.shutdown_s
+    owners = [
+        ChildSpec(
             name=name,
             kind="owner",
             function="ksi.actors.process:run_owner",
@@ -26,16 +55,14 @@ def children(var: Path, *, start_s: float, shutdown_s: float) -> tuple[ChildSpec
             start_s=start_s,
             shutdown_s=shutdown_s,
         )
-
-    return (
-        owner("registry"),
-        owner("sessions"),
-        ChildSpec(
-            name="files",
-            kind="follower",
-            function="ksi.actors.follower:run_files",
-            arguments=(str(var),),
-            start_s=start_s,
-            shutdown_s=shutdown_s,
-        ),
+        for name in OWNERS
+    ]
+    files = ChildSpec(
+        name="files",
+        kind="follower",
+        function="ksi.actors.follower:run_files",
+        arguments=(str(var),),
+        start_s=start_s,
+        shutdown_s=shutdown_s,
     )
+    return (*owners, files)

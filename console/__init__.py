@@ -1,1 +1,5 @@
-"""The `ksi` command, one file a sub-command."""
+"""The `ksi` command, one file a sub-command.
+
+`main` finds the sub-command and turns errors into words and exit codes, `options` is what all
+sub-commands take, `show` how they print, `operations` what they know of the declarations.
+"""

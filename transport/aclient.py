@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, overload
 
-import zmq
-
 from ksi.transport.caller import Caller, Prepared, Ticket
 from ksi.transport.errors import KsiError, NotFound, Unavailable
 from ksi.transport.limits import ASK_TIMEOUT_S
@@ -236,14 +234,14 @@ class AsyncClient:
         if link is None:
             self._loop = asyncio.get_running_loop()
             link = self._caller.link(owner)
-            for socket in (link.dealer, link.monitor):
-                self._loop.add_reader(socket.getsockopt(zmq.FD), self._arrived, link)
+            for descriptor in link.descriptors():
+                self._loop.add_reader(descriptor, self._arrived, link)
             self._arrived(link)
         return link
 
     def _unwatch(self, link: Link) -> None:
-        for socket in (link.dealer, link.monitor):
-            self._loop.remove_reader(socket.getsockopt(zmq.FD))
+        for descriptor in link.descriptors():
+            self._loop.remove_reader(descriptor)
 
     def _flush(self, link: Link) -> None:
         self._scheduled.discard(link)
@@ -251,8 +249,7 @@ class AsyncClient:
         if not link.window.waiting():
             link.heard_s = now_s
         link.flush(now_s)
-        # The socket's descriptor signals edges only, and sending may have taken one.
-        if link.dealer.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if link.readable():  # The descriptor signals edges only, and sending may have taken one.
             self._loop.call_soon(self._arrived, link)
 
     def _arrived(self, link: Link) -> None:

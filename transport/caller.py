@@ -10,27 +10,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import msgspec
 import zmq
 
-from ksi.transport.errors import (
-    Busy,
-    Invalid,
-    KsiError,
-    NotRunning,
-    Unavailable,
-)
+from ksi.transport.errors import Invalid, KsiError, NotRunning, Unavailable
 from ksi.transport.identity import Directory, KeyRing
 from ksi.transport.limits import WINDOW_COMMANDS_MAX
 from ksi.transport.link import Link
 from ksi.transport.mailbox import connect
-from ksi.transport.message import Message, Role, encode, operation_of, unknown
+from ksi.transport.message import CATALOGUE, Message, Query, Role, encode, operation_of, unknown
 from ksi.transport.window import Pending
 
 if TYPE_CHECKING:
-    from ksi.storage.reader import Reader
+    from ksi.actors.reading import OwnerReader
 
 # Commands that carry the epoch this client has learnt, and the replies that teach it.
 _FENCED: Final = frozenset(
@@ -81,7 +75,7 @@ class Caller:
         self.certificate = KeyRing(self.var).enroll(self.name, role)
         self.links: dict[str, Link] = {}
         self._epochs: dict[str, int] = {}
-        self._readers: dict[str, Reader] = {}
+        self._readers: dict[str, OwnerReader] = {}
         self._unclaimed: dict[Ticket, tuple[bytes | None, KsiError | None]] = {}
 
     def prepare(
@@ -127,9 +121,7 @@ class Caller:
         """Return who announces topics under `pattern`: by its first word, else the bus."""
         return self.directory.domains.get(pattern.split(".", 1)[0], "bus")
 
-    def add(
-        self, prepared: Prepared, link: Link, deadline_s: float | None
-    ) -> Pending:
+    def add(self, prepared: Prepared, link: Link, deadline_s: float | None) -> Pending:
         """Put a request into the link's window; ask `link.window.full()` first."""
         window = link.window
         add = window.add_command if prepared.is_command else window.add_query
@@ -150,7 +142,7 @@ class Caller:
         return typed
 
     def late(self, link: Link, pending: Pending) -> KsiError:
-        """The caller of `pending` waits no longer: return what to tell it, keep its number going."""
+        """The caller of `pending` waits no longer: return what to tell it; its number goes on."""
         pending.future = None
         if pending.refused is not None:
             # Nothing has happened, and nothing will: it goes again with no time left.
@@ -165,7 +157,9 @@ class Caller:
         return error
 
     def no_answer(self, link: Link, pending: Pending) -> Unavailable:
-        known = "; it may or may not have happened" if pending.number in link.window.commands else ""
+        known = (
+            "; it may or may not have happened" if pending.number in link.window.commands else ""
+        )
         hint = "client.settle(error.ticket) finds out" if known else "ksi status"
         return Unavailable(
             f"{link.owner} did not answer {pending.operation} in time{known}",
@@ -196,9 +190,31 @@ class Caller:
         self, what: str | Message, fields: Mapping[str, Any] | None, named: dict[str, Any]
     ) -> Any:
         """Run a query here, on the owner's committed state. No message is sent."""
-        from ksi.storage.reader import read  # the one place where a client looks at the disk
+        if isinstance(what, Message):
+            declared = operation_of(what)
+            return self._reader(declared.owner).answer(cast("Query[Any]", what))
+        owner = self.directory.queries.get(what)
+        if owner is None:
+            if what in self.directory.commands:
+                raise Invalid(f"{what} is a command", hint=f"ask it: client.ask({what!r}, ...)")
+            raise unknown(what, self.directory.queries)
+        reader = self._reader(owner)
+        declared = CATALOGUE[what]
+        if fields is not None:
+            named = {**fields, **named}
+        try:
+            query = cast("Query[Any]", msgspec.convert(named, declared.message))
+        except msgspec.ValidationError as error:
+            raise Invalid(f"{what}: {error}", hint=declared.hint) from None
+        return msgspec.to_builtins(reader.answer(query))
 
-        return read(self, what, fields, named)
+    def _reader(self, owner: str) -> OwnerReader:
+        reader = self._readers.get(owner)
+        if reader is None:
+            from ksi.actors.reading import reader_of  # the one place where a client reads the disk
+
+            reader = self._readers[owner] = reader_of(owner, self.var)
+        return reader
 
     def close_links(self) -> None:
         for link in self.links.values():
@@ -212,7 +228,3 @@ class Caller:
         self._epochs[session_id] = epoch
         if len(self._epochs) > _EPOCHS_MAX:
             del self._epochs[next(iter(self._epochs))]
-
-
-def overdue(pending: Pending) -> KsiError:
-    return pending.refused or Busy("the window is full and nothing is answered")

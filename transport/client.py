@@ -264,7 +264,7 @@ class Client:
             if now_s >= deadline_s:
                 return False
             with contextlib.suppress(zmq.ZMQError):  # A signal's handler may have run: look again.
-                self._poller.poll(max(1.0, min(deadline_s - now_s, KEEPER_S) * 1000))
+                self._poller.poll(1 + int(min(deadline_s - now_s, KEEPER_S) * 1000))
             self._take_all()
         return True
 
@@ -303,7 +303,7 @@ class Client:
 
 
 class Subscription:
-    """What a pattern brings, in order: `with client.subscribe("agent.*") as news: for each in news`."""
+    """What a pattern brings, in order: `with client.subscribe("agent.*") as news:`."""
 
     def __init__(self, client: Client, link: Link, subscribed: Subscribed) -> None:
         self._client = client

@@ -43,6 +43,7 @@ RESERVED: Final = frozenset(
 BELL_SUFFIX: Final = ".bell"  # The doorbell of an owner is beside its socket.
 
 _SETTLED_NS: Final = 20_000_000  # Two changes within one tick of the file clock look like one.
+_DIRECTORY_NAME: Final = "endpoints.json"
 _FILE_BYTES_MAX: Final = 1 << 20
 _ID: Final = re.compile(ID_PATTERN)
 _USER_ID: Final = re.compile(r"[0-9a-f]{64}")
@@ -200,7 +201,7 @@ class KeyRing:
             return None
         try:
             public = _parse(_read(self._public_path(user_id), closed_to=0o022))
-        except (OSError, Forbidden):
+        except (FileNotFoundError, Forbidden):
             return None
         if public is None or public.user_id != user_id:
             return None
@@ -224,14 +225,41 @@ class Directory(msgspec.Struct, frozen=True):
     """Who owns what and where: `run/endpoints.json`, written by the supervisor.
 
     Attributes:
-        operations: the owner of each operation.
+        commands, queries: the owner of each operation of that kind.
         domains: the owner of the topics that begin with this word.
         owners: the address of each owner.
     """
 
-    operations: dict[str, str]
+    commands: dict[str, str]
+    queries: dict[str, str]
     domains: dict[str, str]
     owners: dict[str, Address]
+
+    @classmethod
+    def read(cls, var: Path) -> Directory:
+        """Return the directory as it was published last.
+
+        Raises:
+            NotRunning: there is none.
+            Forbidden: it is not ours alone.
+        """
+        path = run_directory(var) / _DIRECTORY_NAME
+        try:
+            return msgspec.json.decode(_read(path, closed_to=0o022), type=cls)
+        except FileNotFoundError:
+            raise NotRunning(f"nothing runs on {var}", hint="ksi start") from None
+        except msgspec.MsgspecError as error:
+            raise NotRunning(f"{path} is unreadable: {error}", hint="ksi restart") from None
+
+    def write(self, var: Path) -> None:
+        """Publish it in one step: a reader sees the former one or this one."""
+        text = msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2)
+        _write(make_run_directory(var) / _DIRECTORY_NAME, text.decode())
+
+    @staticmethod
+    def remove(var: Path) -> None:
+        """Withdraw it: clients learn at once that nothing runs."""
+        (run_directory(var) / _DIRECTORY_NAME).unlink(missing_ok=True)
 
 
 def run_directory(var: Path) -> Path:
@@ -280,31 +308,9 @@ def endpoint(var: Path, name: str) -> str:
     return f"ipc://{run_directory(var) / name}"
 
 
-def write_directory(var: Path, directory: Directory) -> None:
-    """Publish the directory, in one step: a reader sees the former one or this one."""
-    text = msgspec.json.format(msgspec.json.encode(directory, order="sorted"), indent=2)
-    _write(run_directory(var) / "endpoints.json", text.decode())
-
-
-def read_directory(var: Path) -> Directory:
-    """Return the directory as it was published last.
-
-    Raises:
-        NotRunning: there is none.
-        Forbidden: it is not ours alone.
-    """
-    path = run_directory(var) / "endpoints.json"
-    try:
-        return msgspec.json.decode(_read(path, closed_to=0o022), type=Directory)
-    except FileNotFoundError:
-        raise NotRunning(f"nothing runs on {var}", hint="ksi start") from None
-    except msgspec.MsgspecError as error:
-        raise NotRunning(f"{path} is unreadable: {error}", hint="ksi restart") from None
-
-
-def remove_directory(var: Path) -> None:
-    """Withdraw the directory: clients learn at once that nothing runs."""
-    (run_directory(var) / "endpoints.json").unlink(missing_ok=True)
+def bell_endpoint(var: Path, name: str) -> str:
+    """Return the address of the doorbell of the owner `name`. Raises as `endpoint`."""
+    return endpoint(var, name) + BELL_SUFFIX
 
 
 def _require_admissible(name: str, role: Role) -> None:

@@ -34,13 +34,19 @@ CREDIT_MAX: Final = 4096  # Deliveries in flight to one subscription before they
 OUTBOX_ROWS_MAX: Final = 100_000  # Messages waiting for another owner; beyond it `busy`.
 
 # Disk
+RECORD_BYTES_MAX: Final = 4 * BATCH_BYTES_MAX  # Of the journal: events may outgrow their commands.
 SEGMENT_BYTES: Final = 64 << 20  # A journal segment: small enough to drop, large enough to be few.
 SNAPSHOT_JOURNAL_BYTES: Final = 256 << 20  # At least one snapshot for this much journal.
 MAP_BYTES: Final = 64 << 30  # LMDB map: address space only, the same for every opener.
 MAP_USE_MAX: Final = 0.8  # Above this part of the map new work is refused, deletes go on.
+KEY_BYTES_MAX: Final = 511  # What LMDB can hold as a key.
+CACHE_ROWS: Final = 16_384  # Decoded rows a table keeps between batches: 8 MB at 500 bytes.
 READERS_MAX: Final = 4096  # LMDB reader slots; the first opener of an environment sizes the file.
+REPLAY_RECORDS: Final = 4096  # Replayed in one transaction of the view: bounds its dirty pages.
 FREE_BYTES_MIN: Final = 64 << 20  # Free disk below which new work is refused ...
 FREE_PART_MIN: Final = 0.05  # ... or below this part of the disk, whichever is smaller.
+ROOM_CHECK_S: Final = 0.1  # How old an answer to "is there room" may be.
+LOCK_WAIT_S: Final = 30.0  # A killed predecessor may still be inside a sync of a slow disk.
 OPEN_FILES_MAX: Final = 256  # Session files a follower keeps open.
 SOCKET_PATH_BYTES_MAX: Final = 107  # `sun_path` less its NUL.
 RUN_NAME_BYTES_MAX: Final = 24  # Of a socket in `run/`, so that the path is known to fit or not.

@@ -28,8 +28,8 @@ SILENCE_S: Final = 1.0  # After this long without an answer what is unanswered i
 class Delivery:
     """One message that was announced under `topic` by `sender`.
 
-    `seq` numbers what was announced to a subscription from 1, for each connection; `gap` is how many
-    were missed right before this one. A notice of a gap alone has `topic` "" and `message` None.
+    `seq` numbers what was announced to a subscription from 1, for each connection; `gap` is how
+    many were missed right before this one. A notice of a gap alone has `topic` "" and no message.
     """
 
     topic: str
@@ -138,6 +138,14 @@ class Link:
             subscribed.granted = subscribed.taken + CREDIT
             self._control(Kind.CREDIT, [(subscribed.number, subscribed.granted)])
         return delivery
+
+    def descriptors(self) -> tuple[int, int]:
+        """Return what to poll: they signal edges, so take until nothing is left."""
+        return int(self.dealer.getsockopt(zmq.FD)), int(self.monitor.getsockopt(zmq.FD))
+
+    def readable(self) -> bool:
+        """Whether a frame waits."""
+        return bool(int(self.dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def hello(self) -> None:
         """Ask who is there; `window.welcome` is the answer."""

@@ -76,8 +76,8 @@ class Operation:
     roles: frozenset[Role]
     refuses: tuple[type[KsiError], ...]
     example: Mapping[str, Any]
-    open_fields: tuple[str, ...] = field(default=())
-    decoder: msgspec.msgpack.Decoder[Any] = field(default=None, repr=False)  # type: ignore[assignment]
+    open_fields: tuple[str, ...]  # those whose values are left open, or may be a NaN
+    decoder: msgspec.msgpack.Decoder[Any] = field(repr=False)
 
     @property
     def doc(self) -> str:

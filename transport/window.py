@@ -111,9 +111,7 @@ class Window:
 
     def full(self) -> bool:
         """Whether a further command must wait for an answer to an earlier one."""
-        return (
-            len(self.commands) >= WINDOW_COMMANDS_MAX or self.command_bytes >= WINDOW_BYTES_MAX
-        )
+        return len(self.commands) >= WINDOW_COMMANDS_MAX or self.command_bytes >= WINDOW_BYTES_MAX
 
     def add_command(self, operation: str, body: bytes, deadline_s: float | None) -> Pending:
         """Number a command; it goes with the next `frames()`. Ask `full()` first."""

@@ -16,7 +16,7 @@ role transitions. Fencing tokens: Kafka's epochs, decided where the write is dec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -41,7 +41,7 @@ from ksi.actors.owner import (
 from ksi.transport.errors import Conflict, Forbidden, NotFound, NotOwner, StaleEpoch, TooLarge
 from ksi.transport.limits import FRAME_BYTES_MAX
 from ksi.transport.message import OWNER as OWNERS_ONLY
-from ksi.transport.message import PEOPLE, Id, Plain, Text, operation
+from ksi.transport.message import Id, Plain, Text, operation
 
 LINE_BYTES_MAX: Final = FRAME_BYTES_MAX  # A line must fit into the frame that reads it back.
 PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # One page of history, with room for its header.
@@ -260,18 +260,14 @@ class Close(Command[Ownership], frozen=True, kw_only=True):
     request_id: Id | None = None
 
 
-@operation(
-    "session:heartbeat", owner="sessions", roles=OWNERS_ONLY, example={"agent_id": "alice"}
-)
+@operation("session:heartbeat", owner="sessions", roles=OWNERS_ONLY, example={"agent_id": "alice"})
 class Heartbeat(Command[None], frozen=True, kw_only=True):
     """An agent is alive: its leases run from now. Sent by the registry."""
 
     agent_id: Id
 
 
-@operation(
-    "session:get", owner="sessions", refuses=(NotFound,), example={"session_id": "sess_1"}
-)
+@operation("session:get", owner="sessions", refuses=(NotFound,), example={"session_id": "sess_1"})
 class Get(Query[SessionView], frozen=True, kw_only=True):
     """Return one session: owner, epoch, how much was said and when."""
 
@@ -426,12 +422,16 @@ class Sessions(Owner[SessionTables]):
     tables = SessionTables
     domains = ("session",)
     events = (
-        EntryAppended | SessionCreated | Joined | RoleTaken | OwnerChanged | SessionClosed | OwnerSeen
+        EntryAppended
+        | SessionCreated
+        | Joined
+        | RoleTaken
+        | OwnerChanged
+        | SessionClosed
+        | OwnerSeen
     )
 
-    def decide(
-        self, command: Any, sender: Sender, tables: SessionTables, given: Given
-    ) -> Decision:
+    def decide(self, command: Any, sender: Sender, tables: SessionTables, given: Given) -> Decision:
         match command:
             case Append():
                 return _append(command, sender, tables, given)
@@ -492,6 +492,10 @@ class Sessions(Owner[SessionTables]):
             return (Line(event.session_id, event.offset, event.line),)
         return ()
 
+    def logs(self, tables: SessionTables, after: str) -> Iterator[tuple[str, int]]:
+        rows = tables.sessions.range(_beyond(after))
+        return ((session_id, session.size) for session_id, session in rows)
+
     def announce(self, event: Any) -> Iterable[Announcement]:
         match event:
             case EntryAppended():
@@ -531,9 +535,7 @@ def _create(command: Create, sender: Sender, tables: SessionTables, given: Given
         given.now,
         given.time_s,
     )
-    reply = Ownership(
-        session_id=session_id, owner=sender.name, epoch=1, created_at=given.now
-    )
+    reply = Ownership(session_id=session_id, owner=sender.name, epoch=1, created_at=given.now)
     return Decision((created,), reply)
 
 
@@ -601,9 +603,7 @@ def _transfer(command: Transfer, sender: Sender, tables: SessionTables, given: G
     else:
         session = _writable(tables, session_id, sender, command.epoch)
     if command.to_agent == session.owner:
-        raise Conflict(
-            f"{command.to_agent} owns session {session_id} already", epoch=session.epoch
-        )
+        raise Conflict(f"{command.to_agent} owns session {session_id} already", epoch=session.epoch)
     return _change_owner(session_id, session, command.to_agent, given)
 
 
@@ -660,9 +660,7 @@ def _open(tables: SessionTables, session_id: str) -> Session:
     return session
 
 
-def _writable(
-    tables: SessionTables, session_id: str, sender: Sender, epoch: int | None
-) -> Session:
+def _writable(tables: SessionTables, session_id: str, sender: Sender, epoch: int | None) -> Session:
     """Return the session if the sender writes it now: a former epoch is refused before a name."""
     session = _open(tables, session_id)
     if epoch is not None and epoch != session.epoch:
@@ -961,9 +959,11 @@ def _offset(tables: SessionTables, session_id: str, after: int) -> int:
 
 def _list(query: ListSessions, tables: SessionTables) -> SessionPage:
     found: list[SessionView] = []
-    start = f"{query.after}\x01" if query.after else ""
+    start = _beyond(query.after or "")
     if query.owner is not None:
-        keys = (key[1] for key, _ in tables.owned.range((query.owner, start), prefix=(query.owner,)))
+        keys = (
+            key[1] for key, _ in tables.owned.range((query.owner, start), prefix=(query.owner,))
+        )
     else:
         keys = (key for key, _ in tables.sessions.range(start))
     last = None
@@ -975,6 +975,11 @@ def _list(query: ListSessions, tables: SessionTables) -> SessionPage:
         if query.status in (None, session.status) and query.pattern in (None, session.pattern):
             found.append(_view(session_id, session))
     return SessionPage(sessions=found, next=None)
+
+
+def _beyond(key: str) -> str:
+    """Return the least key above `key`: no id holds a character this low."""
+    return f"{key}\x01" if key else ""
 
 
 def _participants(query: GetParticipants, tables: SessionTables) -> Participants:

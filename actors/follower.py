@@ -1,0 +1,210 @@
+"""Followers: read an owner's journal from their own cursor and write something derived from it.
+
+The journal is read up to the position committed in the owner's view, so a follower never sees what
+may still be undone. What it writes is idempotent and the cursor moves after it: one that was dead
+misses nothing and repeats nothing. The owner's doorbell is only a hint to look.
+
+`run_files` is the process `files`: the session files, one line an entry, and the small JSON files
+people read. An entry's offset is fixed by its event, so writing it again changes nothing; what a
+crash of the machine, or a person, left in a file beyond or short of what is committed is cut, or
+written again from the journal.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import zmq
+
+from ksi.actors import log
+from ksi.actors.reading import OwnerReader, cursor_path, log_directory, reader_of
+from ksi.actors.stat import StatWriter
+from ksi.storage.atomic import write_atomically
+from ksi.storage.files import Cursor, LogGap, LogWriter
+from ksi.storage.journal import Position
+from ksi.transport.errors import NotFound
+from ksi.transport.identity import endpoint, run_directory
+from ksi.transport.limits import TICK_S
+from ksi.transport.mailbox import listen, raise_file_limit
+from ksi.transport.message import Message
+
+GROUP_S: Final = 0.02  # Lines that come within this time are written together.
+SYNC_S: Final = 2.0  # How often files and cursor are synced: what a machine crash makes us redo.
+CHECK_ROWS: Final = 500  # Session files checked between two looks at the journal.
+TURN_BATCHES: Final = 512  # Journal batches taken in one turn: keeps the heartbeat going.
+
+
+class LogFollower:
+    """Writes the logs of one owner: for sessions, a file a session."""
+
+    def __init__(self, owner: str, var: Path, logger: Any) -> None:
+        self.reader: OwnerReader = reader_of(owner, var)
+        self._writer = LogWriter(log_directory(var))
+        self._cursor = Cursor(cursor_path(var, owner))
+        self._log = logger
+        self._synced_s = time.monotonic()
+        self._unsynced = False
+        self._checked: str | None = ""  # files up to this key are as committed; None: all are
+
+    def turn(self, stop: Position | None = None) -> bool:
+        """Write what has been committed, up to `stop`; return whether there was any."""
+        store, committed = self.reader.position()
+        if store != self._cursor.store:
+            self._cursor.begin(store, self.reader.journal_start())
+            self._checked = ""
+        position, stop = self._cursor.written, committed if stop is None else stop
+        if position >= stop:
+            return False
+        lines: dict[str, list[tuple[int, bytes]]] = {}
+        for batch in islice(self.reader.journal(position, stop), TURN_BATCHES):
+            for key, offset, content in self.reader.lines_of(batch):
+                lines.setdefault(key, []).append((offset, content))
+            position = batch.end
+        for key, parts in lines.items():
+            self._write(key, parts)
+        self._cursor.advance(position)
+        self._unsynced = True
+        return True
+
+    def idle(self) -> bool:
+        """Sync and check while there is nothing to write; return whether there is more to do."""
+        if self._unsynced and time.monotonic() - self._synced_s > SYNC_S:
+            self.sync()
+        if self._checked is not None:
+            self._check_some(self._checked)
+        return self._checked is not None
+
+    def sync(self) -> None:
+        """Put files, then the cursor, on disk."""
+        self._writer.sync()
+        self._cursor.sync()
+        self._synced_s = time.monotonic()
+        self._unsynced = False
+
+    def close(self) -> None:
+        """Write all there is, sync and close."""
+        while self.turn():
+            pass
+        self.sync()
+        self._writer.close()
+        self._cursor.close()
+        self.reader.close()
+
+    def _check_some(self, after: str) -> None:
+        """Compare the next files with what is committed, and mend those that differ."""
+        committed, sizes = self.reader.logs(after, CHECK_ROWS)
+        while self.turn(committed):
+            pass
+        short: dict[str, int] = {}
+        for key, size in sizes.items():
+            found = self._writer.size(key)
+            if found > size:
+                self._log.warning("cut a file", log=key, found_bytes=found, size_bytes=size)
+                self._writer.truncate(key, size)
+            elif found < size:
+                short[key] = size
+        if short:
+            self._write_again(short)
+        self._checked = max(sizes) if len(sizes) == CHECK_ROWS else None
+
+    def _write(self, key: str, parts: list[tuple[int, bytes]]) -> None:
+        """Write the parts of one log, which follow each other."""
+        offset = parts[0][0]
+        content = parts[0][1] if len(parts) == 1 else b"".join(part for _, part in parts)
+        try:
+            self._writer.write(key, offset, content)
+        except LogGap:
+            self._write_again({key: offset + len(content)})
+
+    def _write_again(self, sizes: dict[str, int]) -> None:
+        """Write logs again up to these sizes, from what the journal still holds of them."""
+        self._log.warning("files are short; writing them again", logs=len(sizes))
+        _store, committed = self.reader.position()
+        missing = set(sizes)
+        for batch in self.reader.journal(self.reader.journal_start(), committed):
+            for key, offset, content in self.reader.lines_of(batch):
+                if key in sizes and offset < sizes[key] and offset <= self._writer.size(key):
+                    self._writer.write(key, offset, content)
+                    missing.discard(key)
+        for key in missing:
+            self._log.error("a file is short and the journal has dropped its lines", log=key)
+
+
+class Page:
+    """Keeps `var/state/<name>.json`, what a query answers, in a form people read."""
+
+    def __init__(self, owner: str, var: Path, query: Message, path: Path) -> None:
+        self.reader: OwnerReader = reader_of(owner, var)
+        self._query = query
+        self._path = path
+        self._seen: tuple[str, Position] | None = None
+        self._content = path.read_bytes() if path.exists() else b""
+
+    def turn(self) -> bool:
+        """Write the file if what it shows has changed; return whether there was news."""
+        seen = self.reader.position()
+        if seen == self._seen:
+            return False
+        shown = msgspec.json.encode(self.reader.answer(self._query))
+        content = msgspec.json.format(shown, indent=2) + b"\n"
+        if content != self._content:
+            write_atomically(self._path, content)
+            self._content = content
+        self._seen = seen
+        return True
+
+
+def run_files(var: str) -> None:
+    """Run the followers that write files until SIGTERM; then all that is committed is written."""
+    root = Path(var)
+    logger = log.configure(root, "files")
+    stat = StatWriter(run_directory(root) / "files.stat")
+    raise_file_limit()
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _frame: stopping.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    context = zmq.Context()
+    bells = zmq.Poller()
+    for owner in ("sessions", "registry"):
+        bells.register(listen(context, endpoint(root, owner)), zmq.POLLIN)
+    stat.state = "running"
+    logs: LogFollower | None = None
+    pages: list[Page] = []
+    while not stopping:
+        now_s = time.monotonic()
+        stat.begin_turn(now_s)
+        try:
+            logs = logs or LogFollower("sessions", root, logger)
+            pages = pages or [_identities(root)]
+        except NotFound:
+            pass  # Not started yet: there is nothing to follow.
+        busy = any([logs is not None and logs.turn(), *(page.turn() for page in pages)])
+        more = not busy and logs is not None and logs.idle()
+        stat.commits += busy
+        stat.end_turn(time.monotonic())
+        if busy:
+            time.sleep(GROUP_S)
+        elif not more:
+            for bell, _event in bells.poll(int(TICK_S * 1000)):
+                bell.recv(zmq.DONTWAIT)
+                time.sleep(GROUP_S)
+    stat.state = "draining"
+    if logs is not None:
+        logs.close()
+    for page in pages:
+        page.turn()
+    stat.end_turn(time.monotonic())
+    logger.info("closed")
+
+
+def _identities(var: Path) -> Page:
+    from ksi.actors.owners.registry import ListIdentities
+
+    state = var / "state"
+    state.mkdir(mode=0o700, exist_ok=True)
+    return Page("registry", var, ListIdentities(), state / "agent_identities.json")

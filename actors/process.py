@@ -1,0 +1,86 @@
+"""The entry of an owner process: opens its store, binds its mailbox, runs its host.
+
+The order is part of the design: the lock on the store is held before anything is opened or bound,
+and the socket is bound last, so that whoever is answered is answered by the only writer.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from ksi.actors import log
+from ksi.actors.commit import CommitLoop, table_types
+from ksi.actors.delivery import Counter
+from ksi.actors.host import Host, fresh_ids
+from ksi.actors.outbox import Connect, Outbox
+from ksi.actors.owner import Owner
+from ksi.actors.owners import load
+from ksi.actors.reading import reader_of
+from ksi.actors.stat import StatWriter
+from ksi.storage.store import Batch, Store
+from ksi.storage.tables import TableSpec
+from ksi.transport.identity import Directory, KeyRing, endpoint, run_directory
+from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
+
+
+def run_owner(name: str, var: str) -> None:
+    """Run the owner `name` on `var` until SIGTERM; what is in its mailbox then is carried out.
+
+    Raises:
+        KsiError: the store cannot be opened; its text says what to do.
+    """
+    root = Path(var)
+    logger = log.configure(root, name)
+    stat = StatWriter(run_directory(root) / f"{name}.stat")
+    raise_file_limit()
+    owner = load(name)
+    store, loop = open_store(owner, root / "db" / name, logger)
+    stat.epoch = _count_start(store)
+    context = zmq.Context()
+    keys = KeyRing(root)
+    certificate = keys.load(name)
+    assert certificate is not None, "the supervisor enrols owners before it starts them"
+
+    def to_owner(other: str) -> Any:
+        place = Directory.read(root).owners[other]
+        return connect(context, place.endpoint, place.key.encode(), certificate)
+
+    mailbox = Mailbox(context, endpoint(root, name), certificate, keys)
+    outbox = Outbox(store.id, to_owner, logger)
+    logger.info("open", store=store.id, journal_seq=store.meta.seq)
+    gc.collect()
+    gc.freeze()  # What is here now stays; the collector need not walk it in every pass.
+    Host.start(loop, store, reader_of(owner, root), mailbox, outbox, stat, logger)
+    logger.info("closed", journal_seq=store.meta.seq)
+
+
+def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, CommitLoop]:
+    """Open and recover the owner's store; return it with the commit loop over it."""
+    loops: list[CommitLoop] = []
+
+    def replay(store: Store, batch: Batch) -> float:
+        if not loops:
+            loops.append(CommitLoop(owner, store, fresh_ids(), logger))
+        return loops[0].replay(batch.payload)
+
+    specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
+    store = Store.open(directory, specs, replay=replay)
+    return store, loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger)
+
+
+def _count_start(store: Store) -> int:
+    """Count this start in the store and return the count: the epoch of this process."""
+    store.begin()
+    counters = store.tables["ksi.counters"]
+    row = counters.get("starts")
+    starts = 1 if row is None else row.value + 1
+    counters.put("starts", Counter(starts))
+    store.commit_view()
+    return starts
+
+
+__all__ = ["Connect", "open_store", "run_owner"]

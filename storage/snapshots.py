@@ -1,0 +1,224 @@
+"""Snapshots: a committed state of one store, whole or absent, and known to be good.
+
+A snapshot is a directory of two files: `data.mdb`, a compacted copy of the LMDB view as of one read
+transaction, and `manifest.json`, which says what it is of and the SHA-256 of the copy. It is made in
+a temporary directory, synced, opened, every row checked, and only then renamed into place; so a
+snapshot that has its name is good, and its checksum tells whether it still is.
+
+LMDB's own copy does not sync, refuses an existing file and must never be replaced by a copy of the
+file by hand: that one may be torn, and reading it drops LMDB's locks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final
+
+import lmdb
+import msgspec
+
+from ksi.storage.atomic import sync_directory, write_atomically
+from ksi.storage.environment import open_copy
+from ksi.storage.errors import Corrupt
+from ksi.storage.journal import Position
+from ksi.storage.tables import intact
+
+MANIFEST_FORMAT: Final = 1
+_COPY_BYTES: Final = 1 << 20
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a snapshot holds.
+
+    Attributes:
+        store: id of the store it was taken of.
+        seq: last sequence number it includes.
+        segment: with `offset`, the place in the journal that follows it.
+        time_s: owner time then, in seconds.
+        rows: how many rows each table has.
+        sha256: of `data.mdb`, in hex, which is `data_bytes` long.
+    """
+
+    format: int = MANIFEST_FORMAT
+    store: str
+    seq: int
+    segment: int
+    offset: int
+    time_s: float
+    rows: dict[str, int]
+    sha256: str
+    data_bytes: int
+
+    @property
+    def position(self) -> Position:
+        return Position(self.segment, self.offset)
+
+
+class Frozen:
+    """One committed state of a store, held by a read transaction until it is saved.
+
+    Pages it refers to are not reused meanwhile: save it soon, or `release` it.
+    """
+
+    def __init__(
+        self,
+        environment: lmdb.Environment,
+        store: str,
+        describe: Callable[[lmdb.Transaction[bytes]], tuple[int, Position, float]],
+    ) -> None:
+        """`describe` returns sequence number, position and owner time of the transaction's state."""
+        self._environment = environment
+        self._store = store
+        self._describe = describe
+        self._txn = environment.begin()
+
+    def save(self, path: Path) -> Manifest:
+        """Make the snapshot `path`, durably, and release the state. May run in another thread.
+
+        Raises:
+            Corrupt: a row does not match its checksum; there is no snapshot then.
+            OSError, lmdb.Error: there is none either.
+        """
+        temporary = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(mode=0o700)
+        try:
+            seq, position, time_s = self._describe(self._txn)
+            self._environment.copy(str(temporary), compact=True, txn=self._txn)
+            self.release()
+            copy = temporary / "data.mdb"
+            copy.chmod(0o600)
+            digest, data_bytes = _sync_and_hash(copy)
+            manifest = Manifest(
+                store=self._store,
+                seq=seq,
+                segment=position.segment,
+                offset=position.offset,
+                time_s=time_s,
+                rows=check_rows(temporary),
+                sha256=digest,
+                data_bytes=data_bytes,
+            )
+            write_manifest(temporary, manifest)
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            self.release()
+        sync_directory(path.parent)
+        return manifest
+
+    def release(self) -> None:
+        """Let the state go."""
+        self._txn.abort()
+
+
+def check_rows(path: Path) -> dict[str, int]:
+    """Read every row of the copy in the directory `path`; return how many each table has.
+
+    Raises:
+        Corrupt: a row does not match its checksum, or the file is damaged.
+    """
+    environment = open_copy(path)
+    try:
+        with environment.begin() as txn:
+            names = [bytes(name).decode() for name in environment.dbs(txn)]
+        return {name: _check_table(environment, name) for name in names}
+    except lmdb.Error as error:
+        raise Corrupt(f"snapshot {path}: {error}", file=str(path)) from error
+    finally:
+        environment.close()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest of a snapshot.
+
+    Raises:
+        Corrupt: there is none, or it cannot be read.
+    """
+    try:
+        manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError) as error:
+        raise Corrupt(f"snapshot {path}: {error}", file=str(path / "manifest.json")) from error
+    if manifest.format != MANIFEST_FORMAT:
+        raise Corrupt(f"snapshot {path} is of format {manifest.format}, not {MANIFEST_FORMAT}")
+    return manifest
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest into the directory of a snapshot, durably."""
+    content = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    write_atomically(path / "manifest.json", content)
+
+
+def install(snapshot: Path, view: Path) -> Manifest:
+    """Copy a snapshot to a fresh LMDB directory `view`, checked and durable.
+
+    Raises:
+        Corrupt: the snapshot is not what its manifest says; `view` does not exist then.
+    """
+    manifest = read_manifest(snapshot)
+    temporary = view.with_name(f".{view.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(mode=0o700)
+    try:
+        shutil.copyfile(snapshot / "data.mdb", temporary / "data.mdb")
+        (temporary / "data.mdb").chmod(0o600)
+        if _sync_and_hash(temporary / "data.mdb") != (manifest.sha256, manifest.data_bytes):
+            raise Corrupt(
+                f"snapshot {snapshot}: data.mdb does not match the manifest",
+                hint="use an older one",
+                file=str(snapshot / "data.mdb"),
+            )
+        sync_directory(temporary)
+        os.rename(temporary, view)
+    except FileNotFoundError as error:
+        raise Corrupt(f"snapshot {snapshot}: {error}", file=str(snapshot)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_directory(view.parent)
+    return manifest
+
+
+def newest_first(paths: Iterable[Path], store: str) -> list[tuple[Path, Manifest]]:
+    """Return the snapshots of this store among `paths`, those with readable manifests."""
+    found = []
+    for path in paths:
+        try:
+            manifest = read_manifest(path)
+        except Corrupt:
+            continue
+        if manifest.store == store:
+            found.append((path, manifest))
+    return sorted(found, key=lambda each: each[1].seq, reverse=True)
+
+
+def _check_table(environment: lmdb.Environment, name: str) -> int:
+    database = environment.open_db(name.encode(), create=False)
+    count = 0
+    with environment.begin() as txn:
+        for key, value in txn.cursor(database):
+            if not intact(key, value):
+                raise Corrupt(
+                    f"a row of the table {name} does not match its checksum: {key!r}"[:500],
+                    table=name,
+                    key=repr(key),
+                )
+            count += 1
+    return count
+
+
+def _sync_and_hash(path: Path) -> tuple[str, int]:
+    digest = hashlib.sha256()
+    size = 0
+    with open(path, "rb", buffering=0) as file:
+        os.fsync(file.fileno())
+        while chunk := file.read(_COPY_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest.hexdigest(), size

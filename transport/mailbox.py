@@ -1,0 +1,472 @@
+"""Sockets: the mailbox an owner's actor reads, and the connection a client makes to it.
+
+The mailbox *is* the actor's inbox: pykka's loop takes from it, and it takes from a ROUTER socket,
+so that no second queue and no other thread stand between a client and its owner. All that waits
+is taken at once and handed over as one message, a `Post`.
+
+- `get` never raises and never waits longer than `timeout_s`.
+- Whoever is not enrolled gets no frame in. The sender of a letter is the key its connection has
+  proven, never what a frame says: `Letter.route` is only where the answer goes.
+- What comes from a connection and is not exactly one frame is dropped.
+- A peer that does not read costs `REPLY_FRAMES_MAX` frames, then what is sent to it is dropped.
+
+One mailbox a context, since ZAP has one place in each. Whoever makes a mailbox holds the lock of
+its owner until it is closed: the socket of a predecessor is replaced, alive or not.
+
+Source: pykka's `ActorInbox`; ZeroMQ RFC 26 (CURVE), 27 (ZAP), 28 (ROUTER).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import resource
+import signal
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+
+import zmq
+
+from ksi.transport.identity import BELL_SUFFIX, Certificate, Identity, KeyRing
+from ksi.transport.limits import (
+    BACKLOG,
+    BATCH_BYTES_MAX,
+    BELL_S,
+    CLIENT_FRAMES_MAX,
+    FRAME_BYTES_MAX,
+    HANDSHAKE_MS,
+    HEARTBEAT_MS,
+    HEARTBEAT_MS_MAX,
+    LETTERS_MAX,
+    RECONNECT_MS,
+    RECONNECT_MS_MAX,
+    REPLY_FRAMES_MAX,
+    REQUEST_FRAMES_MAX,
+    TICK_S,
+)
+
+if TYPE_CHECKING:
+    from pykka._envelope import Envelope
+
+Change = Literal["up", "down", "denied"]
+_Socket: TypeAlias = "zmq.Socket[bytes]"
+_Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
+
+_log: Final = logging.getLogger(__name__)
+
+_DOMAIN: Final = b"ksi"
+_ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
+_PAUSE_S: Final = 0.02  # After an error that may come again at once.
+_MONITORED: Final = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_CHANGES: Final[dict[int, Change]] = {
+    zmq.EVENT_HANDSHAKE_SUCCEEDED: "up",
+    zmq.EVENT_DISCONNECTED: "down",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "denied",
+}
+_MONITOR_EVENT: Final = struct.Struct("=HI")
+
+
+class Letter(NamedTuple):
+    """A frame that has come."""
+
+    route: bytes  # where to send the answer
+    sender: str  # the hex of the public key its connection has proven
+    payload: bytes
+    arrived_s: float  # on the monotonic clock: when it was taken from the socket
+
+
+class Post(NamedTuple):
+    """All letters that waited; none when only time has passed or something else wants a look."""
+
+    letters: list[Letter]
+
+
+class Mailbox:
+    """The inbox of one owner: a pykka `ActorInbox` over a ROUTER socket.
+
+    `put`, `ring` aside, belongs to the thread of the actor's loop.
+
+    Attributes:
+        timeout_s: how long the next `get` may wait for something; 0: not at all.
+        tcp_endpoint: where `tcp` is bound, with the port that was chosen; None without.
+
+    Raises:
+        zmq.ZMQError: an address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        context: _Context,
+        endpoint: str,
+        certificate: Certificate,
+        keys: KeyRing,
+        *,
+        tcp: str | None = None,
+    ) -> None:
+        from pykka._envelope import Envelope  # Clients import this module, too, and need no pykka.
+
+        self.timeout_s = TICK_S
+        self.tcp_endpoint: str | None = None
+        self._envelope = Envelope
+        self._keys = keys
+        self._local: deque[Envelope[Any]] = deque()
+        self._calls: dict[_Socket | int, Callable[[], None]] = {}
+        self._news = False  # Something other than a letter has come that a Post must tell.
+        self._rung_s = 0.0
+        self._ring_due = False
+        self._signalled = False  # The wake-up descriptor of signals is our pipe.
+        self._paths: list[str] = []
+        self._closing = threading.Lock()
+        self._closed = False
+        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._zap = context.socket(zmq.ROUTER)
+        self._router = context.socket(zmq.ROUTER)
+        self._bell = context.socket(zmq.PUB)
+        try:
+            self._bind(endpoint, certificate, tcp)
+        except BaseException:
+            self.close()
+            raise
+        self._poller = zmq.Poller()
+        for source in (self._router, self._zap, self._wake_r):
+            self._poller.register(source, zmq.POLLIN)
+
+    def put(self, envelope: Envelope[Any]) -> None:
+        """Add an envelope from this process and wake `get`. From any thread."""
+        self._local.append(envelope)
+        with self._closing, suppress(BlockingIOError):  # A full pipe wakes as well.
+            if not self._closed:
+                os.write(self._wake_w, b"\0")
+
+    def empty(self) -> bool:
+        """Whether no envelope from this process waits. Letters do not count: they are resent."""
+        return not self._local
+
+    def get(self) -> Envelope[Any]:
+        """Return what is next: an envelope of this process, else a `Post`. Never raises.
+
+        A `Post` without letters comes when `timeout_s` is over, after a signal, and after a
+        watched descriptor was ready. Ctrl-C without a handler stops the actor.
+        """
+        try:
+            return self._next()
+        except Exception:
+            _log.exception("the mailbox goes on after an error it did not expect")
+            self._recover()
+            return self._envelope(Post([]))
+        except BaseException as interrupt:
+            from pykka.messages import _ActorStop
+
+            _log.warning("stopping: %r", interrupt)
+            self._recover()
+            return self._envelope(_ActorStop())
+
+    def send(self, route: bytes, frame: bytes) -> bool:
+        """Send a frame to where a letter came from, without waiting.
+
+        Returns False, and nothing was sent, when the peer is gone or does not read. True is no
+        promise: it may go before the frame has reached it.
+        """
+        try:
+            self._router.send(route, zmq.DONTWAIT | zmq.SNDMORE)
+            self._router.send(frame, zmq.DONTWAIT)
+        except zmq.ZMQError:
+            return False
+        return True
+
+    def sender_of(self, user_id: str) -> Identity | None:
+        """Return who sent a letter of the last `Post`; None when that key was revoked since.
+
+        Raises:
+            OSError: the keys cannot be read.
+        """
+        return self._keys.lookup(user_id)
+
+    def watch(self, source: _Socket | int, call: Callable[[], None]) -> None:
+        """Call `call` within `get` whenever this socket or descriptor is readable.
+
+        `call` empties it, or `get` will not rest. It is to be unwatched before it is closed.
+        """
+        self._calls[source] = call
+        self._poller.register(source, zmq.POLLIN)
+
+    def unwatch(self, source: _Socket | int) -> None:
+        """Watch it no longer; nothing happens if it was not watched."""
+        if self._calls.pop(source, None) is not None:
+            self._poller.unregister(source)
+
+    def wake_on_signals(self) -> None:
+        """Let every signal that has a Python handler end the wait of `get`. Main thread only."""
+        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+        self._signalled = True
+
+    def ring(self) -> None:
+        """Tell followers to look. At most one ring in `BELL_S`: the last of a burst comes then."""
+        self._ring_due = True
+        self._ring_if_due(time.monotonic())
+
+    def close(self) -> None:
+        """Close the sockets and remove their files. Envelopes of this process can still be got."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            if self._signalled:
+                signal.set_wakeup_fd(-1)
+            for path in self._paths:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+            for socket in (self._router, self._zap, self._bell):
+                socket.close(0)
+            os.close(self._wake_r)
+            os.close(self._wake_w)
+
+    def _bind(self, endpoint: str, certificate: Certificate, tcp: str | None) -> None:
+        self._zap.linger = 0
+        self._zap.bind(_ZAP_ENDPOINT)  # Before anybody can knock.
+        router = self._router
+        router.curve_server = True
+        router.curve_secretkey = certificate.secret or b""
+        router.zap_domain = _DOMAIN
+        router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        router.router_mandatory = True
+        router.router_handover = False
+        router.sndhwm = REPLY_FRAMES_MAX
+        router.rcvhwm = REQUEST_FRAMES_MAX
+        router.backlog = BACKLOG
+        _bound(router)
+        self._bell.sndhwm = 1
+        _bound(self._bell)
+        self._bind_file(router, endpoint.removeprefix("ipc://"))
+        self._bind_file(self._bell, endpoint.removeprefix("ipc://") + BELL_SUFFIX)
+        if tcp is not None:
+            _beat(router)
+            router.bind(tcp)
+            bound = router.getsockopt(zmq.LAST_ENDPOINT)
+            assert isinstance(bound, bytes)
+            self.tcp_endpoint = bound.rstrip(b"\0").decode()
+
+    def _bind_file(self, socket: _Socket, path: str) -> None:
+        """Bind to a socket file, 0600, that replaces the one that is there in one step.
+
+        ZeroMQ removes a socket file when it closes its listener, some time after `close`, when
+        our successor may have made its own. So it gets another name to remove.
+        """
+        draft = os.path.join(os.path.dirname(path), f".{os.getpid()}")
+        former = os.umask(0o077)
+        try:
+            socket.bind(f"ipc://{draft}")
+        finally:
+            os.umask(former)
+        os.rename(draft, path)
+        self._paths.append(path)
+
+    def _next(self) -> Envelope[Any]:
+        if self._local:
+            return self._local.popleft()
+        if self._closed:
+            return self._envelope(Post([]))
+        now_s = time.monotonic()
+        deadline_s = now_s + self.timeout_s
+        while True:
+            ready = self._poller.poll(self._rest_ms(deadline_s - now_s, now_s))
+            now_s = time.monotonic()
+            knocked = False
+            for source, _event in ready:
+                if source is self._router:
+                    knocked = True
+                elif source is self._zap:
+                    self._admit()
+                elif source == self._wake_r:
+                    self._woken()
+                else:
+                    self._call(source)
+            if self._ring_due:
+                self._ring_if_due(now_s)
+            if self._local:
+                return self._local.popleft()
+            letters = self._drain(now_s) if knocked else []
+            if letters or self._news or now_s >= deadline_s:
+                self._news = False
+                return self._envelope(Post(letters))
+
+    def _rest_ms(self, left_s: float, now_s: float) -> int:
+        if self._ring_due:
+            left_s = min(left_s, self._rung_s + BELL_S - now_s)
+        return max(0, math.ceil(left_s * 1000))
+
+    def _drain(self, now_s: float) -> list[Letter]:
+        """Take what waits, up to `LETTERS_MAX` frames or `BATCH_BYTES_MAX` bytes."""
+        letters: list[Letter] = []
+        size_bytes = 0
+        receive = self._router.recv
+        with suppress(zmq.Again):
+            for _ in range(LETTERS_MAX):
+                route = receive(zmq.DONTWAIT)
+                frame = receive(zmq.DONTWAIT, False)
+                if frame.more:
+                    self._skip()
+                    continue
+                payload = frame.bytes
+                letters.append(Letter(route, frame.get("User-Id"), payload, now_s))
+                size_bytes += len(payload)
+                if size_bytes >= BATCH_BYTES_MAX:
+                    break
+        if letters:
+            self._keys.refresh()
+        return letters
+
+    def _skip(self) -> None:
+        """Drop the rest of a message of which a part was taken."""
+        while self._router.getsockopt(zmq.RCVMORE):
+            self._router.recv(zmq.DONTWAIT)
+
+    def _admit(self) -> None:
+        """Answer who asks to be admitted: ZeroMQ itself, for each new connection."""
+        with suppress(zmq.Again):
+            for _ in range(LETTERS_MAX):
+                asked = self._zap.recv_multipart(zmq.DONTWAIT)
+                if (verdict := _verdict(asked, self._keys)) is not None:
+                    self._zap.send_multipart(verdict, zmq.DONTWAIT)
+
+    def _woken(self) -> None:
+        """Empty the pipe. Zeros are from `put`, everything else is the number of a signal."""
+        if os.read(self._wake_r, 65_536).strip(b"\0"):
+            self._news = True
+
+    def _call(self, source: _Socket | int) -> None:
+        self._news = True
+        call = self._calls.get(source)
+        if call is not None:  # None: another call has just unwatched it.
+            try:
+                call()
+            except Exception:
+                _log.exception("what was to look after %r failed", source)
+
+    def _ring_if_due(self, now_s: float) -> None:
+        if now_s - self._rung_s >= BELL_S:
+            self._rung_s, self._ring_due = now_s, False
+            self._bell.send(b"", zmq.DONTWAIT)
+
+    def _recover(self) -> None:
+        """Make the next `get` possible after one that failed half way."""
+        time.sleep(_PAUSE_S)
+        if self._closed:
+            return
+        for source in list(self._calls):
+            if isinstance(source, zmq.Socket) and source.closed:
+                self.unwatch(source)
+        with suppress(zmq.ZMQError):
+            self._skip()
+
+
+def _verdict(asked: list[bytes], keys: KeyRing) -> list[bytes] | None:
+    """Return the ZAP answer to a ZAP request; None when it does not even say where to send it."""
+    match asked:
+        case [route, b"", b"1.0", number, domain, _address, _identity, mechanism, key] if (
+            domain == _DOMAIN and mechanism == b"CURVE" and len(key) == 32
+        ):
+            user_id = key.hex()
+            try:
+                enrolled = keys.of_public(user_id) is not None
+            except OSError:
+                _log.exception("the keys cannot be read")
+                return [route, b"", b"1.0", number, b"300", b"try later", b"", b""]
+            if enrolled:
+                return [route, b"", b"1.0", number, b"200", b"OK", user_id.encode(), b""]
+            return [route, b"", b"1.0", number, b"400", b"not enrolled", b"", b""]
+        case [route, b"", _version, number, *_]:
+            return [route, b"", b"1.0", number, b"500", b"no such request", b"", b""]
+    return None
+
+
+def connect(
+    context: _Context,
+    endpoint: str,
+    server_public: bytes,
+    certificate: Certificate,
+) -> tuple[_Socket, _Socket]:
+    """Return a DEALER that connects to an owner, and again whenever it must, and its monitor.
+
+    Sending on it without waiting fails (`zmq.Again`) until the monitor says "up". Read the
+    monitor regularly: it holds a thousand events, and then it stops the connection. On "denied"
+    close both: ZeroMQ itself would go on asking, sixty times a second.
+
+    Args:
+        server_public: the public key (Z85) the owner proves to be itself with.
+    """
+    dealer = context.socket(zmq.DEALER)
+    dealer.curve_serverkey = server_public
+    dealer.curve_publickey = certificate.public
+    dealer.curve_secretkey = certificate.secret or b""
+    dealer.immediate = 1
+    dealer.reconnect_ivl = RECONNECT_MS
+    dealer.reconnect_ivl_max = RECONNECT_MS_MAX
+    dealer.sndhwm = dealer.rcvhwm = CLIENT_FRAMES_MAX
+    _bound(dealer)
+    if endpoint.startswith("tcp:"):
+        _beat(dealer)
+    monitor = dealer.get_monitor_socket(_MONITORED)
+    dealer.connect(endpoint)
+    return dealer, monitor
+
+
+def read_monitor(monitor: _Socket) -> list[Change]:
+    """Return what has become of a connection since the last call, in order. Does not wait.
+
+    "up": the owner has proven itself and admitted this key; frames can be sent. "down": the
+    connection, or an attempt at one, has ended. "denied": this key is not enrolled.
+    """
+    changes = []
+    with suppress(zmq.Again):
+        while True:
+            event, _endpoint = monitor.recv_multipart(zmq.DONTWAIT)
+            changes.append(_CHANGES[_MONITOR_EVENT.unpack(event)[0]])
+    return changes
+
+
+def listen(context: _Context, bell_endpoint: str) -> _Socket:
+    """Return a SUB socket that gets an empty frame when the owner has rung its bell.
+
+    Lossy: whoever hears nothing still looks from time to time. Rings that were not read are one.
+    """
+    bell = context.socket(zmq.SUB)
+    bell.conflate = 1
+    bell.reconnect_ivl = RECONNECT_MS
+    bell.reconnect_ivl_max = RECONNECT_MS_MAX
+    bell.subscribe(b"")
+    _bound(bell)
+    bell.connect(bell_endpoint)
+    return bell
+
+
+def _bound(socket: _Socket) -> None:
+    """Set what all sockets have in common."""
+    socket.linger = 0
+    socket.maxmsgsize = FRAME_BYTES_MAX
+    socket.handshake_ivl = HANDSHAKE_MS
+
+
+def _beat(socket: _Socket) -> None:
+    """Find out when the machine at the other end is gone. For what is bound or connected next."""
+    socket.heartbeat_ivl = HEARTBEAT_MS
+    socket.heartbeat_timeout = HEARTBEAT_MS_MAX
+
+
+def raise_file_limit() -> int:
+    """Raise the limit of open files as far as it goes, and return it.
+
+    A listener of ZeroMQ on a socket file aborts the process when there is none left.
+    """
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
