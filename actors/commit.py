@@ -44,6 +44,7 @@ from ksi.transport.limits import OUTBOX_ROWS_MAX, WINDOW_COMMANDS_MAX
 from ksi.transport.message import CATALOGUE, encode, unknown
 
 _NO_REPLY: Final = encode({})
+_encode_cut = msgspec.msgpack.encode
 _decode_answer = msgspec.msgpack.Decoder(wire.Answer).decode
 
 
@@ -67,7 +68,7 @@ class Transactions(Protocol):
 
     def room(self) -> None: ...
     def begin(self) -> None: ...
-    def commit(self, payload: bytes, records: int, time_s: float) -> object: ...
+    def commit(self, payload: bytes, records: int, extra: bytes, time_s: float) -> object: ...
     def abort(self) -> None: ...
 
 
@@ -103,16 +104,17 @@ class CommitLoop:
         self._decode = msgspec.msgpack.Decoder(Batch[owner.events]).decode  # type: ignore[name-defined]
         self._outcome = Outcome([], [], [])
 
-    def replay(self, payload: bytes) -> float:
-        """Apply one journaled batch to the tables; return the owner time it was made at."""
+    def replay(self, payload: bytes) -> tuple[float, bytes]:
+        """Apply one journaled batch to the tables; return the owner time it was made at, and what
+        else the store is to keep of it."""
         batch = self._decode(payload)
         for record in batch.records:
             for event in record.events:
                 self.owner.apply(event, self.tables)
             self.delivery.settle(record, batch.now)
         self.delivery.put_rows(batch.now)
-        time_s: float = batch.time_s
-        return time_s
+        self.cut = batch.cut
+        return batch.time_s, _encode_cut(batch.cut)
 
     def run(
         self,
@@ -212,7 +214,7 @@ class CommitLoop:
     def _commit(self, records: list[Record[Any]], given: Given) -> None:
         self.delivery.put_rows(given.now)
         payload = self._encode(Batch(given.now, given.time_s, self.cut, records))
-        self.store.commit(payload, len(records), given.time_s)
+        self.store.commit(payload, len(records), _encode_cut(self.cut), given.time_s)
 
     def _carry_out(self, work: Work, given: Given, clock_s: float) -> Record[Any] | None:
         """Decide and apply one command; return its record, or None if it is not its turn."""

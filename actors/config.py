@@ -1,9 +1,9 @@
 """Configuration: `ksi.toml`, typed, with the origin of every value.
 
 Precedence: flags > `KSI_SECTION__KEY` in the environment > the file > the defaults. The file is
-`<var>/ksi.toml` unless another is named. An unknown key or a value of the wrong type or range is
-refused with its place and, for a key, the nearest that exists. Nothing is guessed and nothing
-ignored.
+`<var>/ksi.toml`, or the one `KSI_CONFIG` names. An unknown key or a value of the wrong type or
+range is refused with its place and, for a key, the nearest that exists. Nothing is guessed and
+nothing ignored.
 
 The declarations below are the only list of keys: validation, the commented default file
 (`ksi config --defaults`) and the origins come from them.
@@ -27,6 +27,7 @@ from ksi.transport.errors import Invalid
 from ksi.transport.limits import HUNG_COMMIT_S, HUNG_TURN_S, TICK_S
 
 FILE_NAME: Final = "ksi.toml"
+FILE_VARIABLE: Final = "KSI_CONFIG"  # names another file
 FILE_BYTES_MAX: Final = 1 << 20  # A configuration larger than this is another file.
 
 
@@ -140,7 +141,7 @@ def load(
     Args:
         flags: `section.key` to value; a text is read as the key's type.
         environment: instead of `os.environ`.
-        path: a file that must exist, instead of `<var>/ksi.toml`, which need not.
+        path: the file; it must exist, as one named by `KSI_CONFIG` must.
 
     Raises:
         Invalid: an unknown key, an illegal value, or a file that is no TOML.
@@ -148,6 +149,8 @@ def load(
     environment = os.environ if environment is None else environment
     values: dict[str, Any] = {}
     origin = dict.fromkeys(_declared(), "default")
+    if path is None and FILE_VARIABLE in environment:
+        path = Path(environment[FILE_VARIABLE])
     file = path or var / FILE_NAME
     sources = (
         (_from_file(file, required=path is not None), f"file {file}"),

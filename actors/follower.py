@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -24,11 +25,12 @@ import zmq
 from ksi.actors import log
 from ksi.actors.reading import OwnerReader, cursor_path, log_directory, reader_of
 from ksi.actors.stat import StatWriter
-from ksi.storage.atomic import write_atomically
-from ksi.storage.files import Cursor, LogGap, LogWriter
-from ksi.storage.journal import Position
-from ksi.transport.errors import NotFound
-from ksi.transport.identity import endpoint, run_directory
+from ksi.storage.atomic import make_directory, write_atomically
+from ksi.storage.files import Cursor, LogGap, LogWriter, Mark
+from ksi.storage.journal import START, Position
+from ksi.storage.store import this_boot
+from ksi.transport.errors import NotRunning
+from ksi.transport.identity import bell_endpoint, run_directory
 from ksi.transport.limits import TICK_S
 from ksi.transport.mailbox import listen, raise_file_limit
 from ksi.transport.message import Message
@@ -45,29 +47,37 @@ class LogFollower:
     def __init__(self, owner: str, var: Path, logger: Any) -> None:
         self.reader: OwnerReader = reader_of(owner, var)
         self._writer = LogWriter(log_directory(var))
-        self._cursor = Cursor(cursor_path(var, owner))
+        self._cursor = Cursor(cursor_path(var, owner), this_boot())
+        marks = self._cursor.marks()
+        self._mark = marks.written or marks.synced or Mark("", 0, START)
         self._log = logger
         self._synced_s = time.monotonic()
         self._unsynced = False
         self._checked: str | None = ""  # files up to this key are as committed; None: all are
 
     def turn(self, stop: Position | None = None) -> bool:
-        """Write what has been committed, up to `stop`; return whether there was any."""
-        store, committed = self.reader.position()
-        if store != self._cursor.store:
-            self._cursor.begin(store, self.reader.journal_start())
+        """Write what has been committed, up to `stop`; return whether there was any.
+
+        Raises:
+            NotRunning: the owner has no store that can be read yet.
+        """
+        store, seq, committed = self.reader.position()
+        if store != self._mark.store:
+            self._mark = Mark(store, 0, self.reader.journal().start())
             self._checked = ""
-        position, stop = self._cursor.written, committed if stop is None else stop
-        if position >= stop:
+        stop = committed if stop is None else stop
+        if self._mark.position >= stop:
             return False
         lines: dict[str, list[tuple[int, bytes]]] = {}
-        for batch in islice(self.reader.journal(position, stop), TURN_BATCHES):
+        position = self._mark.position
+        for batch in islice(self.reader.journal().read(position, stop), TURN_BATCHES):
             for key, offset, content in self.reader.lines_of(batch):
                 lines.setdefault(key, []).append((offset, content))
-            position = batch.end
+            seq, position = batch.first_seq + batch.records - 1, batch.end
         for key, parts in lines.items():
             self._write(key, parts)
-        self._cursor.advance(position)
+        self._mark = Mark(store, seq, position)
+        self._cursor.write(self._mark)
         self._unsynced = True
         return True
 
@@ -82,34 +92,27 @@ class LogFollower:
     def sync(self) -> None:
         """Put files, then the cursor, on disk."""
         self._writer.sync()
-        self._cursor.sync()
+        self._cursor.sync(self._mark)
         self._synced_s = time.monotonic()
         self._unsynced = False
 
     def close(self) -> None:
         """Write all there is, sync and close."""
-        while self.turn():
-            pass
+        with suppress(NotRunning):
+            while self.turn():
+                pass
         self.sync()
         self._writer.close()
         self._cursor.close()
-        self.reader.close()
 
     def _check_some(self, after: str) -> None:
         """Compare the next files with what is committed, and mend those that differ."""
         committed, sizes = self.reader.logs(after, CHECK_ROWS)
         while self.turn(committed):
             pass
-        short: dict[str, int] = {}
-        for key, size in sizes.items():
-            found = self._writer.size(key)
-            if found > size:
-                self._log.warning("cut a file", log=key, found_bytes=found, size_bytes=size)
-                self._writer.truncate(key, size)
-            elif found < size:
-                short[key] = size
+        short = self._writer.repair(sizes.items())
         if short:
-            self._write_again(short)
+            self._write_again({key: sizes[key] for key in short})
         self._checked = max(sizes) if len(sizes) == CHECK_ROWS else None
 
     def _write(self, key: str, parts: list[tuple[int, bytes]]) -> None:
@@ -124,9 +127,10 @@ class LogFollower:
     def _write_again(self, sizes: dict[str, int]) -> None:
         """Write logs again up to these sizes, from what the journal still holds of them."""
         self._log.warning("files are short; writing them again", logs=len(sizes))
-        _store, committed = self.reader.position()
+        _store, _seq, committed = self.reader.position()
         missing = set(sizes)
-        for batch in self.reader.journal(self.reader.journal_start(), committed):
+        journal = self.reader.journal()
+        for batch in journal.read(journal.start(), committed):
             for key, offset, content in self.reader.lines_of(batch):
                 if key in sizes and offset < sizes[key] and offset <= self._writer.size(key):
                     self._writer.write(key, offset, content)
@@ -142,7 +146,7 @@ class Page:
         self.reader: OwnerReader = reader_of(owner, var)
         self._query = query
         self._path = path
-        self._seen: tuple[str, Position] | None = None
+        self._seen: Any = None
         self._content = path.read_bytes() if path.exists() else b""
 
     def turn(self) -> bool:
@@ -167,44 +171,40 @@ def run_files(var: str) -> None:
     raise_file_limit()
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopping.append(number))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    context = zmq.Context()
     bells = zmq.Poller()
+    context = zmq.Context()
     for owner in ("sessions", "registry"):
-        bells.register(listen(context, endpoint(root, owner)), zmq.POLLIN)
+        bells.register(listen(context, bell_endpoint(root, owner)), zmq.POLLIN)
+    logs, page = LogFollower("sessions", root, logger), _identities(root)
     stat.state = "running"
-    logs: LogFollower | None = None
-    pages: list[Page] = []
     while not stopping:
-        now_s = time.monotonic()
-        stat.begin_turn(now_s)
-        try:
-            logs = logs or LogFollower("sessions", root, logger)
-            pages = pages or [_identities(root)]
-        except NotFound:
-            pass  # Not started yet: there is nothing to follow.
-        busy = any([logs is not None and logs.turn(), *(page.turn() for page in pages)])
-        more = not busy and logs is not None and logs.idle()
+        stat.begin_turn(time.monotonic())
+        busy = any([_turn(logs), _turn(page)])
+        more = not busy and logs.idle()
         stat.commits += busy
         stat.end_turn(time.monotonic())
-        if busy:
-            time.sleep(GROUP_S)
-        elif not more:
+        if not more and not busy:
             for bell, _event in bells.poll(int(TICK_S * 1000)):
                 bell.recv(zmq.DONTWAIT)
-                time.sleep(GROUP_S)
+                busy = True
+        if busy:
+            time.sleep(GROUP_S)
     stat.state = "draining"
-    if logs is not None:
-        logs.close()
-    for page in pages:
-        page.turn()
+    _turn(page)
+    logs.close()
     stat.end_turn(time.monotonic())
     logger.info("closed")
+
+
+def _turn(follower: LogFollower | Page) -> bool:
+    try:
+        return follower.turn()
+    except NotRunning:  # The owner has not been started yet: there is nothing to follow.
+        return False
 
 
 def _identities(var: Path) -> Page:
     from ksi.actors.owners.registry import ListIdentities
 
-    state = var / "state"
-    state.mkdir(mode=0o700, exist_ok=True)
-    return Page("registry", var, ListIdentities(), state / "agent_identities.json")
+    make_directory(var / "state")
+    return Page("registry", var, ListIdentities(), var / "state" / "agent_identities.json")

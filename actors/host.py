@@ -113,8 +113,7 @@ class Host(pykka.ThreadingActor):
     def on_stop(self) -> None:
         self._outbox.close()
         self._mailbox.close()
-        self._store.close()
-        self._stat.close()
+        self._stat.end_turn(time.monotonic())
 
     def _drain(self, _number: int, _frame: Any) -> None:
         self._draining = True

@@ -1,11 +1,11 @@
 """From a command to a running supervisor, in the foreground or the background.
 
     console ── start_background ──▶ python -c main ── forks, the first one ends ──▶ supervisor
-        ◀── one JSON line a child that is ready, then {"ready": …} or {"error": …} ──┘
+        ◀── a JSON line for each child that is ready, then {"ready": …} or {"error": …} ──┘
 
-The supervisor is an interpreter of its own whose `__main__` is empty (see `forkserver.py`). `main`
+The supervisor is an interpreter of its own with an empty `__main__` (see `forkserver.py`). `main`
 takes the lock before it binds, opens or starts anything, and starts the fork server before its own
-imports, so that both load at the same time. Whatever keeps it from starting is said in one error.
+imports, so that both load at the same time. Whatever keeps it from starting ends in one error.
 """
 
 from __future__ import annotations
@@ -15,12 +15,258 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from ksi.actors import lock, log, tree_names
+from ksi.actors import lock, log
 from ksi.transport.errors import Internal, Invalid, KsiError, from_wire
 
+if TYPE_CHECKING:
+    from ksi.actors import config
+    from ksi.actors.forkserver import ForkServer
+    from ksi.actors.tree import Tree
+
 Progress = Callable[[Mapping[str, Any]], None]
+
+TREE: Final = "ksi.actors.tree:tree"
+MODULES: Final = ("ksi.actors.process", "ksi.actors.follower", "structlog")  # what children need
+
+_MAIN: Final = "from ksi.actors.launch import main; main()"
+
+
+def start_background(
+    var: Path,
+    flags: Mapping[str, Any] | None = None,
+    on_progress: Callable[[dict[str, Any]], None] = lambda _line: None,
+    *,
+    settings: Path | None = None,
+    tree: str = TREE,
+    modules: Sequence[str] = MODULES,
+) -> dict[str, Any]:
+    """Start a supervisor that outlives this process; return when all its children are ready.
+
+    Args:
+        flags: settings, `section.key` to value, above all others.
+        on_progress: called with `{"child": name, "pid": …, "seconds": …}` for each that is ready.
+        settings: a file instead of `<var>/ksi.toml`.
+
+    Returns:
+        `{"ready": True, "pid": of the supervisor, "seconds": what it took}`.
+
+    Raises:
+        Conflict: `var` is held by another supervisor; the text names it.
+        KsiError: why it could not start. Nothing is left running.
+    """
+    begun_s = time.monotonic()
+    ours, theirs = os.pipe()
+    os.set_inheritable(theirs, True)
+    try:
+        command = _command(var, flags, settings, tree, modules, progress=theirs)
+        null = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+        pid = os.posix_spawn(command[0], command, os.environ, file_actions=[null], setsid=True)
+    finally:
+        os.close(theirs)
+    with os.fdopen(ours) as lines:
+        for line in map(json.loads, lines):
+            if "child" in line:
+                on_progress(line)
+                continue
+            os.waitpid(pid, 0)
+            if "error" in line:
+                import ksi.storage.errors  # noqa: F401 - so that its classes are known
+
+                raise from_wire(line["error"])
+            return {**line, "seconds": round(time.monotonic() - begun_s, 3)}
+    os.waitpid(pid, 0)
+    raise Internal(
+        "the supervisor ended while it started",
+        hint=log.last_words(log.output(var, "supervisor")) or "ksi start --foreground shows more",
+    )
+
+
+def run_foreground(
+    var: Path,
+    flags: Mapping[str, Any] | None = None,
+    *,
+    settings: Path | None = None,
+    tree: str = TREE,
+    modules: Sequence[str] = MODULES,
+) -> NoReturn:
+    """Become the supervisor: this process, its pid and its terminal; never returns."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = _command(var, flags, settings, tree, modules, progress=None)
+    os.execv(command[0], command)
+
+
+def _command(
+    var: Path,
+    flags: Mapping[str, Any] | None,
+    settings: Path | None,
+    tree: str,
+    modules: Sequence[str],
+    *,
+    progress: int | None,
+) -> list[str]:
+    order = {
+        "var": os.path.realpath(var),
+        "flags": dict(flags or {}),
+        "settings": None if settings is None else os.path.abspath(settings),
+        "tree": tree,
+        "modules": list(modules),
+        "progress": progress,
+    }
+    # -P: what lies in the current directory is not imported by mistake.
+    return [sys.executable, "-P", "-c", _MAIN, json.dumps(order)]
+
+
+def main() -> NoReturn:
+    """Be the supervisor that `sys.argv[1]` describes, until it is stopped."""
+    order = json.loads(sys.argv[1])
+    descriptor = order["progress"]
+    if descriptor is not None and os.fork():
+        os._exit(0)  # who started us need not reap us
+    progress = _told_on_terminal if descriptor is None else _told_to(descriptor)
+    var = Path(order["var"])
+    code = 1
+    try:
+        code = _run(var, order, progress)
+    except KsiError as error:
+        code = error.exit_code
+        progress({"error": error.to_wire()})
+    except OSError as error:
+        code = Invalid.exit_code
+        text = f"{error.filename or var} cannot be used: {error.strerror or error}"
+        progress({"error": Invalid(text, hint="ksi --var DIR names another").to_wire()})
+    sys.exit(code)
+
+
+def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
+    from ksi.actors import config
+    from ksi.storage.format import check_format
+
+    os.umask(0o077)
+    if (var / "FORMAT").exists():
+        check_format(var)  # a newer one is not touched, not even its lock
+    held = lock.hold(var)
+    check_format(var)
+    path = order["settings"] and Path(order["settings"])
+
+    def load() -> config.Loaded:
+        return config.load(var, order["flags"], path=path)
+
+    load()
+    if order["progress"] is not None:
+        _redirect(log.output(var, "supervisor"))
+
+    from ksi.actors.forkserver import ForkServer
+
+    server = ForkServer([*order["modules"], order["tree"].partition(":")[0]])
+    server.start()
+
+    module, _, function = order["tree"].partition(":")
+    tree = getattr(import_module(module), function)()
+    environment = config.as_environment(order["flags"])
+    if path is not None:
+        environment[config.FILE_VARIABLE] = str(path)
+    code = _supervise(var, tree, server, load, environment, progress)
+    os.close(held)
+    return code
+
+
+def _supervise(
+    var: Path,
+    tree: Tree,
+    server: ForkServer,
+    load: Callable[[], config.Loaded],
+    environment: Mapping[str, str],
+    progress: Progress,
+) -> int:
+    """Supervise `tree` on `var`, whose lock the caller holds, and return the exit code.
+
+    Raises:
+        KsiError: the settings or a key cannot be used.
+        OSError: the run directory cannot be used.
+    """
+    import zmq
+
+    from ksi.actors import reports
+    from ksi.actors.supervisor import EXIT_DEFECT, NAME, Supervisor
+    from ksi.transport.identity import Address, Directory, KeyRing, endpoint, make_run_directory
+    from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
+    from ksi.transport.message import CATALOGUE
+
+    run = make_run_directory(var)
+    reports.clear_exit(run)
+    keys = KeyRing(var)
+    certificate = keys.enroll(NAME, "owner")
+    names = [spec.name for spec in tree.specs(var, load().config) if spec.kind == "owner"]
+    publics = {name: keys.enroll(name, "owner").public for name in (NAME, *names)}
+    places = {name: Address(endpoint(var, name), key.decode()) for name, key in publics.items()}
+    commands = {each.name: each.owner for each in CATALOGUE.values() if each.kind == "command"}
+    queries = {each.name: each.owner for each in CATALOGUE.values() if each.kind == "query"}
+    raise_file_limit()
+    context = zmq.Context()
+    mailbox = Mailbox(context, places[NAME].endpoint, certificate, keys)
+    Directory(commands, queries, dict(tree.domains), places).write(var)
+
+    def connect_to(name: str) -> Any:
+        return connect(context, places[name].endpoint, publics[name], certificate)
+
+    codes: list[int] = []
+    Supervisor.start(
+        var=var,
+        run=run,
+        mailbox=mailbox,
+        server=server,
+        connect=connect_to,
+        load=load,
+        tree=tree,
+        environment=environment,
+        progress=progress,
+        on_exit=codes.append,
+    )
+    context.term()
+    Directory.remove(var)
+    return codes[0] if codes else EXIT_DEFECT
+
+
+def _redirect(path: Path) -> None:
+    """Leave the terminal: standard output and error go to a file from here on."""
+    log.trim(path)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o600)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+
+
+def _told_to(descriptor: int) -> Progress:
+    """Return what writes lines to a pipe and closes it behind the last."""
+    os.set_inheritable(descriptor, False)
+    pipe = os.fdopen(descriptor, "w")
+
+    def tell(line: Mapping[str, Any]) -> None:
+        if pipe.closed:
+            return
+        with contextlib.suppress(OSError):  # nobody reads any more: go on without
+            pipe.write(json.dumps(line) + "\n")
+            pipe.flush()
+        if "child" not in line:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    return tell
+
+
+def _told_on_terminal(line: Mapping[str, Any]) -> None:
+    if "child" in line:
+        text = f"{line['child']:<12} ready  pid {line['pid']}  {line['seconds']:.3f} s"
+    elif "ready" in line:
+        text = f"ready in {line['seconds']:.3f} s, supervisor pid {line['pid']}; Ctrl-C stops"
+    else:
+        code, words, hint, _details = line["error"]
+        text = f"ksi: {code}: {words}" + (f"\n     {hint}" if hint else "")
+    print(text, file=sys.stderr, flush=True)

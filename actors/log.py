@@ -38,6 +38,17 @@ def output(var: Path, process: str) -> Path:
     return directory(var) / f"{process}.out"
 
 
+def last_words(path: Path) -> str | None:
+    """Return what a process said last in its output, most likely why it ended, and where it is."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        return None
+    return f"its last words: {lines[-1][:500]} (see {path})" if lines else None
+
+
 def trim(path: Path) -> None:
     """Move what a file over `LOG_BYTES_MAX` holds to `<name>.1`; its writers append and go on."""
     with contextlib.suppress(OSError):

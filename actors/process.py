@@ -10,18 +10,20 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from ksi.actors import log
 from ksi.actors.commit import CommitLoop, table_types
 from ksi.actors.delivery import Counter
 from ksi.actors.host import Host, fresh_ids
-from ksi.actors.outbox import Connect, Outbox
+from ksi.actors.outbox import Outbox
 from ksi.actors.owner import Owner
 from ksi.actors.owners import load
 from ksi.actors.reading import reader_of
 from ksi.actors.stat import StatWriter
-from ksi.storage.store import Batch, Store
+from ksi.storage.journal import Batch
+from ksi.storage.store import Store
 from ksi.storage.tables import TableSpec
 from ksi.transport.identity import Directory, KeyRing, endpoint, run_directory
 from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
@@ -55,6 +57,8 @@ def run_owner(name: str, var: str) -> None:
     gc.collect()
     gc.freeze()  # What is here now stays; the collector need not walk it in every pass.
     Host.start(loop, store, reader_of(owner, root), mailbox, outbox, stat, logger)
+    context.term()
+    store.close()  # Last: until then nobody else may open the store or bind the socket.
     logger.info("closed", journal_seq=store.meta.seq)
 
 
@@ -62,14 +66,17 @@ def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, 
     """Open and recover the owner's store; return it with the commit loop over it."""
     loops: list[CommitLoop] = []
 
-    def replay(store: Store, batch: Batch) -> float:
+    def replay(store: Store, batch: Batch) -> tuple[float, bytes]:
         if not loops:
             loops.append(CommitLoop(owner, store, fresh_ids(), logger))
         return loops[0].replay(batch.payload)
 
     specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
     store = Store.open(directory, specs, replay=replay)
-    return store, loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger)
+    loop = loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger)
+    if store.meta.extra:
+        loop.cut = msgspec.msgpack.decode(store.meta.extra, type=int)
+    return store, loop
 
 
 def _count_start(store: Store) -> int:
@@ -82,5 +89,3 @@ def _count_start(store: Store) -> int:
     store.commit_view()
     return starts
 
-
-__all__ = ["Connect", "open_store", "run_owner"]

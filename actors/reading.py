@@ -1,13 +1,14 @@
 """Reading an owner's state in place: its committed view and its logs, from any process.
 
-This is what `Client.read`, a host that answers queries, and `ksi status` have in common.
+This is what `Client.read`, a host that answers queries, a follower and `ksi status` share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -16,18 +17,33 @@ from ksi.actors.delivery import Batch
 from ksi.actors.owner import Owner
 from ksi.actors.owners import load
 from ksi.storage.journal import Batch as StoredBatch
+from ksi.storage.journal import JournalReader, Position
 from ksi.storage.reader import Reader
 from ksi.storage.tables import TableSpec
 from ksi.transport.message import Query
 
 R = TypeVar("R")
 
-SESSION_FILES: Final = Path("logs/responses/sessions")  # below var: one file a session
-FILES_CURSOR: Final = Path("db/files")  # below var: how far the follower of files is
+
+def log_directory(var: Path) -> Path:
+    """Return where session files are: one file a session."""
+    return var / "logs" / "responses" / "sessions"
+
+
+def cursor_path(var: Path, owner: str) -> Path:
+    """Return the cursor of the follower that writes the logs of `owner`."""
+    return var / "db" / "files" / f"{owner}.cursor"
+
+
+class CommittedLog:
+    """An owner's `Log`: from the files, and where they are short from the journal."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.read = reader.log
 
 
 class OwnerReader:
-    """Answers an owner's queries from its committed state."""
+    """Answers an owner's queries from its committed state, and reads its journal."""
 
     def __init__(self, owner: Owner[Any], var: Path) -> None:
         self.owner = owner
@@ -36,12 +52,31 @@ class OwnerReader:
         self.reader = Reader(
             var / "db" / owner.name,
             specs,
-            logs=var / SESSION_FILES,
-            cursor=var / FILES_CURSOR / f"{owner.name}.cursor",
+            logs=log_directory(var),
+            cursor=cursor_path(var, owner.name),
             lines_of=self.lines_of,
         )
+        self._log = CommittedLog(self.reader)
         self._bound_to: Any = None
         self._tables: Any = None
+
+    def bound(self, tables: Any) -> Any:
+        """Return the owner's declared tables over those of a read transaction."""
+        if tables is not self._bound_to:
+            self._bound_to = tables
+            self._tables = bind(self.owner.tables, tables, self._log)
+        return self._tables
+
+    def answer(self, query: Query[R]) -> R:
+        """Answer one query from one fresh read transaction.
+
+        Raises:
+            NotRunning: the owner has no store yet.
+        """
+        reply: R = self.reader.read(
+            lambda tables, _meta: self.owner.answer(query, self.bound(tables))
+        )
+        return reply
 
     def lines_of(self, batch: StoredBatch) -> Iterator[tuple[str, int, bytes]]:
         """Yield what a journaled batch adds to the owner's logs: key, offset, bytes."""
@@ -50,29 +85,26 @@ class OwnerReader:
                 for line in self.owner.lines(event):
                     yield line.key, line.offset, line.content
 
-    def bound(self, tables: Any) -> Any:
-        """Return the owner's declared tables over those of a read transaction."""
-        if tables is not self._bound_to:
-            self._bound_to = tables
-            self._tables = bind(self.owner.tables, tables, self.reader)
-        return self._tables
-
-    def answer(self, query: Query[R]) -> R:
-        """Answer one query from one fresh read transaction."""
-        reply: R = self.reader.read(
-            lambda tables, _meta: self.owner.answer(query, self.bound(tables))
+    def logs(self, after: str, count: int) -> tuple[Position, dict[str, int]]:
+        """Return the committed sizes of the next logs, and the place in the journal they are of."""
+        return self.reader.read(
+            lambda tables, meta: (
+                meta.position,
+                dict(islice(self.owner.logs(self.bound(tables), after), count)),
+            )
         )
-        return reply
 
-    def close(self) -> None:
-        """Close what was opened."""
-        self.reader.close()
+    def position(self) -> tuple[str, int, Position]:
+        """Return the store in use, its last committed sequence number and where that ends."""
+        store, position = self.reader.committed()
+        return store.name, self.reader.read(lambda _tables, meta: meta.seq), position
+
+    def journal(self) -> JournalReader:
+        """Return a reader of the journal of the store in use."""
+        store, _position = self.reader.committed()
+        return JournalReader(store)
 
 
 def reader_of(owner: Owner[Any] | str, var: Path) -> OwnerReader:
-    """Return a reader of the owner's state in `var`.
-
-    Raises:
-        NotFound: it has no store yet.
-    """
+    """Return a reader of the owner's state in `var`. Nothing is opened yet."""
     return OwnerReader(load(owner) if isinstance(owner, str) else owner, var)

@@ -32,23 +32,21 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import json
 import os
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import pykka
 import zmq
 
-from ksi.actors import config, log
+from ksi.actors import config, log, reports
 from ksi.actors.child import ChildSpec
+from ksi.actors.children import Child, next_to_start, next_to_stop, rest_of
 from ksi.actors.desk import STORE, Desk
 from ksi.actors.forkserver import ForkServer, Running
 from ksi.actors.owner import Sender
@@ -56,7 +54,6 @@ from ksi.actors.probe import Probe
 from ksi.actors.restarts import (
     Backoff,
     Intensity,
-    Strategy,
     add_restart,
     backoff_s,
     exit_words,
@@ -74,6 +71,7 @@ from ksi.actors.system import (
     StopChild,
     SystemStatus,
 )
+from ksi.actors.tree import Tree
 from ksi.transport import wire
 from ksi.transport.errors import (
     Conflict,
@@ -87,6 +85,7 @@ from ksi.transport.mailbox import Letter, Mailbox, Post
 from ksi.transport.message import Message, Reply
 
 NAME: Final = "supervisor"
+EXIT_FILE: Final = "supervisor.exit"
 AGENTS_MAX: Final = 1024  # Supervised at once: four descriptors and some memory each.
 LOOK_S: Final = 0.5  # How often children are looked at for hanging, if nothing else happens.
 READY_LOOK_S: Final = 0.002  # How often a starting child is asked whether it is ready ...
@@ -99,44 +98,6 @@ Progress = Callable[[Mapping[str, Any]], None]
 Sockets = tuple[zmq.Socket[bytes], zmq.Socket[bytes]]  # a connection and its monitor
 
 
-@dataclass(slots=True)
-class Child:
-    """A spec, what its process should be and what it is. `running` is None when there is none."""
-
-    spec: ChildSpec
-    state: State = "STOPPED"
-    wanted: bool = True  # it should run ...
-    renew: bool = False  # ... but be stopped and started again first
-    running: Running | None = None
-    probe: Probe | None = None  # until it is ready
-    was_ready: bool = False
-    restarts: tuple[float, ...] = ()  # newest first
-    restarts_total: int = 0
-    starts: int = 0
-    due_s: float = 0.0  # not to be started before
-    kill_s: float | None = None  # when it is killed; None: it was not asked to stop
-    hung: str | None = None  # why it was killed, until its end is seen
-    last_exit: str | None = None
-    since: float = field(default_factory=time.time)
-
-    def leaves(self) -> bool:
-        """Whether its process, if there is one, has to end."""
-        return self.renew or not self.wanted
-
-    def status(self) -> ChildStatus:
-        """Return what others are told of it."""
-        return ChildStatus(
-            name=self.spec.name,
-            kind=self.spec.kind,
-            state=self.state,
-            pid=self.running.pid if self.running else None,
-            starts=self.starts,
-            restarts=self.restarts_total,
-            last_exit=self.last_exit,
-            since=self.since,
-        )
-
-
 class Supervisor(pykka.ThreadingActor):
     """The actor. `Supervisor.start(...)` runs its loop here and returns when all is stopped.
 
@@ -146,13 +107,10 @@ class Supervisor(pykka.ThreadingActor):
         server: forks its children.
         connect: makes a connection to an owner, by name.
         load: reads the settings, now and on SIGHUP.
-        specs: makes the specs of its own children from the settings, in the order of their start.
-        strategy: what else is restarted when one of them has ended.
+        tree: its own children, in the order of their start.
         environment: set for every child on top of the supervisor's own.
         progress: told each child that becomes ready, and in the end that all are, or why not.
-
-    Attributes:
-        exit_code: of the process, once the loop has ended: 0, or 1 when it gave up.
+        on_exit: told the exit code in the end: 0, or 1 when it gave up.
     """
 
     def __init__(
@@ -164,29 +122,29 @@ class Supervisor(pykka.ThreadingActor):
         server: ForkServer,
         connect: Callable[[str], Sockets],
         load: Callable[[], config.Loaded],
-        specs: Callable[[config.Config], tuple[ChildSpec, ...]],
-        strategy: Strategy,
+        tree: Tree,
         environment: Mapping[str, str],
         progress: Progress,
+        on_exit: Callable[[int], None],
     ) -> None:
         self._mailbox = mailbox
         super().__init__()
         settings = load().config
-        self.exit_code = 0
+        self._on_exit = on_exit
+        self._exit_code = 0
         self._var = var
         self._run = run
         self._server = server
         self._connect = connect
         self._load = load
         self._settings = settings.supervisor
-        self._specs = specs
-        self._strategy = strategy
+        self._tree = tree
         self._environment = environment
         self._progress = progress
         self._log = log.configure(var, NAME, settings.log.level)
         self._desk = Desk(NAME, self._carry, self._log)
         self._stat = StatWriter(run / f"{NAME}.stat")
-        self._own = [Child(spec) for spec in specs(settings)]
+        self._own = [Child(spec) for spec in tree.specs(var, settings)]
         self._agents: dict[str, Child] = {}
         self._restarts: tuple[float, ...] = ()  # of all its own children, newest first
         self._ended: list[Child] = []
@@ -219,12 +177,13 @@ class Supervisor(pykka.ThreadingActor):
         except BaseException as error:
             self._log.exception("a turn of the supervisor failed")
             with contextlib.suppress(OSError):
-                write_exit(self._run, EXIT_DEFECT, f"a defect: {error!r}"[:1000])
+                reports.write_exit(self._run, EXIT_DEFECT, f"a defect: {error!r}"[:1000])
             os._exit(EXIT_DEFECT)
 
     def on_stop(self) -> None:
         self._mailbox.close()
         self._stat.close()
+        self._on_exit(self._exit_code)
 
     def _turn(self, post: Post) -> None:
         now_s = time.monotonic()
@@ -263,9 +222,9 @@ class Supervisor(pykka.ThreadingActor):
             return
         self._settings = settings.supervisor
         self._log = log.configure(self._var, "supervisor", settings.log.level)
-        fresh = {spec.name: spec for spec in self._specs(settings)}
+        fresh = {spec.name: spec for spec in self._tree.specs(self._var, settings)}
         for child in self._own:
-            child.spec = fresh.get(child.spec.name, child.spec)
+            child.spec = fresh.get(child.name, child.spec)
         self._log.info("settings reloaded")
 
     def _has_ended(self, child: Child, now_s: float) -> None:
@@ -280,14 +239,18 @@ class Supervisor(pykka.ThreadingActor):
             child.probe = None
         child.last_exit = f"killed: {child.hung}" if child.hung else exit_words(code)
         child.hung = child.kill_s = None
-        if child.leaves():
+        self._is_down(child, code, now_s)
+
+    def _is_down(self, child: Child, code: int | None, now_s: float) -> None:
+        """A child has no process (any more), as was asked for or by itself."""
+        if child.leaves:
             child.renew = False
             self._set(child, "STOPPED")
-        elif child in self._own and not self._up and not child.was_ready:
+        elif not (self._up or child.was_ready or child.is_agent):
             self._set(child, "STOPPED")
             self._give_up(
-                f"{child.spec.name} ended before it was ready ({child.last_exit})",
-                hint=last_line(log.output(self._var, child.spec.name)),
+                f"{child.name} ended before it was ready ({child.last_exit})",
+                hint=log.last_words(log.output(self._var, child.name)),
             )
         else:
             self._restart(child, code, now_s)
@@ -300,14 +263,14 @@ class Supervisor(pykka.ThreadingActor):
             return
         intensity = self._intensity(child)
         child.restarts, few = add_restart(child.restarts, now_s, intensity)
-        if child.spec.kind != "agent":  # its own children are under one intensity together
+        if not child.is_agent:  # its own children are under one intensity together
             self._restarts, few = add_restart(self._restarts, now_s, intensity)
         if not few:
             child.wanted = False
             self._set(child, "FATAL")
-            if child.spec.kind != "agent":
+            if not child.is_agent:
                 self._give_up(
-                    f"{child.spec.name} ended again ({child.last_exit}): more than "
+                    f"{child.name} ended again ({child.last_exit}): more than "
                     f"{intensity.restarts_max} restarts in {intensity.period_s:g} s"
                 )
             return
@@ -315,13 +278,13 @@ class Supervisor(pykka.ThreadingActor):
         backoff = Backoff(self._settings.backoff_first_s, self._settings.backoff_max_s)
         child.due_s = now_s + backoff_s(len(child.restarts), random.random(), backoff)
         self._set(child, "BACKOFF")
-        if child in self._own and self._strategy == "rest_for_one":
-            for later in self._own[self._own.index(child) + 1 :]:
+        if not child.is_agent and self._tree.strategy == "rest_for_one":
+            for later in rest_of(self._own, child):
                 later.renew = later.running is not None
 
     def _intensity(self, child: Child) -> Intensity:
         settings = self._settings
-        if child.spec.kind == "agent":
+        if child.is_agent:
             return Intensity(settings.agent_intensity, settings.agent_period_s)
         return Intensity(settings.intensity, settings.period_s)
 
@@ -342,14 +305,14 @@ class Supervisor(pykka.ThreadingActor):
             if child.running is not None and child.kill_s is None and not late:
                 child.hung = self._hung(child, child.running, now_s)
                 if child.hung is not None:
-                    self._log.error("killed a hung child", child=child.spec.name, hung=child.hung)
+                    self._log.error("killed a hung child", child=child.name, hung=child.hung)
                     child.running.signal(signal.SIGKILL)
         for child in self._all():
-            log.trim(log.output(self._var, child.spec.name))
+            log.trim(log.output(self._var, child.name))
 
     def _hung(self, child: Child, running: Running, now_s: float) -> str | None:
         """Return how a child hangs, in words, or None."""
-        stat = read_stat(self._run / f"{child.spec.name}.stat")
+        stat = read_stat(self._run / f"{child.name}.stat")
         if stat is not None and stat.pid != running.pid:
             stat = None  # of its predecessor
         if child.state == "STARTING":
@@ -373,7 +336,7 @@ class Supervisor(pykka.ThreadingActor):
         if self._up:
             return
         spent_s = round(time.monotonic() - child.running.started_s, 4)
-        self._progress({"child": child.spec.name, "pid": child.running.pid, "seconds": spent_s})
+        self._progress({"child": child.name, "pid": child.running.pid, "seconds": spent_s})
         if all(each.state == "RUNNING" for each in self._own):
             self._up = True
             spent_s = round(time.monotonic() - self._started_s, 4)
@@ -383,19 +346,18 @@ class Supervisor(pykka.ThreadingActor):
 
     def _advance(self, now_s: float) -> None:
         self._stop_next(now_s)
-        if not self._stopping:
-            self._start_next(now_s)
-        elif not any(child.running for child in self._all()):
-            self._log.info("stopped", exit_code=self.exit_code)
+        self._start_next(now_s)
+        if self._stopping and not any(child.running for child in self._all()):
+            self._log.info("stopped", exit_code=self._exit_code)
             self.stop()
 
     def _stop_next(self, now_s: float) -> None:
-        """Stop what has to stop: agents first and together, then one by one in reverse order."""
-        leaving = [child for child in self._all() if child.running and child.leaves()]
-        agents = [child for child in leaving if child.spec.kind == "agent"]
-        own = [child for child in reversed(leaving) if child.spec.kind != "agent"]
-        if self._hurry_s is None:
-            own = [] if agents and self._stopping else own[:1]
+        """Stop what has to stop: agents together and before owners, owners one by one."""
+        agents = [child for child in self._agents.values() if child.running and child.leaves]
+        if self._hurry_s is not None:
+            own = [child for child in self._own if child.running]
+        else:
+            own = [] if agents and self._stopping else next_to_stop(self._own)
         for child in (*agents, *own):
             self._stop_child(child, now_s)
 
@@ -411,15 +373,16 @@ class Supervisor(pykka.ThreadingActor):
             child.kill_s = now_s + LOOK_S  # again, should it need to be
 
     def _start_next(self, now_s: float) -> None:
-        """Start what has to run and does not: in order, while the order matters."""
-        in_order = not self._up or self._strategy == "rest_for_one"
-        if self._strategy == "rest_for_one" and any(child.renew for child in self._own):
-            return
-        for child in self._all():
-            if child.wanted and child.running is None and now_s >= child.due_s:
+        for child in self._startable():
+            if now_s >= child.due_s:
                 self._start_child(child, now_s)
-            if in_order and child in self._own and child.wanted and child.state != "RUNNING":
-                break
+
+    def _startable(self) -> list[Child]:
+        """Return what may start, each when it is due."""
+        if self._stopping:
+            return []
+        agents = [child for child in self._agents.values() if child.wanted and not child.running]
+        return [*next_to_start(self._own, self._tree.strategy, up=self._up), *agents]
 
     def _start_child(self, child: Child, now_s: float) -> None:
         """Start a process; that it cannot be started counts as an end of it."""
@@ -427,8 +390,7 @@ class Supervisor(pykka.ThreadingActor):
             self._spawn(child)
         except (OSError, KsiError) as error:
             child.last_exit = f"not started: {error}"
-            self._log.error("a child cannot be started", child=child.spec.name, error=str(error))
-            self._restart(child, None, now_s)
+            self._is_down(child, None, now_s)
 
     def _spawn(self, child: Child) -> None:
         spec = child.spec
@@ -454,9 +416,11 @@ class Supervisor(pykka.ThreadingActor):
 
     def _stop_all(self, why: str) -> None:
         """Begin to stop; `_advance` does it."""
+        if self._stopping:
+            return
         self._log.info("stopping", why=why)
         self._stopping = True
-        if not self._up and self.exit_code == 0:
+        if not self._up and self._exit_code == 0:
             self._progress({"error": Draining(f"stopped while starting: {why}").to_wire()})
         for child in self._all():
             child.wanted = child.renew = False
@@ -467,9 +431,10 @@ class Supervisor(pykka.ThreadingActor):
         """Escalate: stop everything, exit 1, and leave the reason where it is found."""
         if self._stopping:
             return
-        self.exit_code = EXIT_GAVE_UP
+        self._exit_code = EXIT_GAVE_UP
         self._log.error("gave up", why=why)
-        write_exit(self._run, EXIT_GAVE_UP, why)
+        with contextlib.suppress(OSError):
+            reports.write_exit(self._run, EXIT_GAVE_UP, why)
         if not self._up:
             self._progress({"error": Internal(why, hint=hint).to_wire()})
         self._stop_all("gave up")
@@ -491,7 +456,7 @@ class Supervisor(pykka.ThreadingActor):
                 return self._status()
             case Stop():
                 self._stop_all("system:stop")
-                return Done(name="supervisor", state="STOPPED")
+                return Done(name=NAME, pid=os.getpid())
             case RestartChild(owner=name):
                 return self._renew(_find(self._all(), name))
             case StartChild():
@@ -513,15 +478,15 @@ class Supervisor(pykka.ThreadingActor):
         child.wanted = True
         child.renew = child.running is not None
         child.due_s = 0.0
-        return Done(name=child.spec.name, state=child.state)
+        return Done(name=child.name, pid=child.pid)
 
     def _start_agent(self, message: StartChild) -> ChildStatus:
         self._require_open()
         known = self._agents.get(message.name)
         if known is not None and (known.running or known.wanted):
-            pid = known.running.pid if known.running else None
-            raise Conflict(f"{message.name} is {known.state} already", state=known.state, pid=pid)
-        if any(child.spec.name == message.name for child in self._own):
+            text = f"{message.name} is {known.state} already"
+            raise Conflict(text, state=known.state, pid=known.pid)
+        if any(child.name == message.name for child in self._own):
             raise Conflict(f"{message.name} is the name of an owner", hint="choose another name")
         if known is None and len(self._agents) >= AGENTS_MAX:
             raise Quota(f"{AGENTS_MAX} agents are supervised already", limit=AGENTS_MAX)
@@ -546,7 +511,7 @@ class Supervisor(pykka.ThreadingActor):
             self._set(child, "STOPPED")
         elif force:
             child.kill_s = 0.0
-        return Done(name=child.spec.name, state=child.state)
+        return Done(name=child.name, pid=child.pid)
 
     def _require_open(self) -> None:
         if self._stopping:
@@ -559,77 +524,50 @@ class Supervisor(pykka.ThreadingActor):
         child.state = state
         child.since = time.time()
         self._changed = True
-        pid = child.running.pid if child.running else None
         say = self._log.info if state in ("STARTING", "RUNNING", "STOPPED") else self._log.warning
         say(
             "child",
-            child=child.spec.name,
+            child=child.name,
             state=state,
-            child_pid=pid,
+            child_pid=child.pid,
             last_exit=child.last_exit,
             restarts=child.restarts_total,
         )
-        if child.spec.kind == "agent":
-            self._report(child.spec, state, pid, child.last_exit)
+        if child.is_agent:
+            self._report(child)
             if state == "STOPPED":
-                self._agents.pop(child.spec.name, None)
+                self._agents.pop(child.name, None)
 
-    def _report(self, spec: ChildSpec, state: State, pid: int | None, exit: str | None) -> None:
+    def _report(self, child: Child) -> None:
         """Tell the registry what has become of a supervised agent."""
 
     def _publish(self) -> None:
         """Write `run/children.json`: `ksi status` reads it, whatever has become of us."""
         self._changed = False
-        content = {"schema": "ksi.children/1", **msgspec.to_builtins(self._status())}
         try:
-            replace_json(self._run / "children.json", content)
+            reports.write_children(self._run, self._status())
         except OSError as error:
-            self._log.error("children.json cannot be written", error=str(error))
+            self._log.error("the children cannot be published", error=str(error))
 
     def _rest_s(self, now_s: float) -> float:
         """Return how long nothing is to be done unless something happens."""
-        due_s = self._looked_s + LOOK_S
-        for child in self._all():
+        due_s = [self._looked_s + LOOK_S]
+        due_s += [child.due_s for child in self._startable()]
+        due_s += [child.kill_s for child in self._all() if child.kill_s is not None]
+        for child in self._own:
             if child.probe is not None and child.running is not None:
                 old = now_s - child.running.started_s > 1.0
-                due_s = min(due_s, now_s + (READY_LOOK_S_MAX if old else READY_LOOK_S))
-            elif child.kill_s is not None:
-                due_s = min(due_s, child.kill_s)
-            elif child.wanted and child.running is None:
-                due_s = min(due_s, child.due_s)
-        return max(0.0, due_s - now_s)
+                due_s.append(now_s + (READY_LOOK_S_MAX if old else READY_LOOK_S))
+        return max(0.0, min(due_s) - now_s)
 
     def _all(self) -> list[Child]:
         return [*self._own, *self._agents.values()]
 
 
 def _find(children: Iterable[Child], name: str) -> Child:
-    by_name = {child.spec.name: child for child in children}
+    by_name = {child.name: child for child in children}
     if name in by_name:
         return by_name[name]
     near = difflib.get_close_matches(name, by_name, n=1)
     hint = f"did you mean {near[0]}?" if near else "ksi status lists them"
     raise NotFound(f"the supervisor has no child {name!r} of this kind"[:300], hint=hint)
-
-
-def last_line(path: Path) -> str | None:
-    """Return the last thing a process said on its standard error: why it ended, most likely."""
-    try:
-        content = path.read_bytes()[-4096:]
-    except OSError:
-        return None
-    lines = content.decode(errors="replace").strip().splitlines()
-    return f"its last words: {lines[-1][:500]} (all of them: {path})" if lines else None
-
-
-def write_exit(run: Path, code: int, why: str) -> None:
-    """Leave in `run/supervisor.exit` why the supervisor has ended, for `ksi status`."""
-    content = {"schema": "ksi.exit/1", "at": time.time(), "exit": code, "reason": why}
-    replace_json(run / "supervisor.exit", content)
-
-
-def replace_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Put a JSON file in place of the former in one step; not synced, it lives as long as a run."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(content))
-    fresh.replace(path)

@@ -61,10 +61,10 @@ class SystemStatus(Reply, frozen=True, kw_only=True):
 
 
 class Done(Reply, frozen=True, kw_only=True):
-    """It will be done; `system:status` shows how far it is."""
+    """It will be done; `system:status` shows how far it is. `pid` is what ends, None: nothing."""
 
     name: str
-    state: str
+    pid: int | None
 
 
 @operation("system:status", owner="supervisor", roles=ANYONE)

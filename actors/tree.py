@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from ksi.actors import system
+import ksi.actors.system  # noqa: F401 - declares the supervisor's operations
 from ksi.actors.child import ChildSpec
 from ksi.actors.config import Config
 from ksi.actors.owners import OWNERS, load_all
 from ksi.actors.restarts import Strategy
-
-DEFAULT: Final = "ksi.actors.tree:tree"
-MODULES: Final = ("ksi.actors.process", "ksi.actors.follower", "structlog")  # what children need
 
 
 class Tree(NamedTuple):
@@ -35,7 +32,6 @@ class Tree(NamedTuple):
 
 def tree() -> Tree:
     """Return the tree of the system. It declares all operations."""
-    assert system.Status is not None
     owners = load_all()
     return Tree(
         specs,

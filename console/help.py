@@ -9,8 +9,17 @@ from ksi.console.show import show_json, show_table
 from ksi.transport.message import Operation
 
 
+def _names(ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
+    from ksi.console.operations import catalogue
+
+    root = ctx.find_root()
+    assert isinstance(root.command, click.Group)
+    known = [*root.command.list_commands(root), *catalogue()]
+    return [name for name in known if name.startswith(begun)]
+
+
 @command("help")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_names)
 @click.pass_context
 def help(ctx: click.Context, name: str | None) -> None:
     """Explain an operation, or a sub-command of ksi."""

@@ -15,7 +15,7 @@ import click
 
 from ksi.console.options import DURATION, Options, command
 from ksi.console.show import print_json, show_json
-from ksi.transport.errors import NotFound
+from ksi.transport.errors import NotFound, NotRunning
 
 FOLLOW_S: Final = 0.2  # How often `-f` looks for more: unnoticed by a person, free for a machine.
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
@@ -83,6 +83,8 @@ class _Files:
     """The log files of a var directory, each read on from where it was left."""
 
     def __init__(self, var: Path, name: str | None) -> None:
+        if not var.is_dir():
+            raise NotRunning(f"nothing has ever run on {var}", hint="ksi start")
         self._directory = var / "logs" / "ksi"
         self._name = name
         self._offsets: dict[tuple[int, int], int] = {}

@@ -85,6 +85,8 @@ def ksi() -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Prints every error, raises none."""
     options = Options()
+    if "_KSI_COMPLETE" in os.environ:
+        import_module("ksi.console.completion")  # bash needs ours, not click's
     try:
         code = ksi.main(words, prog_name="ksi", standalone_mode=False, obj=options)
         sys.stdout.flush()

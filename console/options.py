@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +141,15 @@ class Group(click.Group):
         return click.UsageError(
             f"there is no {ctx.command_path} {name}{nearest(name, self.list_commands(ctx))}", ctx
         )
+
+
+def confirm(what: str, *, yes: bool) -> None:
+    """Ask before something final; without a terminal, `--yes` must say it."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError(f"to {what} is final: say --yes")
+    click.confirm(f"{what}, for good?", abort=True, err=True)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -14,6 +15,10 @@ _COLOURS: Final = {
 }  # fmt: skip
 
 
+# Controls that JSON leaves as they are: a terminal may take them for commands, a reader for lines.
+_UNSAFE: Final = re.compile("[\u007f-\u009f\u2028\u2029\ud800-\udfff]")
+
+
 def show_json(name: str, fields: Mapping[str, Any]) -> None:
     """Print `fields` as the object of the sub-command `name`."""
     print_json({"schema": f"ksi.{name}/1", **fields})
@@ -22,12 +27,22 @@ def show_json(name: str, fields: Mapping[str, Any]) -> None:
 def print_json(content: Any) -> None:
     """Print one JSON value: on a terminal over several lines, else on one."""
     indent = 2 if sys.stdout.isatty() else None
-    print(json.dumps(content, ensure_ascii=False, indent=indent, default=_plain), flush=True)
+    text = json.dumps(content, ensure_ascii=False, indent=indent, default=_plain)
+    print(_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
+
+
+def clean(text: str) -> str:
+    """Return `text` with what a terminal would take for a command spelt out."""
+    return text if text.isprintable() else "".join(map(_spelt, text))
+
+
+def _spelt(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]
 
 
 def show_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print rows under headers: aligned text, coloured and fitted on a terminal."""
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    cells = [["-" if cell is None else clean(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _show_rich(headers, cells)
         return

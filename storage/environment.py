@@ -17,7 +17,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,7 @@ import lmdb
 import lmdb._envid
 
 from ksi.storage.errors import Corrupt
+from ksi.transport.errors import NotRunning
 from ksi.transport.limits import MAP_BYTES, READERS_MAX
 
 _DATABASES_MAX: Final = 32
@@ -39,39 +40,44 @@ class Environment:
     Attributes:
         lmdb: the environment itself.
         writable: whether this process is its writer.
+        inherited: it was opened by the process we were forked from, and must not be used.
     """
 
     def __init__(self, path: Path, opened: lmdb.Environment, *, writable: bool) -> None:
         self.path = path
         self.lmdb = opened
         self.writable = writable
+        self.inherited = False
         self._identity = _identity(path)
         self._databases: dict[str, lmdb._Database] = {}
 
-    def database(self, name: str) -> lmdb._Database | None:
-        """Return the handle of a database, None if there is none of this name.
+    def database(self, name: str) -> lmdb._Database:
+        """Return the handle of a database.
 
-        The first time needs a transaction of its own: do not call it inside one.
+        A reader's first use of one takes a transaction of its own: not inside another.
+
+        Raises:
+            NotRunning: there is none of this name; its owner makes it when it starts.
         """
-        with _lock:
-            found = self._databases.get(name)
-            if found is None:
-                try:
-                    with self.lmdb.begin() as txn:
-                        found = self.lmdb.open_db(name.encode(), txn=txn, create=False)
-                except lmdb.NotFoundError:
-                    return None
-                self._databases[name] = found
-            return found
+        found = self._databases.get(name)
+        if found is None:
+            try:
+                if self.writable:  # Here opening one would wait for the writer, which may be us.
+                    raise lmdb.NotFoundError(name)
+                with _lock:
+                    found = self.lmdb.open_db(name.encode(), create=False)
+            except lmdb.NotFoundError as error:
+                raise NotRunning(
+                    f"the view {self.path} has no table {name} yet", hint="ksi restart"
+                ) from error
+            self._databases[name] = found
+        return found
 
-    def create_databases(self, names: Iterable[str]) -> None:
-        """Make sure that these databases exist."""
-        missing = [name for name in names if self.database(name) is None]
-        if not missing:
-            return
+    def open_databases(self, names: Iterable[str]) -> None:
+        """Open these databases, creating those that are missing. For the writer."""
         with _lock, self.lmdb.begin(write=True) as txn:
-            made = {name: self.lmdb.open_db(name.encode(), txn=txn) for name in missing}
-        self._databases.update(made)
+            opened = {name: self.lmdb.open_db(name.encode(), txn=txn) for name in names}
+        self._databases.update(opened)
 
     def is_current(self) -> bool:
         """Return whether the files at its path are still those that were opened."""
@@ -87,7 +93,6 @@ class Environment:
 
 _lock = threading.RLock()
 _open: dict[Path, Environment] = {}
-generation = 0  # Grows with each fork, in the child: what was opened before is not ours.
 
 
 def open_writer(path: Path, *, create: bool = False) -> Environment:
@@ -115,7 +120,8 @@ def open_reader(path: Path) -> Environment:
     """Open the environment in the directory `path` for reading, or return the one that is open.
 
     Raises:
-        Corrupt: there is none, or it is damaged.
+        NotRunning: there is none.
+        Corrupt: it is damaged.
     """
     with _lock:
         present = _open.get(path)
@@ -124,7 +130,7 @@ def open_reader(path: Path) -> Environment:
                 return present
             del _open[path]  # Others of this process may still be reading it: not closed here.
         if not (path / "data.mdb").exists():
-            raise Corrupt(f"there is no LMDB environment in {path}")
+            raise NotRunning(f"there is no view {path}", hint="ksi start")
         return _keep(path, writable=False)
 
 
@@ -172,7 +178,8 @@ def _opened(path: Path, *, readonly: bool, lock: bool = True) -> lmdb.Environmen
     if size < needed:
         opened.close()
         raise Corrupt(
-            f"{path}/data.mdb has {size} bytes, its pages need {needed}", file=str(path / "data.mdb")
+            f"{path}/data.mdb has {size} bytes, its pages need {needed}",
+            file=str(path / "data.mdb"),
         )
     return opened
 
@@ -187,22 +194,21 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _leave_inherited() -> None:
     """In a forked child: never touch what the parent opened, and let the child open its own."""
-    global _lock, generation
+    global _lock  # noqa: PLW0603 - the parent's may be held by a thread we do not have
     _lock = threading.RLock()
-    generation += 1
     if not _open:
         return
     import ctypes
 
-    for environment in _open.values():  # A reference that even the end of the process keeps.
+    for environment in _open.values():
+        environment.inherited = True
+        # A reference that even the end of the process does not drop.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment.lmdb))
     _open.clear()
     # py-lmdb refuses to open files that this process has open, and takes the parent's for such.
-    keys_of = lmdb._envid.env_keys
+    keys_of: Callable[..., tuple[object, ...]] = lmdb._envid.env_keys
     child = os.getpid()
-    lmdb._envid.env_keys = lambda path, subdir: tuple(
-        (child, key) for key in keys_of(path, subdir)
-    )
+    lmdb._envid.env_keys = lambda path, subdir: tuple((child, key) for key in keys_of(path, subdir))
 
 
 os.register_at_fork(after_in_child=_leave_inherited)

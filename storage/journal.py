@@ -25,6 +25,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, NoReturn
 from zlib import crc32
@@ -39,7 +40,7 @@ log = logging.getLogger("ksi.storage")
 MAGIC: Final = b"KSJ1"
 HEADER: Final = struct.Struct(">4sIIQI")  # magic, payload bytes, crc32, first seq, count
 _PLACE: Final = struct.Struct(">QQQII")  # segment, offset, first seq, count, payload bytes
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _READ_BYTES: Final = 1 << 18
 
 
@@ -194,7 +195,7 @@ class Journal:
     def drop_before(self, seq: int) -> int:
         """Remove the segments that hold only numbers below `seq`; return how many."""
         segments = self.segments()
-        gone = [each for each, after in zip(segments, segments[1:], strict=False) if after <= seq]
+        gone = [each for each, after in pairwise(segments) if after <= seq]
         for segment in gone:
             segment_path(self._directory, segment).unlink()
         if gone:
@@ -222,7 +223,7 @@ class Journal:
         try:
             fd = create_segment(self._directory, first_seq)
         except OSError as error:
-            if error.errno in _NO_ROOM:
+            if error.errno in NO_ROOM:
                 raise _full(error) from error
             self._fail(error)
         os.close(self._fd)
@@ -231,7 +232,7 @@ class Journal:
 
     def _undo(self, error: OSError) -> NoReturn:
         """Take back a record for which there was no room; anything else is unknown."""
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             self._fail(error)
         try:
             os.ftruncate(self._fd, self.end.offset)
@@ -301,11 +302,7 @@ def _read(directory: Path, start: Position, stop: Position) -> Iterator[Batch]:
     expected = None  # the sequence number the next record must begin with
     while (segment, offset) < stop:
         path = segment_path(directory, segment)
-        try:
-            file = open(path, "rb", buffering=_READ_BYTES)
-        except FileNotFoundError:
-            raise NotFound(f"journal {path} has been dropped", hint="start from a snapshot") from None
-        with file:
+        with _opened(path) as file:
             file.seek(offset)
             while (segment, offset) < stop:
                 batch = _next(file, segment, offset)
@@ -329,6 +326,14 @@ def _read(directory: Path, start: Position, stop: Position) -> Iterator[Batch]:
         if not following or (expected is not None and following[0] != expected):
             raise _gap(path, offset, expected, next(iter(following), None))
         segment, offset = following[0], 0
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb", buffering=_READ_BYTES)
+    except FileNotFoundError:
+        hint = "start from a snapshot"
+        raise NotFound(f"journal {path} has been dropped", hint=hint) from None
 
 
 def _next(file: BinaryIO, segment: int, offset: int) -> Batch | None:

@@ -1,9 +1,9 @@
 """Snapshots: a committed state of one store, whole or absent, and known to be good.
 
-A snapshot is a directory of two files: `data.mdb`, a compacted copy of the LMDB view as of one read
-transaction, and `manifest.json`, which says what it is of and the SHA-256 of the copy. It is made in
-a temporary directory, synced, opened, every row checked, and only then renamed into place; so a
-snapshot that has its name is good, and its checksum tells whether it still is.
+A snapshot is a directory of two files: `data.mdb`, a compacted copy of the LMDB view as of one
+read transaction, and `manifest.json`, which says what it is of and the SHA-256 of the copy. It is
+made in a temporary directory, synced, opened, every row checked, and only then renamed into place;
+so a snapshot that has its name was good, and its checksum tells whether it still is.
 
 LMDB's own copy does not sync, refuses an existing file and must never be replaced by a copy of the
 file by hand: that one may be torn, and reading it drops LMDB's locks.
@@ -28,7 +28,6 @@ from ksi.storage.journal import Position
 from ksi.storage.tables import intact
 
 MANIFEST_FORMAT: Final = 1
-_COPY_BYTES: Final = 1 << 20
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +69,7 @@ class Frozen:
         store: str,
         describe: Callable[[lmdb.Transaction[bytes]], tuple[int, Position, float]],
     ) -> None:
-        """`describe` returns sequence number, position and owner time of the transaction's state."""
+        """`describe` returns sequence number, position and owner time as of a transaction."""
         self._environment = environment
         self._store = store
         self._describe = describe
@@ -185,17 +184,30 @@ def install(snapshot: Path, view: Path) -> Manifest:
     return manifest
 
 
-def newest_first(paths: Iterable[Path], store: str) -> list[tuple[Path, Manifest]]:
-    """Return the snapshots of this store among `paths`, those with readable manifests."""
+def newest_good(
+    paths: Iterable[Path], store: str, reached: Callable[[Position], bool]
+) -> tuple[Path, Manifest] | None:
+    """Return the newest of the snapshots `paths` that can be used, or None.
+
+    That is one of this store, whose data match the manifest, and from whose position the journal
+    goes on, as `reached` tells.
+    """
     found = []
     for path in paths:
         try:
             manifest = read_manifest(path)
         except Corrupt:
             continue
-        if manifest.store == store:
+        if manifest.store == store and reached(manifest.position):
             found.append((path, manifest))
-    return sorted(found, key=lambda each: each[1].seq, reverse=True)
+    found.sort(key=lambda each: each[1].seq, reverse=True)
+    for path, manifest in found:
+        try:
+            if _hash(path / "data.mdb") == (manifest.sha256, manifest.data_bytes):
+                return path, manifest
+        except OSError:
+            continue
+    return None
 
 
 def _check_table(environment: lmdb.Environment, name: str) -> int:
@@ -214,11 +226,11 @@ def _check_table(environment: lmdb.Environment, name: str) -> int:
 
 
 def _sync_and_hash(path: Path) -> tuple[str, int]:
-    digest = hashlib.sha256()
-    size = 0
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
-        while chunk := file.read(_COPY_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-    return digest.hexdigest(), size
+    return _hash(path)
+
+
+def _hash(path: Path) -> tuple[str, int]:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size

@@ -21,21 +21,21 @@ Invariants:
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import lmdb
 import msgspec
 
-from ksi.storage import snapshots as snapshot_files
 from ksi.storage.atomic import make_directory, sync_directory, write_atomically
+from ksi.storage.boot import this_boot
 from ksi.storage.environment import Environment, open_writer
 from ksi.storage.errors import Corrupt, UnknownOutcome
 from ksi.storage.journal import (
@@ -48,7 +48,7 @@ from ksi.storage.journal import (
     segments_in,
 )
 from ksi.storage.recovery import Decision, Mark, Snapshot, Start, View, decide
-from ksi.storage.snapshots import Frozen, Manifest
+from ksi.storage.snapshots import Frozen, Manifest, install, newest_good
 from ksi.storage.tables import LmdbTable, RowCodec, TableSpec
 from ksi.transport.errors import Conflict, StorageFull
 from ksi.transport.limits import (
@@ -109,11 +109,31 @@ class Store:
         tables: the tables by name, usable between `begin` and `commit`.
     """
 
-    id: str
-    directory: Path
-    meta: Meta
-    journal: Journal
-    tables: dict[str, LmdbTable[Any]]
+    def __init__(
+        self,
+        directory: Path,
+        specs: Mapping[str, TableSpec],
+        journal: Journal,
+        environment: Environment,
+        boot_id: str,
+    ) -> None:
+        """Use `Store.open`."""
+        self.id = directory.name
+        self.directory = directory
+        self.journal = journal
+        self.meta = read_meta(environment)
+        environment.open_databases(specs)
+        self.tables: dict[str, LmdbTable[Any]] = {
+            name: LmdbTable(name, spec, environment.database(name)) for name, spec in specs.items()
+        }
+        self._all_tables = tuple(self.tables.values())
+        self._meta_database = environment.database(META_TABLE)
+        self._lmdb = environment.lmdb
+        self._page_bytes = self._lmdb.stat()["psize"]
+        self._txn: lmdb.Transaction[bytes] | None = None
+        self._boot_id = boot_id
+        self._room_until_s = 0.0
+        self._closing = ExitStack()
 
     @classmethod
     def open(
@@ -141,26 +161,18 @@ class Store:
             Corrupt: what is there does not fit together; it was left as it is.
             StorageFull, OSError, UnknownOutcome: the disk did not do what recovery needs.
         """
+        boot_id = boot_id or this_boot()
         make_directory(directory)
-        lock = _take_lock(directory, lock_wait_s)
-        store = cls()
-        try:
-            boot_id = boot_id or this_boot()
-            store_id = _find_current(directory) or _create(directory, boot_id)
-            store._lock = lock
-            store._setup(directory / store_id, tables, segment_bytes)
-            store._recover([*snapshots, store.directory / "base"], boot_id)
+        with ExitStack() as undo:
+            undo.callback(os.close, _take_lock(directory, lock_wait_s))
+            store_directory = directory / (_find_current(directory) or _create(directory))
+            journal, environment = _recover(
+                store_directory, snapshots, boot_id, segment_bytes, undo
+            )
+            store = cls(store_directory, tables, journal, environment, boot_id)
             store._replay(replay)
-        except BaseException:
-            store._let_go()
-            os.close(lock)
-            raise
+            store._closing = undo.pop_all()
         return store
-
-    def __init__(self) -> None:
-        self._txn: lmdb.Transaction[bytes] | None = None
-        self._environment: Environment | None = None
-        self._room_until_s = 0.0
 
     def begin(self) -> None:
         """Open the transaction of a batch."""
@@ -257,78 +269,345 @@ class Store:
         """Sync the view, mark it clean and let go of everything. An open batch is undone."""
         self.abort()
         self._lmdb.sync(True)
-        self._let_go()
         _write_state(self.directory, self._boot_id, clean=True)
-        os.close(self._lock)
+        self._closing.close()
 
-    def _setup(self, directory: Path, specs: Mapping[str, TableSpec], segment_bytes: int) -> None:
-        self.directory = directory
-        self.id = directory.name
-        self._specs = specs
-        self._segment_bytes = segment_bytes
+    def _replay(self, replay: Replay) -> None:
+        """Apply what the journal has beyond the view; commit every `REPLAY_RECORDS`."""
+        self.begin()
+        pending = 0
+        try:
+            for batch in self.journal.read(self.meta.position):
+                if batch.first_seq != self.meta.seq + 1:
+                    raise Corrupt(
+                        f"store {self.directory}: number {self.meta.seq + 1} should follow at "
+                        f"{batch.start}, found {batch.first_seq}",
+                        hint="restore a checkpoint (ksi restore)",
+                    )
+                time_s, extra = replay(self, batch)
+                seq = self.meta.seq + batch.records
+                self.meta = Meta(seq, batch.end.segment, batch.end.offset, time_s, extra)
+                pending += batch.records
+                if pending >= REPLAY_RECORDS:
+                    self.commit_view()
+                    self.begin()
+                    pending = 0
+            if pending:
+                self.commit_view()
+        finally:
+            self.abort()
 
-    def _recover(self, snapshots: Iterable[Path], boot_id: str) -> None:
-        """Open view and journal as `recovery.TABLE` says; on return the meta row is believed."""
-        segments = segments_in(self.directory)
-        mark = read_mark(self.directory, boot_id)
-        start = Start.WHOLE if segments[:1] == [START.segment] else Start.DROPPED
-        view, environment, meta = self._look_at_view(mark)
-        self._environment = environment
-        usable = [
-            (path, manifest)
-            for path, manifest in snapshot_files.newest_first(snapshots, self.id)
-            if holds(self.directory, manifest.position)
-        ]
-        while True:
-            case = decide(mark, view, Snapshot.JOINED if usable else Snapshot.NONE, start)
-            if case.decision is Decision.REFUSE:
-                raise _refusal(self.directory, case.letter, mark, view)
-            if case.decision is Decision.TRUST:
-                assert environment is not None
-                assert meta is not None
-                self.journal = self._open_journal(meta.position)
-                break
-            self.journal = self._open_journal(None)
-            try:
-                self._set_view_aside()
-                if case.decision is Decision.INSTALL:
-                    snapshot_files.install(usable[0][0], self.directory / "view")
-                else:
-                    _create_view(self.directory / "view", _NEW)
-            except Corrupt as error:
-                log.warning("%s", error)
-                self.journal.close()
-                del usable[0]
-                continue
-            log.warning("store %s: case %s: %s", self.directory, case.letter, case.decision.value)
-            environment = open_writer(self.directory / "view")
-            meta = _read_meta(environment)
-            break
-        self._environment = environment
-        self._lmdb = environment.lmdb
+    def _put(self, meta: Meta) -> None:
+        txn = self._txn
+        assert txn is not None, "no batch is open"
+        try:
+            for table in self._all_tables:
+                table.flush()
+            value = META_CODEC.encode(META_KEY, meta)
+            txn.put(META_KEY, value, db=self._meta_database)
+        except lmdb.MapFullError as error:
+            raise StorageFull(f"the map is full: {error}", hint="archive what is old") from error
+
+    def _commit(self, meta: Meta) -> None:
+        assert self._txn is not None
+        try:
+            self._txn.commit()
+        except lmdb.Error as error:
+            raise UnknownOutcome(f"view {self.directory}: {error}") from error
+        self._txn = None
+        for table in self._all_tables:
+            table.end()
         self.meta = meta
-        self._lmdb.reader_check()
-        self.journal.sync()
-        self._boot_id = boot_id
-        _write_state(self.directory, boot_id, clean=False)
-        self._open_tables(environment)
 
-    def _look_at_view(self, mark: Mark) -> tuple[View, Environment | None, Meta | None]:
-        path = self.directory / "view"
-        if not path.is_dir():
-            return View.MISSING, None, None
-        if mark is Mark.OTHER_BOOT:  # Whatever it holds: not opened, for that alone may crash.
-            return View.DAMAGED, None, None
+    def _describe(self, txn: lmdb.Transaction[bytes]) -> tuple[int, Position, float]:
+        meta = meta_in(txn, self._meta_database)
+        return meta.seq, meta.position, meta.time_s
+
+
+def restore(directory: Path, snapshot: Path, *, lock_wait_s: float = LOCK_WAIT_S) -> str:
+    """Make a new store from a snapshot the one in use, and return its id.
+
+    The former store stays where it is; its readers are told in its last transaction. The new one
+    has a journal of its own, which begins behind the snapshot.
+
+    Raises:
+        Conflict: the store is in use.
+        Corrupt: the snapshot is not good; nothing was changed.
+    """
+    make_directory(directory)
+    with ExitStack() as undo:
+        undo.callback(os.close, _take_lock(directory, lock_wait_s))
+        former = _find_current(directory)
+        store_id = _create(directory, snapshot)
+        if former is not None and read_mark(directory / former, this_boot()) is not Mark.OTHER_BOOT:
+            _supersede(directory / former / "view")
+    return store_id
+
+
+def read_current(directory: Path) -> str | None:
+    """Return the id of the store in use, None where there is none."""
+    try:
+        store_id = (directory / "CURRENT").read_text().strip()
+    except FileNotFoundError:
+        return None
+    if not (store_id.isalnum() and (directory / store_id).is_dir()):
+        raise Corrupt(
+            f"{directory}/CURRENT names {store_id[:80]!r}, which is not there",
+            hint=f"name one of the directories in {directory}",
+            file=str(directory / "CURRENT"),
+        )
+    return store_id
+
+
+def read_mark(directory: Path, boot_id: str) -> Mark:
+    """Return what STATE says about the view of the store in `directory`."""
+    try:
+        state = msgspec.json.decode((directory / "STATE").read_bytes(), type=_State)
+    except (OSError, msgspec.DecodeError):
+        return Mark.OTHER_BOOT
+    if state.clean:
+        return Mark.CLEAN
+    return Mark.SAME_BOOT if state.boot_id == boot_id else Mark.OTHER_BOOT
+
+
+def read_meta(environment: Environment) -> Meta:
+    """Return the meta row of a view.
+
+    Raises:
+        Corrupt: there is none, or it does not match its checksum.
+    """
+    database = environment.database(META_TABLE)
+    with environment.lmdb.begin() as txn:
+        return meta_in(txn, database)
+
+
+def meta_in(txn: lmdb.Transaction[bytes], database: lmdb._Database) -> Meta:
+    """Return the meta row as of a transaction. Raises: as `read_meta`."""
+    value = txn.get(META_KEY, None, database)
+    if value is None:
+        raise Corrupt("the view has no meta row")
+    return META_CODEC.decode(META_KEY, value)
+
+
+class _State(msgspec.Struct):
+    boot_id: str
+    clean: bool
+
+
+def _write_state(directory: Path, boot_id: str, *, clean: bool) -> None:
+    """Write STATE, durably, unless it says so already: a restart after a kill costs no sync."""
+    path = directory / "STATE"
+    content = msgspec.json.encode(_State(boot_id, clean)) + b"\n"
+    try:
+        if path.read_bytes() == content:
+            return
+    except FileNotFoundError:
+        pass
+    write_atomically(path, content)
+
+
+def _recover(
+    directory: Path,
+    snapshots: Iterable[Path],
+    boot_id: str,
+    segment_bytes: int,
+    undo: ExitStack,
+) -> tuple[Journal, Environment]:
+    """Return journal and view, fit to replay the one onto the other, as `recovery.TABLE` says."""
+    mark = read_mark(directory, boot_id)
+    view, environment, known = _look_at_view(directory, mark)
+    if environment is not None:
+        undo.callback(environment.close)
+    start = Start.WHOLE if segments_in(directory)[:1] == [START.segment] else Start.DROPPED
+    snapshot = None
+    if environment is None:
+        snapshot = newest_good(
+            [*snapshots, directory / "base"], directory.name, lambda end: holds(directory, end)
+        )
+    case = decide(mark, view, Snapshot.NONE if snapshot is None else Snapshot.JOINED, start)
+    if case.decision is Decision.REFUSE:
+        raise Corrupt(
+            f"store {directory}: case {case.letter}: the view {view.value}; the journal: "
+            f"{start.value}; it was {mark.value}",
+            hint="put back what is missing, or restore a checkpoint (ksi restore)",
+            case=case.letter,
+        )
+    journal = Journal(directory, known=known, segment_bytes=segment_bytes)
+    undo.callback(journal.close)
+    if case.decision is not Decision.TRUST:
+        log.warning("store %s: case %s: %s", directory, case.letter, case.decision.value)
+        _set_view_aside(directory)
+        if snapshot is None:
+            _create_view(directory / "view", _NEW)
+        else:
+            install(snapshot[0], directory / "view")
+        environment = _open_view(directory / "view")
+        undo.callback(environment.close)
+    assert environment is not None
+    environment.lmdb.reader_check()
+    journal.sync()
+    _write_state(directory, boot_id, clean=False)
+    return journal, environment
+
+
+def _look_at_view(directory: Path, mark: Mark) -> tuple[View, Environment | None, Position | None]:
+    """Return what the view is worth and, where it may be worth something, the view and its place.
+
+    One that may have missed a crash of the machine is not even opened: that alone may kill us.
+    """
+    path = directory / "view"
+    if not path.is_dir():
+        return View.MISSING, None, None
+    if mark is Mark.OTHER_BOOT:
+        return View.DAMAGED, None, None
+    try:
+        environment = _open_view(path)
+    except Corrupt as error:
+        log.warning("%s", error)
+        return View.DAMAGED, None, None
+    try:
+        position = read_meta(environment).position
+    except (Corrupt, lmdb.Error) as error:
+        log.warning("view %s: %s", path, error)
+        environment.close()
+        return View.DAMAGED, None, None
+    return (
+        View.JOINED if holds(directory, position) else View.SEVERED,
+        environment,
+        position,
+    )
+
+
+def _set_view_aside(directory: Path) -> None:
+    """Rename the view so that nobody opens it, keeping only the last that was; tell readers."""
+    view = directory / "view"
+    if not view.exists():
+        return
+    former = sorted(directory.glob("view.untrusted-*"))
+    number = max((int(path.name.rsplit("-", 1)[1]) for path in former), default=0) + 1
+    view.rename(directory / f"view.untrusted-{number}")
+    sync_directory(directory)
+    for path in former:
+        shutil.rmtree(path)
+    current = directory.parent / "CURRENT"
+    write_atomically(current, current.read_bytes())  # Another file: readers look again.
+
+
+def _create(directory: Path, base: Path | None = None) -> str:
+    """Create a store, empty or from a snapshot, name it in CURRENT, and return its id."""
+    for leftover in directory.glob(".new-*"):
+        shutil.rmtree(leftover)
+    store_id = os.urandom(16).hex()
+    temporary = directory / f".new-{store_id}"
+    temporary.mkdir(mode=0o700)
+    first_seq = 1
+    if base is None:
+        _create_view(temporary / "view", _NEW)
+    else:
+        first_seq = _create_from(base, temporary, store_id)
+    os.close(create_segment(temporary, first_seq))
+    _write_state(temporary, this_boot(), clean=True)
+    temporary.rename(directory / store_id)
+    sync_directory(directory)
+    write_atomically(directory / "CURRENT", f"{store_id}\n".encode())
+    return store_id
+
+
+def _create_view(path: Path, meta: Meta) -> None:
+    """Make an LMDB environment, whole and synced before it has its name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    environment = _open_view(temporary, create=True)
+    try:
+        _put_meta(environment, meta)
+    finally:
+        environment.close()
+    temporary.rename(path)
+    sync_directory(path.parent)
+
+
+def _create_from(base: Path, temporary: Path, store_id: str) -> int:
+    """Make view and base of a new store from a snapshot; return its next sequence number."""
+    install(base, temporary / "view")
+    environment = _open_view(temporary / "view")
+    try:
+        former = read_meta(environment)
+        meta = Meta(former.seq, former.seq + 1, 0, former.time_s, former.extra)
+        _put_meta(environment, meta)
+        Frozen(environment.lmdb, store_id, lambda _: (meta.seq, meta.position, meta.time_s)).save(
+            temporary / "base"
+        )
+    finally:
+        environment.close()
+    return meta.seq + 1
+
+
+def _supersede(view: Path) -> None:
+    """Tell the readers of a store, in its last transaction, that it has been replaced."""
+    environment = _open_view(view)
+    try:
+        _put_meta(environment, msgspec.structs.replace(read_meta(environment), superseded=True))
+    finally:
+        environment.close()
+
+
+def _open_view(path: Path, *, create: bool = False) -> Environment:
+    environment = open_writer(path, create=create)
+    environment.open_databases([META_TABLE])
+    return environment
+
+
+def _put_meta(environment: Environment, meta: Meta) -> None:
+    database = environment.database(META_TABLE)
+    with environment.lmdb.begin(write=True) as txn:
+        txn.put(META_KEY, META_CODEC.encode(META_KEY, meta), db=database)
+    environment.lmdb.sync(True)
+
+
+def _find_current(directory: Path) -> str | None:
+    """Return the store to open; adopts one that a crash left built but not yet named."""
+    current = read_current(directory)
+    if current is not None:
+        return current
+    built = [path.parent.name for path in directory.glob("*/STATE") if path.parent.name.isalnum()]
+    if len(built) > 1:
+        raise Corrupt(
+            f"{directory}/CURRENT is missing and there are {len(built)} stores",
+            hint=f"write the name of one of them into {directory}/CURRENT",
+            file=str(directory / "CURRENT"),
+        )
+    for store_id in built:
+        write_atomically(directory / "CURRENT", f"{store_id}\n".encode())
+        return store_id
+    return None
+
+
+def _take_lock(directory: Path, wait_s: float) -> int:
+    """Return the lock of this directory, held until its descriptor is closed, by the kernel.
+
+    Raises:
+        Conflict: another process held it for all of `wait_s`.
+    """
+    path = directory / "lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    deadline_s = time.monotonic() + wait_s
+    while True:
         try:
-            environment = open_writer(path)
-        except Corrupt as error:
-            log.warning("%s", error)
-            return View.DAMAGED, None, None
-        try:
-            meta = _read_meta(environment)
-        except Corrupt as error:
-            log.warning("%s", error)
-            environment.close()
-            return View.DAMAGED, None, None
-        joined = holds(self.directory, meta.position)
-        return (View.JOINED if joined else View.SEVERED), environment, meta
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline_s:
+                time.sleep(_LOCK_POLL_S)
+                continue
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "another process"
+            os.close(fd)
+            raise Conflict(
+                f"the store in {directory} is held by process {holder}",
+                hint="stop it first",
+                pid=holder,
+            ) from None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        return fd

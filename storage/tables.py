@@ -60,19 +60,22 @@ class KeyCodec:
     Attributes:
         encode: the bytes of a key; ValueError for one that is empty, over `KEY_BYTES_MAX` bytes or
             has a NUL in a string, TypeError or OverflowError for parts of another type.
+        seek: as `encode`, for looking up: a plain string is not checked, it is just not found.
         decode: the key of these bytes.
     """
 
-    __slots__ = ("_types", "decode", "encode")
+    __slots__ = ("_types", "decode", "encode", "seek")
 
     def __init__(self, key_types: tuple[type, ...]) -> None:
         assert all(kind in (str, int) for kind in key_types), key_types
         self._types = key_types
         self.encode: Callable[[Any], bytes] = self._encode_tuple
+        self.seek: Callable[[Any], bytes] = self._encode_tuple
         self.decode: Callable[[bytes], Any] = self._decode_tuple
         if key_types in ((), (str,)):
             self._types = (str,)
             self.encode = _encode_plain
+            self.seek = str.encode
             self.decode = bytes.decode
 
     def bounds(self, start: Key, stop: Key | None, prefix: Key) -> tuple[bytes, bytes | None]:
@@ -142,7 +145,7 @@ class RowCodec(Generic[Row]):
     def __init__(self, table: str, row: Any) -> None:
         self.table = table
         self._pack: Callable[[Any], bytes] = bytes if row is bytes else _pack
-        self.unpack: Callable[[bytes], Row] = (
+        self.unpack: Callable[[bytes], Any] = (
             bytes if row is bytes else msgspec.msgpack.Decoder(row).decode
         )
 
@@ -165,7 +168,7 @@ class RowCodec(Generic[Row]):
                 key=repr(key),
             )
         try:
-            return self.unpack(value[:-CRC_BYTES])
+            row: Row = self.unpack(value[:-CRC_BYTES])
         except msgspec.DecodeError as error:
             raise Corrupt(
                 f"a row of the table {self.table} is of another type: {error}: {key!r}"[:500],
@@ -173,6 +176,7 @@ class RowCodec(Generic[Row]):
                 table=self.table,
                 key=repr(key),
             ) from error
+        return row
 
 
 def intact(key: bytes, value: bytes) -> bool:
@@ -191,7 +195,7 @@ class MemoryTable(Generic[Row]):
 
     def get(self, key: Key) -> Row | None:
         """Return the row, or None."""
-        found = self._rows.get(self._keys.encode(key))
+        found = self._rows.get(self._keys.seek(key))
         return None if found is None else found[1]
 
     def put(self, key: Key, row: Row) -> None:
@@ -226,14 +230,16 @@ class LmdbTable(Generic[Row]):
     """A table as its one writer sees it, inside the transactions of its `Store`."""
 
     __slots__ = (
-        "_cache_rows", "_codec", "_cursor", "_database", "_dirty", "_keys", "_older", "_rows",
-        "_txn", "name",
+        "_cache_rows", "_codec", "_cursor", "_database", "_decode", "_dirty", "_keys", "_older",
+        "_rows", "_seek", "_txn", "name",
     )  # fmt: skip
 
     def __init__(self, name: str, spec: TableSpec, database: lmdb._Database) -> None:
         self.name = name
         self._keys = KeyCodec(spec.key_types)
         self._codec: RowCodec[Row] = RowCodec(name, spec.row)
+        self._seek = self._keys.seek
+        self._decode = self._codec.decode
         self._cache_rows = spec.cache_rows
         self._database = database
         self._txn: lmdb.Transaction[bytes] | None = None
@@ -249,7 +255,7 @@ class LmdbTable(Generic[Row]):
         row = self._rows.get(key, _UNKNOWN)
         if row is _UNKNOWN:
             return self._load(key)
-        return row  # type: ignore[no-any-return]
+        return row
 
     def put(self, key: Key, row: Row) -> None:
         """Set the row. It is encoded when the batch ends, once, however often it was put."""
@@ -316,20 +322,23 @@ class LmdbTable(Generic[Row]):
         """Return the row of a key that the younger generation does not have."""
         row = self._older.pop(key, _UNKNOWN)
         if row is _UNKNOWN:
-            encoded = self._keys.encode(key)
+            encoded = self._seek(key)
             row = self._dirty.get(encoded, _UNKNOWN)
             if row is _UNKNOWN:
                 cursor = self._cursor
                 if cursor is None:
                     cursor = self._cursor = self._open_txn().cursor(self._database)
-                value = cursor.get(encoded)
+                try:
+                    value = cursor.get(encoded)
+                except lmdb.BadValsizeError:  # empty, or longer than any key
+                    return None
                 if value is None:
                     return None  # Not cached: most lookups that find nothing are never repeated.
-                row = self._codec.decode(encoded, value)
+                row = self._decode(encoded, value)
         if len(self._rows) >= self._cache_rows:
             self._older, self._rows = self._rows, {}
         self._rows[key] = row
-        return row  # type: ignore[no-any-return]
+        return row
 
     def _open_txn(self) -> lmdb.Transaction[bytes]:
         assert self._txn is not None, f"the table {self.name} is used outside a transaction"
@@ -347,7 +356,7 @@ class Instant:
 class ReadTable(Generic[Row]):
     """A table as of one committed state. Good only while its transaction is open."""
 
-    __slots__ = ("_codec", "_database", "_instant", "_keys", "name")
+    __slots__ = ("_codec", "_database", "_decode", "_instant", "_keys", "_seek", "name")
 
     def __init__(
         self, name: str, spec: TableSpec, database: lmdb._Database, instant: Instant
@@ -355,14 +364,19 @@ class ReadTable(Generic[Row]):
         self.name = name
         self._keys = KeyCodec(spec.key_types)
         self._codec: RowCodec[Row] = RowCodec(name, spec.row)
+        self._seek = self._keys.seek
+        self._decode = self._codec.decode
         self._database = database
         self._instant = instant
 
     def get(self, key: Key) -> Row | None:
         """Return the row, or None."""
-        encoded = self._keys.encode(key)
-        value = self._instant.txn.get(encoded, None, self._database)
-        return None if value is None else self._codec.decode(encoded, value)
+        encoded = self._seek(key)
+        try:
+            value = self._instant.txn.get(encoded, None, self._database)
+        except lmdb.BadValsizeError:  # empty, or longer than any key
+            return None
+        return None if value is None else self._decode(encoded, value)
 
     def put(self, key: Key, row: Row) -> None:
         """Raise TypeError: only its owner writes a table."""
@@ -394,10 +408,8 @@ def _walk(
     reverse: bool,
 ) -> Iterator[tuple[Any, Row]]:
     if reverse:
-        if high is None or not cursor.set_range(high):
-            found = cursor.last()
-        else:
-            found = cursor.prev()
+        beyond = high is not None and cursor.set_range(high)
+        found = cursor.prev() if beyond else cursor.last()
         items = cursor.iterprev() if found else iter(())
     else:
         found = cursor.set_range(low) if low else cursor.first()

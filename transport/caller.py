@@ -220,9 +220,6 @@ class Caller:
         for link in self.links.values():
             link.close()
         self.links.clear()
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
 
     def _learn(self, session_id: str, epoch: int) -> None:
         self._epochs[session_id] = epoch

@@ -1,0 +1,73 @@
+"""What the supervisor leaves in the run directory for others to read, whatever becomes of it.
+
+`children.json`: its children, on each change. `supervisor.exit`: why it gave up, until the next
+start. Replaced in one step, never synced: they live as long as a run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from ksi.actors.system import SystemStatus
+
+CHILDREN: Final = "children.json"
+EXIT: Final = "supervisor.exit"
+
+
+class Exit(msgspec.Struct, frozen=True, kw_only=True):
+    """How a supervisor ended that did not end in order. `at`: seconds since the epoch."""
+
+    at: float
+    exit_code: int
+    reason: str
+
+
+def write_children(run: Path, status: SystemStatus) -> None:
+    """Publish the state of all children.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _replace(run / CHILDREN, {"schema": "ksi.children/1", **msgspec.to_builtins(status)})
+
+
+def read_children(run: Path) -> SystemStatus | None:
+    """Return the children as they were published last, or None. Compare `pid` before use."""
+    try:
+        return msgspec.json.decode((run / CHILDREN).read_bytes(), type=SystemStatus)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def write_exit(run: Path, exit_code: int, reason: str) -> None:
+    """Say why the supervisor ends.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = {"at": time.time(), "exit_code": exit_code, "reason": reason}
+    _replace(run / EXIT, {"schema": "ksi.exit/1", **content})
+
+
+def read_exit(run: Path) -> Exit | None:
+    """Return why the last supervisor ended, or None if it ended in order or was killed."""
+    try:
+        return msgspec.json.decode((run / EXIT).read_bytes(), type=Exit)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def clear_exit(run: Path) -> None:
+    """Forget how the last supervisor ended."""
+    (run / EXIT).unlink(missing_ok=True)
+
+
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(content))
+    fresh.replace(path)

@@ -1,0 +1,68 @@
+"""`ksi start`: start the supervisor and all owners, and wait until each answers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ksi.console.options import Options, command
+from ksi.console.show import show_json
+
+
+@command("start")
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the terminal; Ctrl-C stops.")
+@click.option(
+    "--set",
+    "flags",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting, above all others; `ksi config` lists them.",
+)
+@click.option(
+    "--config",
+    "settings",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Another settings file than ksi.toml in the runtime directory.",
+)
+@click.pass_obj
+def start(
+    options: Options, foreground: bool, flags: tuple[str, ...], settings: Path | None
+) -> None:
+    """Start the system and return when every owner answers."""
+    from ksi.actors.launch import run_foreground
+
+    pairs = dict(map(_pair, flags))
+    if foreground:
+        run_foreground(options.var, pairs, settings=settings)
+    started = start_and_tell(options, pairs, settings)
+    if options.json:
+        show_json("start", started)
+    else:
+        print(f"ready in {started['seconds']:.2f} s, supervisor {started['pid']}")
+
+
+def start_and_tell(
+    options: Options, flags: dict[str, str], settings: Path | None = None
+) -> dict[str, Any]:
+    """Start in the background, with a line on standard error for each child that is ready."""
+    from ksi.actors.launch import start_background
+
+    children = []
+
+    def tell(line: dict[str, Any]) -> None:
+        children.append(line)
+        print(f"  {line['child']:<12} ready  pid {line['pid']}", file=sys.stderr, flush=True)
+
+    started = start_background(options.var, flags, tell, settings=settings)
+    return {**started, "children": children}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"--set takes KEY=VALUE, not {text!r}")
+    return key, value

@@ -1,0 +1,230 @@
+"""Reading an owner's state in any process: no message, no waiting, only what is committed.
+
+A read looks at one committed state through a fresh read transaction, even while the owner is busy,
+stopped or dead. What it never sees: a view that may have missed a crash of the machine (STATE says
+so until the owner has recovered it), or a store that has been replaced (its last transaction says
+so; and CURRENT is looked at every second, for a var directory that was deleted and made anew).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import lmdb
+
+from ksi.storage.boot import this_boot
+from ksi.storage.environment import Environment, open_reader
+from ksi.storage.errors import Corrupt
+from ksi.storage.files import read_cursor, read_log
+from ksi.storage.journal import Batch, JournalReader, Position
+from ksi.storage.recovery import Mark
+from ksi.storage.store import META_TABLE, Meta, meta_in, read_current, read_mark
+from ksi.storage.tables import Instant, ReadTable, TableSpec
+from ksi.transport.errors import Busy, NotFound, NotRunning
+from ksi.transport.limits import READERS_MAX
+
+T = TypeVar("T")
+Lines = Callable[[Batch], Iterable[tuple[str, int, bytes]]]
+
+_RECHECK_S: Final = 1.0  # How long a deleted or rebuilt store may still be read.
+_TRIES: Final = 4
+
+
+class _Stale(Exception):
+    """This store has been replaced."""
+
+
+class _Opened:
+    """The tables of one environment, for one read at a time."""
+
+    __slots__ = ("begin", "environment", "instant", "meta_database", "tables")
+
+    def __init__(self, environment: Environment, specs: Mapping[str, TableSpec]) -> None:
+        self.environment = environment
+        self.begin = environment.lmdb.begin
+        self.instant = Instant()
+        self.meta_database = environment.database(META_TABLE)
+        self.tables = {
+            name: ReadTable[Any](name, spec, environment.database(name), self.instant)
+            for name, spec in specs.items()
+        }
+
+
+class Reader:
+    """Reads the store of one owner. Any number of threads may use it; it survives a fork."""
+
+    def __init__(
+        self,
+        directory: Path,
+        tables: Mapping[str, TableSpec],
+        *,
+        logs: Path | None = None,
+        cursor: Path | None = None,
+        lines_of: Lines | None = None,
+        boot_id: str | None = None,
+    ) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            directory: of the owner, `var/db/<owner>`.
+            logs: where a follower writes this owner's logs, `cursor` its cursor file, and
+                `lines_of` which lines (key, offset, content) a batch adds. All for `log` only.
+            boot_id: of this run of the machine; None asks the kernel.
+        """
+        self._directory = directory
+        self._current = directory / "CURRENT"
+        self._specs = tables
+        self._logs = logs
+        self._cursor = cursor
+        self._lines_of = lines_of
+        self._boot_id = boot_id or this_boot()
+        self._environment: Environment | None = None
+        self._idle: list[_Opened] = []
+        self._identity: tuple[int, int] | None = None
+        self._recheck_s = 0.0
+
+    def read(self, fn: Callable[[Mapping[str, ReadTable[Any]], Meta], T]) -> T:
+        """Return `fn(tables, meta)`, called on one committed state.
+
+        The tables are good only during the call, and it may be called more than once.
+
+        Raises:
+            NotRunning: there is no store that can be read; its owner has to be started.
+            Busy: `READERS_MAX` reads are going on.
+            Corrupt: a row is damaged.
+        """
+        for _ in range(_TRIES - 1):
+            try:
+                return self._read_once(fn)
+            except (_Stale, Corrupt, lmdb.Error):
+                # Replaced, or closed by the writer of this process, or a reader that slept while
+                # the writer went on has met a page used anew: a fresh look tells.
+                self._environment = None
+        try:
+            return self._read_once(fn)
+        except lmdb.ReadersFullError as error:
+            raise Busy(f"{READERS_MAX} reads of {self._directory} are going on") from error
+        except (_Stale, lmdb.Error) as error:
+            raise NotRunning(
+                f"the store in {self._directory} cannot be read: {error}", hint="ksi doctor"
+            ) from error
+
+    def log(self, key: str, start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop) of a log; they must be committed.
+
+        They come from the follower's file, and where that is short, from the journal.
+
+        Raises:
+            Corrupt: neither has all of them.
+        """
+        assert self._logs is not None, "this reader reads no logs"
+        assert self._cursor is not None, "this reader reads no logs"
+        for _ in range(_TRIES):
+            # In this order: what the marks do not promise is in the journal behind them.
+            marks = read_cursor(self._cursor, self._boot_id)
+            content = read_log(self._logs, key, start, stop)
+            store, committed = self.committed()
+            if marks.written is not None and marks.written.store == store.name:
+                if len(content) == stop - start:
+                    return content
+                place = marks.written.position
+            elif marks.synced is not None and marks.synced.store == store.name:
+                place = marks.synced.position
+            else:
+                place = JournalReader(store).start()
+            try:
+                batches = JournalReader(store).read(place, committed)
+                complete = self._overlay(batches, key, start, stop, content)
+            except NotFound:  # The follower went on and the segment was dropped: look again.
+                continue
+            if complete is not None:
+                return complete
+        raise Corrupt(
+            f"bytes {start} to {stop} of log {key} are neither in its file nor in the journal",
+            hint="has the file been changed by hand?",
+            key=key,
+            start=start,
+            stop=stop,
+        )
+
+    def _overlay(
+        self, batches: Iterable[Batch], key: str, start: int, stop: int, content: bytes
+    ) -> bytes | None:
+        """Return what the file has, overlaid with the lines of the journal, None if incomplete.
+
+        Overlaid, not only continued: after a crash of the machine a file may have its length but
+        not its bytes, and after a restore the bytes of the former store.
+        """
+        assert self._lines_of is not None, "this reader reads no logs"
+        found = bytearray(content.ljust(stop - start, b"\0"))
+        covered = start + len(content)
+        for batch in batches:
+            for line_key, offset, line in self._lines_of(batch):
+                end = offset + len(line)
+                if line_key != key or end <= start or offset >= stop:
+                    continue
+                low, high = max(offset, start), min(end, stop)
+                found[low - start : high - start] = line[low - offset : high - offset]
+                if low <= covered:
+                    covered = max(covered, high)
+        return bytes(found) if covered >= stop else None
+
+    def committed(self) -> tuple[Path, Position]:
+        """Return the directory of the store in use and where its committed journal ends."""
+        position = self.read(lambda _, meta: meta.position)
+        environment = self._environment
+        assert environment is not None
+        return environment.path.parent, position
+
+    def _read_once(self, fn: Callable[[Mapping[str, ReadTable[Any]], Meta], T]) -> T:
+        if time.monotonic() >= self._recheck_s:
+            self._recheck()
+        environment = self._environment
+        try:
+            opened = self._idle.pop()
+        except IndexError:
+            opened = self._open()
+        else:
+            if opened.environment is not environment or environment.inherited:
+                opened = self._open()
+        instant = opened.instant
+        instant.txn = txn = opened.begin()
+        try:
+            meta = meta_in(txn, opened.meta_database)
+            if meta.superseded:
+                raise _Stale("it has been replaced")
+            return fn(opened.tables, meta)
+        finally:
+            txn.abort()
+            del instant.txn  # Only then is it reused, and a fork finds none to inherit.
+            self._idle.append(opened)
+
+    def _open(self) -> _Opened:
+        self._idle.clear()
+        store_id = read_current(self._directory)
+        if store_id is None:
+            raise NotRunning(f"there is no store in {self._directory}", hint="ksi start")
+        store = self._directory / store_id
+        if read_mark(store, self._boot_id) is Mark.OTHER_BOOT:
+            raise NotRunning(
+                f"the store {store} was in use when the machine went down",
+                hint="start it, then it is recovered: ksi start",
+            )
+        self._environment = environment = open_reader(store / "view")
+        return _Opened(environment, self._specs)
+
+    def _recheck(self) -> None:
+        try:
+            status = os.stat(self._current)
+        except FileNotFoundError:
+            identity = None
+        else:
+            identity = (status.st_ino, status.st_mtime_ns)
+        if identity != self._identity:
+            self._environment = None
+            self._identity = identity
+        self._recheck_s = time.monotonic() + _RECHECK_S

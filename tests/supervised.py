@@ -1,0 +1,152 @@
+"""Children for tests of the supervisor, small and obedient.
+
+What they are is in the variable `SUPERVISED`: `{"strategy": …, "children": [{"name": …}, …]}`,
+each with the fields of a child spec and `"role"`, a function below. They say what they do in
+`var/trace`, and obey signals: SIGUSR1 ends them with exit 0, SIGUSR2 with exit 3, SIGALRM makes
+them hang, SIGPROF makes them hang in a commit.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import zmq
+
+import ksi.actors.system  # noqa: F401 - declares what the supervisor can be asked
+from ksi.actors.child import ChildSpec, Kind
+from ksi.actors.config import Config
+from ksi.actors.stat import StatWriter
+from ksi.actors.tree import Tree
+from ksi.transport import wire
+from ksi.transport.identity import KeyRing, endpoint, run_directory
+from ksi.transport.mailbox import Mailbox
+from ksi.transport.wire import Kind
+
+
+def tree() -> Tree:
+    described = json.loads(os.environ["SUPERVISED"])
+
+    def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
+        limits = {
+            "start_s": settings.supervisor.start_s,
+            "shutdown_s": settings.supervisor.shutdown_s,
+        }
+        return tuple(_spec(var, limits | child) for child in described["children"])
+
+    return Tree(specs, described.get("strategy", "one_for_one"))
+
+
+def _spec(var: Path, child: dict[str, Any]) -> ChildSpec:
+    role = child.pop("role", "steady")
+    kind: Kind = "owner" if role == "answering" else "follower"
+    arguments = (child["name"], str(var))
+    return ChildSpec(kind=kind, function=f"supervised:{role}", arguments=arguments, **child)
+
+
+class Obedient:
+    """The loop of a child: turns, and what its signals ask for."""
+
+    def __init__(self, name: str, var: str) -> None:
+        self.name, self.var = name, Path(var)
+        self.ending: int | None = None
+        self.hanging = ""
+        signal.signal(signal.SIGTERM, lambda *_: self.end(0))
+        signal.signal(signal.SIGUSR1, lambda *_: self.end(0))
+        signal.signal(signal.SIGUSR2, lambda *_: self.end(3))
+        signal.signal(signal.SIGALRM, lambda *_: self.hang("turn"))
+        signal.signal(signal.SIGPROF, lambda *_: self.hang("commit"))
+        self.stat = StatWriter(run_directory(self.var) / f"{name}.stat")
+        self.say("start")
+
+    def say(self, what: str) -> None:
+        line = f"{what} {self.name} {os.getpid()} {time.monotonic()}\n"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        trace = os.open(self.var / "trace", flags, 0o600)
+        os.write(trace, line.encode())
+        os.close(trace)
+
+    def end(self, code: int) -> None:
+        self.ending = code
+
+    def hang(self, how: str) -> None:
+        self.hanging = how
+
+    def turn(self) -> None:
+        if self.hanging == "commit":
+            self.stat.committing(time.monotonic())
+        while self.hanging:
+            time.sleep(1)
+        self.stat.end_turn(time.monotonic())
+
+    def run(self, wait: Any = time.sleep) -> NoReturn:
+        self.stat.state = "running"
+        self.say("ready")
+        while self.ending is None:
+            self.turn()
+            wait(0.02)
+        self.say("stop")
+        sys.exit(self.ending)
+
+
+def steady(name: str, var: str) -> None:
+    """Run until told otherwise."""
+    Obedient(name, var).run()
+
+
+def slow(name: str, var: str) -> None:
+    """Take a while to be ready."""
+    child = Obedient(name, var)
+    time.sleep(0.3)
+    child.run()
+
+
+def silent(name: str, var: str) -> None:
+    """Never be ready."""
+    Obedient(name, var)
+    time.sleep(60)
+
+
+def broken(_name: str, _var: str) -> None:
+    """Fail at once, with words."""
+    raise RuntimeError("the disk is on fire")
+
+
+def fading(name: str, var: str) -> None:
+    """Be ready the first time, fail at once every further time."""
+    if (Path(var) / f"{name}.once").exists():
+        raise RuntimeError("not again")
+    (Path(var) / f"{name}.once").touch()
+    steady(name, var)
+
+
+def stubborn(name: str, var: str) -> None:
+    """Ignore SIGTERM."""
+    child = Obedient(name, var)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child.run()
+
+
+def answering(name: str, var: str) -> None:
+    """Be an owner as far as HELLO goes: answer it, but only a while after saying `running`."""
+    child = Obedient(name, var)
+    child.stat.state = "running"
+    child.stat.end_turn(time.monotonic())
+    time.sleep(0.2)
+    keys = KeyRing(Path(var))
+    certificate = keys.load(name)
+    assert certificate is not None
+    mailbox = Mailbox(zmq.Context(), endpoint(Path(var), name), certificate, keys)
+    welcome = wire.Welcome(name, os.getpid(), 1, 1, 1, 1)
+    answer = wire.encode(wire.OwnerFrame(wire.VERSION, Kind.WELCOME, "", 0, [welcome]))
+
+    def serve(_s: float) -> None:
+        mailbox.timeout_s = 0.02
+        for letter in getattr(mailbox.get().message, "letters", ()):
+            child.say("hello")
+            mailbox.send(letter.route, answer)
+
+    child.run(serve)

@@ -1,0 +1,514 @@
+"""The `ksi` command as people and programs use it: real processes on a real var directory."""
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ksi.console.main import SUBCOMMANDS, main
+
+KSI = (sys.executable, "-P", "-m", "ksi.console.main")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """Its standard output, which must be one JSON object."""
+        content: dict[str, Any] = json.loads(self.out)
+        return content
+
+
+class Shell:
+    """Types `ksi` commands on one var directory."""
+
+    def __init__(self, var: Path) -> None:
+        self.var = var
+
+    def __call__(self, *words: str, stdin: str | None = None, **env: str) -> Done:
+        done = subprocess.run(
+            [*KSI, *words], env=self.environment(env), input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def environment(self, env: dict[str, str] | None = None) -> dict[str, str]:
+        """Return the variables a command sees: none of ours but the directory."""
+        usual = {name: value for name, value in os.environ.items() if not name.startswith("KSI_")}
+        return {**usual, "KSI_VAR": str(self.var), **(env or {})}
+
+    def owner(self, name: str) -> dict[str, Any]:
+        """Return what `ksi status` tells of an owner."""
+        owners = self("status", "--json").json["owners"]
+        return next(each for each in owners if each["name"] == name)
+
+
+@pytest.fixture
+def nothing(tmp_path: Path) -> Shell:
+    """A directory where nothing has ever run."""
+    return Shell(tmp_path / "var")
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """A running system that the tests below share; what they make in it has names of their own."""
+    ksi = Shell(tmp_path_factory.mktemp("console") / "var")
+    started = ksi("start")
+    assert started.code == 0, started.err
+    yield ksi
+    ksi("stop", "--now")
+
+
+def the_error(done: Done, code: str) -> str:
+    """Return the text of the one error, after checking that it has the form all errors have."""
+    found = re.fullmatch(rf"ksi: {code}: (.+)\n  (\S.*)\n", done.err)
+    assert found is not None, done.err
+    assert done.out == ""
+    return f"{found[1]}\n{found[2]}"
+
+
+# Without a system
+
+
+def test_version_is_printed_without_loading_what_it_does_not_need(nothing: Shell) -> None:
+    assert re.fullmatch(r"ksi \d+\.\d+\.\d+ \(Python [\d.]+\)\n", nothing("version").out)
+    code = (
+        "import sys; from ksi.console.main import main; main(['version']);"
+        "print(*{'rich', 'zmq', 'lmdb', 'msgspec', 'psutil', 'pykka'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1] == ""
+
+
+def test_status_of_nothing_loads_no_rich_and_says_what_to_type(nothing: Shell) -> None:
+    code = (
+        "import sys; from ksi.console.main import main; code = main(['status']);"
+        "assert 'rich' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=nothing.environment(), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "KSI is not running" in done.stdout
+    assert "(ksi start)" in done.stdout
+    assert not nothing.var.exists()
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_subcommand_explains_itself_and_knows_json(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"Usage: ksi {name}")
+    assert "--json" in shown
+    assert "--var DIR" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "error"),
+    [
+        (["stauts"], 2, "usage: there is no ksi stauts, did you mean status?\n  ksi --help"),
+        (["status", "--jsn"], 2, "usage: No such option '--jsn'"),
+        (["sessions", "shw"], 2, "usage: there is no ksi sessions shw, did you mean show?"),
+        (["ask", "session:apend"], 2, "unknown_operation: there is no operation 'session:apend'\n"
+                                      "  did you mean session:append?"),
+        (["ask", "session:append", "--sesion-id", "s"], 2,
+         "invalid: session:append has no field --sesion-id, did you mean --session-id?\n"
+         "  ksi help session:append"),
+        (["ask", "session:append", "--session-id", "s"], 2, "invalid: session:append: Object mi"),
+        (["ask", "session:append", "--session-id", "../s", "--event", "e"], 2, "invalid: session"),
+        (["ask", "session:append", "--data", "{text}"], 2, "invalid: --data takes JSON (object)"),
+        (["ask", "session:append", "--data", '{"a": NaN}'], 2, "invalid: --data takes JSON"),
+        (["ask", "session:create", "--fields", "[1]"], 2, "invalid: --fields takes a JSON object"),
+        (["read", "session:append"], 2, "usage: session:append is a command: use ksi ask session"),
+        (["send", "session:get"], 2, "usage: session:get is a query: use ksi read session:get"),
+        (["help", "session:lst"], 2, "unknown_operation: there is no operation 'session:lst'\n"
+                                     "  did you mean session:list?"),
+        (["logs", "--since", "yesterday"], 2, "usage: Invalid value for '--since': 'yesterday'"),
+        (["sessions", "close", "s"], 2, "usage: to close session s is final: say --yes"),
+        (["start", "--set", "supervisor.intensty=1"], 2, "invalid: flag: there is no setting"),
+        (["ask", "session:create"], 3, "not_running: no supervisor runs on"),
+        (["send", "session:create"], 3, "not_running: no supervisor runs on"),
+        (["read", "session:list"], 3, "not_running: "),
+        (["sessions"], 3, "not_running: "),
+        (["ps"], 3, "not_running: no supervisor runs on"),
+        (["stop"], 3, "not_running: no supervisor runs on"),
+        (["restart", "sessions"], 3, "not_running: no supervisor runs on"),
+        (["logs"], 3, "not_running: "),
+    ],
+)  # fmt: skip
+def test_errors_without_a_system(
+    words: list[str],
+    code: int,
+    error: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KSI_VAR", str(tmp_path / "var"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(words) == code
+    out, err = capsys.readouterr()
+    assert err.startswith(f"ksi: {error}")
+    assert re.search(r"\n  \S.*\n\Z", err), "no line says what to type next"
+    assert out == ""
+
+
+def test_with_json_an_error_is_an_object_on_standard_output(nothing: Shell) -> None:
+    done = nothing("--json", "ask", "session:create")
+    assert done.code == 3
+    assert done.json["schema"] == "ksi.error/1"
+    assert done.json["code"] == "not_running"
+    assert done.json["hint"] == "ksi start"
+    assert done.err.startswith("ksi: not_running:")
+
+
+def test_common_options_go_before_and_after_the_subcommand(nothing: Shell, tmp_path: Path) -> None:
+    for words in (
+        ("--var", str(tmp_path / "a"), "--json", "status"),
+        ("status", "--json", "--var", str(tmp_path / "a")),
+    ):
+        assert nothing(*words).json["var"] == str(tmp_path / "a")
+    hint = nothing("--var", str(tmp_path / "a b"), "stop").err.splitlines()[1]
+    assert hint == f"  ksi --var '{tmp_path / 'a b'}' start"
+
+
+def test_discover_and_help_show_every_operation_from_its_declaration(nothing: Shell) -> None:
+    listed = nothing("discover", "session:*", "--json").json["operations"]
+    assert "session:append" in [each["operation"] for each in listed]
+    assert all(each["operation"].startswith("session:") for each in listed)
+
+    declared = nothing("help", "session:append", "--json").json
+    assert declared["schema"] == "ksi.help/1"
+    assert {"not_owner", "stale_epoch", "invalid", "busy"} <= set(declared["refuses"])
+    fields = declared["fields"]["$defs"]["Append"]
+    assert fields["required"] == ["session_id", "event"]
+
+    shown = nothing("help", "session:append").out
+    example = shown.splitlines()[-1]
+    assert example.startswith("  ksi ask session:append --session-id ")
+    assert "\x1b" not in shown
+
+
+def test_config_says_where_a_value_comes_from(nothing: Shell) -> None:
+    changed = nothing("config", "--json", KSI_SUPERVISOR__INTENSITY="7").json["settings"]
+    assert changed["supervisor.intensity"]["value"] == 7
+    assert "KSI_SUPERVISOR__INTENSITY" in changed["supervisor.intensity"]["origin"]
+    assert changed["supervisor.period_s"]["origin"] == "default"
+
+    refused = nothing("config", KSI_SUPERVISOR__INTENSTY="7")
+    assert refused.code == 2
+    assert "did you mean supervisor.intensity?" in the_error(refused, "invalid")
+    assert "# intensity = 5" in nothing("config", "--defaults").out
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ksi sta", {"start", "status"}),
+        ("ksi ask session:ap", {"append", "append_many"}),
+        ("ksi ask session:append --se", {"--session-id"}),
+        ("ksi ask session:create --admission ", {"open", "invited", "closed"}),
+        ("ksi help session:tr", {"transfer"}),
+    ],
+)
+def test_bash_completes_words_of_a_line(line: str, expected: set[str], nothing: Shell) -> None:
+    program = nothing.var.parent / "ksi"
+    program.write_text(f'#!/bin/sh\nexec {" ".join(KSI)} "$@"\n')
+    program.chmod(0o700)
+    script = (
+        "source <(ksi completion bash);"
+        f'COMP_LINE="{line}" COMP_POINT={len(line)}; _ksi_completion ksi;'
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=True,
+        env=nothing.environment({"PATH": f"{program.parent}:{os.environ['PATH']}"}),
+    )  # fmt: skip
+    assert set(done.stdout.split()) == expected
+
+
+def test_a_reader_that_goes_away_is_no_error(nothing: Shell) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{' '.join(KSI)} discover | head -1"],
+        env=nothing.environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("OPERATION")
+    assert done.stderr == ""
+
+
+# With a system
+
+
+def test_start_says_who_is_ready_and_a_second_one_names_the_holder(system: Shell) -> None:
+    pid = system("status", "--json").json["supervisor"]["pid"]
+    second = system("start")
+    assert second.code == 5
+    assert f"pid {pid}" in the_error(second, "conflict")
+
+
+def test_status_of_a_healthy_system_has_every_field_promised(system: Shell) -> None:
+    done = system("status", "--json")
+    status = done.json
+    assert done.code == 0, status["problems"]
+    assert status["schema"] == "ksi.status/1"
+    assert status["healthy"] is True
+    assert status["offline"] is False
+    assert {"pid", "uptime_s"} <= set(status["supervisor"])
+    assert {"sessions", "queue", "agents", "checkpoint"} <= set(status)
+    assert status["problems"] == []
+    assert [owner["name"] for owner in status["owners"]] == ["registry", "sessions"]
+    for owner in status["owners"]:
+        assert owner["state"] == "RUNNING"
+        assert {
+            "name", "state", "pid", "uptime_s", "mailbox", "mailbox_peak", "oldest_ms",
+            "commands_per_s", "p99_ms", "restarts", "epoch", "last_exit", "journal_seq", "db_bytes",
+        } <= set(owner)  # fmt: skip
+        os.kill(owner["pid"], 0)
+
+
+def test_status_answers_in_a_fifth_of_a_second(system: Shell) -> None:
+    taken_s = []
+    for _ in range(5):
+        begun_s = time.perf_counter()
+        assert system("status", "--json").code == 0
+        taken_s.append(time.perf_counter() - begun_s)
+    assert min(taken_s) < 0.2
+
+
+def test_what_is_asked_is_read_back_and_counted(system: Shell) -> None:
+    created = system("ask", "session:create", "--session-id", "talk", "--title", "-x --y")
+    assert created.json["epoch"] == 1
+    appended = system(
+        "ask", "session:append", "--session-id", "talk", "--event", "note",
+        "--data", '{"text": "hällo", "n": 1}', "--json",
+    )  # fmt: skip
+    assert appended.json["schema"] == "ksi.ask/1"
+    assert appended.json["seq"] == 1
+    sent = system(
+        "send", "session:append", "--session-id", "talk", "--fields", "-",
+        stdin='{"event": "note", "data": {"text": "two"}}',
+    )  # fmt: skip
+    assert sent.json == {"operation": "session:append", "owner": "sessions", "delivered": True}
+
+    page = system("read", "session:history", "--session-id", "talk").json
+    assert [entry["data"] for entry in page["entries"]] == [
+        {"text": "hällo", "n": 1},
+        {"text": "two"},
+    ]
+    assert page["entries"][0]["metadata"]["agent_id"] == "operator"
+    asked = system("ask", "session:history", "--session-id", "talk").json
+    assert asked == page
+    assert system("status", "--json").json["sessions"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "error", "says"),
+    [
+        (["ask", "session:create", "--session-id", "mine"], 5, "conflict", "exists already"),
+        (["--as", "eve", "ask", "session:append", "--session-id", "mine", "--event", "e"],
+         5, "not_owner", "is written by operator (epoch 1), not by eve"),
+        (["ask", "session:append", "--session-id", "mine", "--event", "e", "--epoch", "9"],
+         5, "stale_epoch", "is in epoch 1, not 9"),
+        (["--as", "sessions", "ask", "session:list"], 5, "forbidden", "sessions"),
+        (["read", "session:get", "--session-id", "none"], 6, "not_found", "there is no session"),
+        (["ask", "session:get", "--session-id", "none"], 6, "not_found", "there is no session"),
+        (["sessions", "show", "none"], 6, "not_found", "there is no session none"),
+        (["logs", "nobody"], 6, "not_found", "no process nobody has logged here"),
+    ],
+)  # fmt: skip
+def test_refusals_have_their_exit_codes(
+    words: list[str], code: int, error: str, says: str, system: Shell
+) -> None:
+    system("ask", "session:create", "--session-id", "mine")
+    done = system(*words)
+    assert done.code == code
+    assert says in the_error(done, error)
+
+
+def test_sessions_are_listed_shown_followed_handed_over_and_closed(system: Shell) -> None:
+    system("ask", "session:create", "--session-id", "plan", "--title", "a \x1b[31mred plan")
+    for number in range(3):
+        system("ask", "session:append", "--session-id", "plan", "--event", "note",
+               "--data", json.dumps({"n": number}))  # fmt: skip
+
+    listed = system("sessions", "--json").json["sessions"]
+    assert "plan" in [each["session_id"] for each in listed]
+    assert "\\x1b[31mred plan" in system("sessions", "list").out
+    assert "PARTICIPANT" in system("session", "show", "plan").out
+    tail = system("sessions", "tail", "plan", "-n", "2", "--json").json
+    assert [entry["data"]["n"] for entry in tail["entries"]] == [1, 2]
+
+    handed = system("sessions", "transfer", "plan", "--to", "bob", "--json").json
+    assert handed["owner"] == "bob"
+    assert handed["epoch"] == 2
+    assert system("sessions", "close", "plan", "--yes").code == 0
+    closed = system("sessions", "list", "--status", "closed", "--json").json["sessions"]
+    assert [each["session_id"] for each in closed] == ["plan"]
+
+
+def test_tail_follows_a_session_as_it_grows(system: Shell) -> None:
+    system("ask", "session:create", "--session-id", "live")
+    with subprocess.Popen(
+        [*KSI, "sessions", "tail", "live", "-f", "--json"],
+        env=system.environment(), stdout=subprocess.PIPE, text=True,
+    ) as tail:  # fmt: skip
+        assert tail.stdout is not None
+        for number in (1, 2):
+            system("ask", "session:append", "--session-id", "live", "--event", "note")
+            assert json.loads(tail.stdout.readline())["seq"] == number
+        tail.send_signal(signal.SIGINT)
+        assert tail.wait(5) == 130
+
+
+def test_ps_lists_every_process_of_the_system(system: Shell) -> None:
+    processes = system("ps", "--json").json["processes"]
+    names = [each["name"] for each in processes]
+    assert {"supervisor", "registry", "sessions", "files"} <= set(names)
+    assert all(each["rss_bytes"] > 0 for each in processes)
+    assert system("ps").out.splitlines()[0].split()[:3] == ["PID", "NAME", "KIND"]
+
+
+def test_logs_are_merged_and_narrowed(system: Shell) -> None:
+    lines = system("logs", "--json").json["lines"]
+    assert {"supervisor", "sessions"} <= {line["process"] for line in lines}
+    assert lines == sorted(lines, key=lambda line: str(line["at"]))
+    only = system("logs", "sessions", "--since", "1h", "-n", "1", "--json").json["lines"]
+    assert [line["process"] for line in only] == ["sessions"]
+    assert system("logs", "sessions", "--level", "error").out == ""
+
+
+def test_a_table_is_drawn_only_on_a_terminal(system: Shell) -> None:
+    plain = system("status").out
+    assert "\x1b" not in plain
+    assert re.search(r"^sessions +RUNNING +\d+ ", plain, flags=re.M)
+    for env, coloured in (({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False)):
+        assert ("\x1b[32m" in on_a_terminal(system, "status", **env)) is coloured
+
+
+def on_a_terminal(ksi: Shell, *words: str, **env: str) -> str:
+    """Return what a command shows on a terminal."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*KSI, *words], env=ksi.environment(env), stdin=theirs, stdout=theirs, stderr=theirs
+    ) as shown:
+        os.close(theirs)
+        content = b""
+        while True:
+            try:
+                more = os.read(ours, 65536)
+            except OSError:  # EIO: the other end is closed
+                break
+            content += more
+        shown.wait(10)
+    os.close(ours)
+    return content.decode()
+
+
+def test_with_an_owner_stopped_reads_answer_and_status_says_so(system: Shell) -> None:
+    system("ask", "session:create", "--session-id", "still")
+    pid = system.owner("sessions")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert system("read", "session:get", "--session-id", "still").code == 0
+        silent = system("ask", "session:get", "--session-id", "still", "--timeout", "300ms")
+        assert silent.code == 4
+        the_error(silent, "unavailable")
+        degraded = system("status", "--json")
+        assert degraded.code == 1
+        assert degraded.json["healthy"] is False
+        assert f"sessions is stopped by a signal (kill -CONT {pid})" in degraded.json["problems"]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert system("ask", "session:get", "--session-id", "still").code == 0
+
+
+def test_a_killed_owner_is_back_for_the_next_command(system: Shell) -> None:
+    before = system.owner("sessions")
+    os.kill(before["pid"], signal.SIGKILL)
+    assert system("ask", "session:create").code == 0
+    after = system.owner("sessions")
+    assert after["pid"] != before["pid"]
+    assert after["restarts"] == before["restarts"] + 1
+    assert after["epoch"] == before["epoch"] + 1
+    assert "9" in after["last_exit"] or "KILL" in after["last_exit"]
+
+
+def test_restart_renews_one_owner(system: Shell) -> None:
+    before = system.owner("sessions")
+    done = system("restart", "sessions", "--json")
+    assert done.code == 0, done.err
+    after = system.owner("sessions")
+    assert after["pid"] == done.json["pid"] != before["pid"]
+    assert after["restarts"] == before["restarts"]
+    wrong = system("restart", "sesions")
+    assert wrong.code == 6
+    assert "did you mean sessions?" in the_error(wrong, "not_found")
+
+
+# The life of a system of its own
+
+
+def test_stopped_it_is_still_read_and_status_answers_from_disk(nothing: Shell) -> None:
+    started = nothing("start", "--json")
+    assert started.json["schema"] == "ksi.start/1"
+    assert "sessions" in [each["child"] for each in started.json["children"]]
+    nothing("ask", "session:create", "--session-id", "kept")
+    assert nothing("restart", "--json").json["pid"] != started.json["pid"]
+    stopped = nothing("stop", "--json")
+    assert stopped.json["stopped"] is True
+
+    status = nothing("status", "--json")
+    assert status.code == 3
+    assert status.json["offline"] is True
+    assert status.json["healthy"] is False
+    assert status.json["sessions"] == 1
+    sessions = next(each for each in status.json["owners"] if each["name"] == "sessions")
+    assert sessions["state"] == "STOPPED"
+    assert sessions["journal_seq"] >= 1
+    assert nothing("read", "session:get", "--session-id", "kept").code == 0
+    assert nothing("ask", "session:get", "--session-id", "kept").code == 3
+
+
+def test_in_the_foreground_an_interrupt_stops_in_order(nothing: Shell) -> None:
+    with subprocess.Popen(
+        [*KSI, "start", "--foreground"],
+        env=nothing.environment(), stderr=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        assert running.stderr is not None
+        for line in running.stderr:
+            if line.startswith("ready"):
+                break
+        assert nothing("status").code == 0
+        running.send_signal(signal.SIGINT)
+        assert running.wait(10) == 0
+    assert nothing("status").code == 3
+
+
+def test_a_newer_layout_is_refused_untouched(nothing: Shell) -> None:
+    nothing.var.mkdir()
+    (nothing.var / "FORMAT").write_text("ksi 99\n")
+    done = nothing("start")
+    assert done.code != 0
+    assert done.err.startswith("ksi: ")
+    assert [path.name for path in nothing.var.iterdir()] == ["FORMAT"]
