@@ -136,7 +136,7 @@ class CommitLoop:
             The answers, all on disk.
 
         Raises:
-            JournalFailed and errors of LMDB: the outcome is unknown; end the process.
+            UnknownOutcome: the outcome is unknown; end the process.
         """
         given = Given(now, time_s, self.ids)
         try:

@@ -66,10 +66,8 @@ class Desk:
         if frame.kind == Kind.COMMANDS:
             return self._commands(frame, requests, sender, arrived_s)
         if frame.kind == Kind.QUERIES:
-            return [
-                (Kind.ANSWERS, [self._answer(each, "query", sender, arrived_s)[0]])
-                for each in requests
-            ]
+            answers = [self._answer(each, "query", sender, arrived_s)[0] for each in requests]
+            return [(Kind.ANSWERS, answers)]
         if sender is None:
             return []
         return self._control(frame, sender)

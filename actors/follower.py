@@ -26,9 +26,8 @@ from ksi.actors import log
 from ksi.actors.reading import OwnerReader, cursor_path, log_directory, reader_of
 from ksi.actors.stat import StatWriter
 from ksi.storage.atomic import make_directory, write_atomically
-from ksi.storage.files import Cursor, LogGap, LogWriter, Mark
-from ksi.storage.journal import START, Position
-from ksi.storage.store import this_boot
+from ksi.storage.files import Cursor, LogGap, LogWriter
+from ksi.storage.journal import Position
 from ksi.transport.errors import NotRunning
 from ksi.transport.identity import bell_endpoint, run_directory
 from ksi.transport.limits import TICK_S
@@ -47,9 +46,7 @@ class LogFollower:
     def __init__(self, owner: str, var: Path, logger: Any) -> None:
         self.reader: OwnerReader = reader_of(owner, var)
         self._writer = LogWriter(log_directory(var))
-        self._cursor = Cursor(cursor_path(var, owner), this_boot())
-        marks = self._cursor.marks()
-        self._mark = marks.written or marks.synced or Mark("", 0, START)
+        self._cursor = Cursor(cursor_path(var, owner))
         self._log = logger
         self._synced_s = time.monotonic()
         self._unsynced = False
@@ -61,23 +58,22 @@ class LogFollower:
         Raises:
             NotRunning: the owner has no store that can be read yet.
         """
-        store, seq, committed = self.reader.position()
-        if store != self._mark.store:
-            self._mark = Mark(store, 0, self.reader.journal().start())
+        store, committed = self.reader.position()
+        if store != self._cursor.store:
+            self._cursor.begin(store, self.reader.journal().start())
             self._checked = ""
         stop = committed if stop is None else stop
-        if self._mark.position >= stop:
+        position = self._cursor.written
+        if position >= stop:
             return False
         lines: dict[str, list[tuple[int, bytes]]] = {}
-        position = self._mark.position
         for batch in islice(self.reader.journal().read(position, stop), TURN_BATCHES):
             for key, offset, content in self.reader.lines_of(batch):
                 lines.setdefault(key, []).append((offset, content))
-            seq, position = batch.first_seq + batch.records - 1, batch.end
+            position = batch.end
         for key, parts in lines.items():
             self._write(key, parts)
-        self._mark = Mark(store, seq, position)
-        self._cursor.write(self._mark)
+        self._cursor.advance(position)
         self._unsynced = True
         return True
 
@@ -92,7 +88,7 @@ class LogFollower:
     def sync(self) -> None:
         """Put files, then the cursor, on disk."""
         self._writer.sync()
-        self._cursor.sync(self._mark)
+        self._cursor.sync()
         self._synced_s = time.monotonic()
         self._unsynced = False
 
@@ -110,9 +106,16 @@ class LogFollower:
         committed, sizes = self.reader.logs(after, CHECK_ROWS)
         while self.turn(committed):
             pass
-        short = self._writer.repair(sizes.items())
+        short = {}
+        for key, size in sizes.items():
+            found_bytes = self._writer.size(key)
+            if found_bytes > size:
+                self._log.warning("cut a file", log=key, bytes=found_bytes, committed_bytes=size)
+                self._writer.truncate(key, size)
+            elif found_bytes < size:
+                short[key] = size
         if short:
-            self._write_again({key: sizes[key] for key in short})
+            self._write_again(short)
         self._checked = max(sizes) if len(sizes) == CHECK_ROWS else None
 
     def _write(self, key: str, parts: list[tuple[int, bytes]]) -> None:
@@ -127,7 +130,7 @@ class LogFollower:
     def _write_again(self, sizes: dict[str, int]) -> None:
         """Write logs again up to these sizes, from what the journal still holds of them."""
         self._log.warning("files are short; writing them again", logs=len(sizes))
-        _store, _seq, committed = self.reader.position()
+        _store, committed = self.reader.position()
         missing = set(sizes)
         journal = self.reader.journal()
         for batch in journal.read(journal.start(), committed):

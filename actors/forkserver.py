@@ -61,13 +61,6 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
-    def ask_to_stop(self) -> None:
-        """Send SIGTERM: to an agent's whole session, as its command line may be a shell's."""
-        if self.spec.kind == "agent":
-            self._signal_session(signal.SIGTERM)
-        else:
-            self.signal(signal.SIGTERM)
-
     def ended(self) -> int | None:
         """Clear up after the end of the child: what it left running goes, too.
 
@@ -77,19 +70,18 @@ class Running:
         self.process.join(EXIT_CODE_S_MAX)
         code = self.process.exitcode
         if self.spec.kind == "agent":
-            self._signal_session(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
         os.close(self.pidfd)
         if code is not None:
             self.process.close()
         return code
 
-    def _signal_session(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
-
 
 class ForkServer:
     """The fork server of a supervisor, started anew if it dies (its children die with it).
+
+    It loads `modules`: each `module`, or `module:function` to be called.
 
     Use it from the supervisor's main thread only: when that thread ends, all children do.
     """

@@ -140,11 +140,14 @@ def main() -> NoReturn:
         code = Invalid.exit_code
         text = f"{error.filename or var} cannot be used: {error.strerror or error}"
         progress({"error": Invalid(text, hint="ksi --var DIR names another").to_wire()})
+    except Exception as error:
+        text = f"the supervisor could not start: {error!r}"[:1000]
+        progress({"error": Internal(text, hint=f"see {log.output(var, 'supervisor')}").to_wire()})
+        raise
     sys.exit(code)
 
 
 def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
-    from ksi.actors import config
     from ksi.storage.format import check_format
 
     os.umask(0o077)
@@ -152,20 +155,22 @@ def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
         check_format(var)  # a newer one is not touched, not even its lock
     held = lock.hold(var)
     check_format(var)
+    if order["progress"] is not None:
+        _redirect(log.output(var, "supervisor"))
+
+    from ksi.actors.forkserver import ForkServer
+
+    server = ForkServer([*order["modules"], order["tree"]])  # the tree names all owners
+    server.start()
+
+    from ksi.actors import config
+
     path = order["settings"] and Path(order["settings"])
 
     def load() -> config.Loaded:
         return config.load(var, order["flags"], path=path)
 
     load()
-    if order["progress"] is not None:
-        _redirect(log.output(var, "supervisor"))
-
-    from ksi.actors.forkserver import ForkServer
-
-    server = ForkServer([*order["modules"], order["tree"].partition(":")[0]])
-    server.start()
-
     module, _, function = order["tree"].partition(":")
     tree = getattr(import_module(module), function)()
     environment = config.as_environment(order["flags"])

@@ -4,6 +4,7 @@ Imported in the fork server only, by `multiprocessing`, because `forkserver.star
 variable says so. It makes the server what children may safely be forked from: bound to the life of
 the supervisor, out of its session (so that Ctrl-C and a signal to the group of the supervisor
 reach the supervisor alone), single-threaded, with all modules loaded and its memory frozen.
+What is loaded is a list of `module`, or `module:function` to be called.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import multiprocessing.popen_forkserver  # noqa: F401 - a child needs it to read what it is to do
 import os
 import signal
 import sys
@@ -47,9 +49,12 @@ def _become_server(supervisor_pid: int, modules: list[str]) -> None:
     # child in its first moments waits until the child is ready for it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for module in modules:
+    for place in modules:
+        module, _, function = place.partition(":")
         try:
-            importlib.import_module(module)
+            loaded = importlib.import_module(module)
+            if function:
+                getattr(loaded, function)()
         except Exception:
             traceback.print_exc(file=sys.stderr)  # a child that needs it fails and says so again
     gc.collect()

@@ -1,6 +1,6 @@
 """Whether a child that was started is ready: asked again and again, never waited for.
 
-A follower is ready when its stat file says `running`. An owner has to answer, too: a HELLO over a
+A follower is ready when its stat file says `running`. An owner has to answer: a HELLO over a
 connection like any client's. What counts in both is the pid: a predecessor's word is not its own.
 """
 
@@ -25,21 +25,28 @@ _decode_frame = msgspec.msgpack.Decoder(wire.OwnerFrame).decode
 
 
 class Probe:
-    """Asks one child. `connect` makes a connection to it, or is None where none is needed."""
+    """Asks one child.
 
-    def __init__(self, stat: Path, connect: Connect | None) -> None:
+    Args:
+        stat: the child's stat file.
+        socket: where an owner listens; the file is there from the moment it does.
+        connect: makes a connection to an owner; None for a follower.
+    """
+
+    def __init__(self, stat: Path, socket: Path, connect: Connect | None) -> None:
         self._stat = stat
+        self._socket = socket
         self._connect = connect
         self._sockets: tuple[zmq.Socket[bytes], zmq.Socket[bytes]] | None = None
 
     def is_ready(self, pid: int) -> bool:
         """Return whether the process `pid` is ready by now."""
-        stat = read_stat(self._stat)
-        if stat is None or stat.pid != pid or stat.state != "running":
-            return False
         if self._connect is None:
-            return True
+            stat = read_stat(self._stat)
+            return stat is not None and stat.pid == pid and stat.state == "running"
         if self._sockets is None:
+            if not self._socket.exists():
+                return False  # a connection would begin to wait ever longer between its attempts
             self._sockets = self._connect()
         return self._answers(*self._sockets, pid)
 

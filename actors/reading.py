@@ -94,10 +94,10 @@ class OwnerReader:
             )
         )
 
-    def position(self) -> tuple[str, int, Position]:
-        """Return the store in use, its last committed sequence number and where that ends."""
+    def position(self) -> tuple[str, Position]:
+        """Return the id of the store in use and where its committed journal ends."""
         store, position = self.reader.committed()
-        return store.name, self.reader.read(lambda _tables, meta: meta.seq), position
+        return store.name, position
 
     def journal(self) -> JournalReader:
         """Return a reader of the journal of the store in use."""

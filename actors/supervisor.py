@@ -37,7 +37,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,6 +51,7 @@ from ksi.actors.desk import STORE, Desk
 from ksi.actors.forkserver import ForkServer, Running
 from ksi.actors.owner import Sender
 from ksi.actors.probe import Probe
+from ksi.actors.registrar import REGISTRY, Fate, Registrar
 from ksi.actors.restarts import (
     Backoff,
     Intensity,
@@ -146,6 +147,7 @@ class Supervisor(pykka.ThreadingActor):
         self._stat = StatWriter(run / f"{NAME}.stat")
         self._own = [Child(spec) for spec in tree.specs(var, settings)]
         self._agents: dict[str, Child] = {}
+        self._registrar: Registrar | None = None
         self._restarts: tuple[float, ...] = ()  # of all its own children, newest first
         self._ended: list[Child] = []
         self._signals: list[int] = []
@@ -169,6 +171,10 @@ class Supervisor(pykka.ThreadingActor):
             signal.signal(number, lambda number, _frame: self._signals.append(number))
         self._mailbox.wake_on_signals()
         self._mailbox.timeout_s = 0.0
+        if any(child.name == REGISTRY for child in self._own):
+            self._registrar = Registrar(*self._connect(REGISTRY), self._log)
+            for socket in self._registrar.sockets:
+                self._mailbox.watch(socket, lambda: None)  # a turn is all it takes
 
     def on_receive(self, message: Any) -> None:
         """One turn. A defect in it ends the process at once; the kernel ends the children."""
@@ -181,6 +187,10 @@ class Supervisor(pykka.ThreadingActor):
             os._exit(EXIT_DEFECT)
 
     def on_stop(self) -> None:
+        if self._registrar is not None:
+            for socket in self._registrar.sockets:
+                self._mailbox.unwatch(socket)
+            self._registrar.close()
         self._mailbox.close()
         self._stat.close()
         self._on_exit(self._exit_code)
@@ -192,12 +202,15 @@ class Supervisor(pykka.ThreadingActor):
             self._signalled(self._signals.pop(0))
         while self._ended:
             self._has_ended(self._ended.pop(0), now_s)
-        for letter in post.letters:
-            self._answer(letter)
+        answers = [answer for letter in post.letters for answer in self._answers(letter)]
         self._look(now_s)
         self._advance(now_s)
         if self._changed:
             self._publish()
+        if self._registrar is not None:
+            self._registrar.turn(now_s)
+        for route, frame in answers:  # now: whoever is answered finds it published
+            self._stat.replies_dropped += not self._mailbox.send(route, frame)
         self._stat.state = "draining" if self._stopping else "running"
         self._stat.end_turn(time.monotonic())
         self._mailbox.timeout_s = self._rest_s(time.monotonic())
@@ -365,7 +378,7 @@ class Supervisor(pykka.ThreadingActor):
         assert child.running is not None
         if child.kill_s is None:
             child.kill_s = now_s + child.spec.shutdown_s
-            child.running.ask_to_stop()
+            child.running.signal(signal.SIGTERM)
         if self._hurry_s is not None:
             child.kill_s = min(child.kill_s, self._hurry_s)
         if now_s >= child.kill_s:
@@ -394,6 +407,8 @@ class Supervisor(pykka.ThreadingActor):
 
     def _spawn(self, child: Child) -> None:
         spec = child.spec
+        if spec.kind == "owner":
+            (self._run / spec.name).unlink(missing_ok=True)  # it is there again when it listens
         running = self._server.spawn(spec, self._var, self._environment_of(spec))
         child.running = running
         child.starts += 1
@@ -402,8 +417,11 @@ class Supervisor(pykka.ThreadingActor):
             self._set(child, "RUNNING")
         else:
             connect = functools.partial(self._connect, spec.name)
-            stat = self._run / f"{spec.name}.stat"
-            child.probe = Probe(stat, connect if spec.kind == "owner" else None)
+            child.probe = Probe(
+                self._run / f"{spec.name}.stat",
+                self._run / spec.name,
+                connect if spec.kind == "owner" else None,
+            )
             self._set(child, "STARTING")
 
     def _environment_of(self, spec: ChildSpec) -> dict[str, str]:
@@ -424,7 +442,7 @@ class Supervisor(pykka.ThreadingActor):
             self._progress({"error": Draining(f"stopped while starting: {why}").to_wire()})
         for child in self._all():
             child.wanted = child.renew = False
-            if child.running is None and child.state != "FATAL":
+            if child.running is None and child.state not in ("STOPPED", "FATAL"):
                 self._set(child, "STOPPED")
 
     def _give_up(self, why: str, *, hint: str | None = None) -> None:
@@ -434,20 +452,20 @@ class Supervisor(pykka.ThreadingActor):
         self._exit_code = EXIT_GAVE_UP
         self._log.error("gave up", why=why)
         with contextlib.suppress(OSError):
-            reports.write_exit(self._run, EXIT_GAVE_UP, why)
+            reports.write_exit(self._run, EXIT_GAVE_UP, f"{why}; {hint}" if hint else why)
         if not self._up:
             self._progress({"error": Internal(why, hint=hint).to_wire()})
         self._stop_all("gave up")
 
     # What it is asked.
 
-    def _answer(self, letter: Letter) -> None:
+    def _answers(self, letter: Letter) -> Iterator[tuple[bytes, bytes]]:
+        """Take a letter in; yield where each answer to it goes, and its frame."""
         identity = self._mailbox.sender_of(letter.sender)
         sender = None if identity is None else Sender(*identity)
         for kind, items in self._desk.take(letter.payload, sender, letter.arrived_s):
             frame = wire.OwnerFrame(wire.VERSION, kind, STORE, 0, items)
-            if not self._mailbox.send(letter.route, wire.encode(frame)):
-                self._stat.replies_dropped += 1
+            yield letter.route, wire.encode(frame)
 
     def _carry(self, message: Message, _sender: Sender) -> Reply:
         """Do what a message asks, or refuse."""
@@ -462,7 +480,7 @@ class Supervisor(pykka.ThreadingActor):
             case StartChild():
                 return self._start_agent(message)
             case StopChild(name=name, force=force):
-                return self._stop_agent(_find(self._agents.values(), name), force)
+                return self._stop_agent(name, force)
         raise AssertionError(message)
 
     def _status(self) -> SystemStatus:
@@ -484,6 +502,7 @@ class Supervisor(pykka.ThreadingActor):
         self._require_open()
         known = self._agents.get(message.name)
         if known is not None and (known.running or known.wanted):
+            self._report(known)  # whoever asks does not know
             text = f"{message.name} is {known.state} already"
             raise Conflict(text, state=known.state, pid=known.pid)
         if any(child.name == message.name for child in self._own):
@@ -501,11 +520,18 @@ class Supervisor(pykka.ThreadingActor):
             identity=message.identity,
         )
         child = Child(spec)
-        self._spawn(child)
+        try:
+            self._spawn(child)
+        except KsiError as error:
+            self._tell(child.name, "failed", exit=error.text)
+            raise
         self._agents[message.name] = child
         return child.status()
 
-    def _stop_agent(self, child: Child, force: bool) -> Done:
+    def _stop_agent(self, name: str, force: bool) -> Done:
+        if name not in self._agents:
+            self._tell(name, "exited")  # whoever asks does not know
+        child = _find(self._agents.values(), name)
         child.wanted = child.renew = False
         if child.running is None:
             self._set(child, "STOPPED")
@@ -540,6 +566,22 @@ class Supervisor(pykka.ThreadingActor):
 
     def _report(self, child: Child) -> None:
         """Tell the registry what has become of a supervised agent."""
+        fates: dict[State, Fate] = {"RUNNING": "started", "FATAL": "failed"}
+        fate = fates.get(child.state, "exited")
+        again = child.state == "BACKOFF"
+        self._tell(child.name, fate, pid=child.pid, exit=child.last_exit, again=again)
+
+    def _tell(
+        self,
+        agent_id: str,
+        fate: Fate,
+        *,
+        pid: int | None = None,
+        exit: str | None = None,
+        again: bool = False,
+    ) -> None:
+        if self._registrar is not None and not self._stopping:
+            self._registrar.report(agent_id, fate, pid=pid, exit=exit, again=again)
 
     def _publish(self) -> None:
         """Write `run/children.json`: `ksi status` reads it, whatever has become of us."""

@@ -12,14 +12,18 @@ from ksi.console.show import show_json, show_table
 
 @command("discover")
 @click.argument("pattern", default="*")
+@click.option("--markdown", is_flag=True, help="Print the page docs/operations.md.")
 @click.pass_obj
-def discover(options: Options, pattern: str) -> None:
+def discover(options: Options, pattern: str, markdown: bool) -> None:
     """List the operations that match PATTERN: a name, `session:*`, or a word in it."""
-    from ksi.console.operations import catalogue, summary
+    from ksi.console.declared import catalogue, summary
+    from ksi.console.page import as_page
 
     wanted = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
     found = [each for name, each in catalogue().items() if fnmatchcase(name, wanted)]
-    if options.json:
+    if markdown:
+        print(as_page({each.name: each for each in found}), end="")
+    elif options.json:
         operations = [
             {
                 "operation": each.name,

@@ -6,6 +6,7 @@ here waits for another process, writes, or makes a directory.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -17,11 +18,10 @@ from msgspec.structs import replace
 
 from ksi.actors.lock import Holder, holder
 from ksi.actors.owners import OWNERS
-from ksi.actors.reports import read_children, read_exit
+from ksi.actors.reports import Exit, read_children, read_exit
 from ksi.actors.stat import Stat, read_stat
-from ksi.actors.system import ChildStatus, State
+from ksi.actors.system import ChildStatus, State, SystemStatus
 from ksi.transport.errors import KsiError
-from ksi.transport.identity import run_directory
 from ksi.transport.limits import FREE_BYTES_MIN, FREE_PART_MIN, MAILBOX_REQUESTS_MAX
 
 # A person looks earlier than the supervisor acts: an owner takes a turn every `TICK_S`.
@@ -31,7 +31,11 @@ STARTING_S_MAX: Final = 5.0  # A start that takes longer is worth a sentence.
 MAILBOX_PART_MAX: Final = 0.5  # A mailbox fuller than this will refuse soon.
 FREE_TIMES: Final = 4  # Disk space is a problem at this many times the limit that refuses work.
 
-COUNTED: Final = {"sessions": "sessions", "agents": "registry"}  # tables, and whose they are
+# What is counted: the owner, the table, and the table of those in it that no longer count.
+COUNTED: Final = {
+    "sessions": ("sessions", "sessions", None),
+    "agents": ("registry", "agents", "gone"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class Child:
         last_stat: the same, also of a process that is gone.
         frozen: it is stopped by a signal (SIGSTOP, Ctrl-Z, a debugger).
         hung: how it hangs, in words.
+        db_bytes: what its directory takes on the disk; None if it has none.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Child:
     last_stat: Stat | None
     frozen: bool
     hung: str | None
+    db_bytes: int | None
 
     @property
     def uptime_s(self) -> float | None:
@@ -131,8 +137,8 @@ def look(var: Path) -> System:
         supervisor=held_by,
         frozen=held_by is not None and _is_frozen(_process_state(held_by.pid)),
         stopping=is_current and said is not None and said.stopping,
-        gave_up=ended.reason if ended else None,
-        children=tuple(_child(run, each, is_current) for each in listed),
+        gave_up=_why_ended(said, ended),
+        children=tuple(_child(var, run, each, is_current) for each in listed),
         counts=counts,
         unreadable=unreadable,
         free_bytes=free_bytes,
@@ -153,11 +159,19 @@ def _never_started(name: str) -> ChildStatus:
     )
 
 
+def _why_ended(said: SystemStatus | None, ended: Exit | None) -> str | None:
+    """Return how the last supervisor ended, unless it was in order."""
+    if ended is not None:
+        return ended.reason
+    in_order = said is None or all(each.state in ("STOPPED", "FATAL") for each in said.children)
+    return None if in_order else "it was killed, or its machine was"
+
+
 def _ended(state: State) -> State:
     return "FATAL" if state == "FATAL" else "STOPPED"
 
 
-def _child(run: Path, said: ChildStatus, is_current: bool) -> Child:
+def _child(var: Path, run: Path, said: ChildStatus, is_current: bool) -> Child:
     last_stat = None if said.kind == "agent" else read_stat(run / f"{said.name}.stat")
     process_state = _process_state(said.pid) if is_current and said.pid else ""
     pid = said.pid if process_state not in ("", "Z") else None
@@ -178,6 +192,7 @@ def _child(run: Path, said: ChildStatus, is_current: bool) -> Child:
         last_stat=last_stat,
         frozen=_is_frozen(process_state),
         hung=hung,
+        db_bytes=_disk_use(var / "db" / said.name),
     )
 
 
@@ -210,31 +225,36 @@ def _problems_of(child: Child, ksi: str) -> list[str]:
 
 
 def _counts(var: Path) -> tuple[dict[str, int | None], dict[str, str]]:
-    """Return how many rows the counted tables have, and why some could not be read."""
+    """Return how many there are of what is counted, and why some could not be read."""
     from ksi.actors.reading import reader_of
 
     counts: dict[str, int | None] = {}
     unreadable: dict[str, str] = {}
-    for table, owner in COUNTED.items():
-        counts[table] = None
+    for what, (owner, table, less) in COUNTED.items():
+        counts[what] = None
         if not (var / "db" / owner / "CURRENT").exists():
             continue
         try:
-            counts[table] = reader_of(owner, var).reader.read(_count_of(table))
+            counts[what] = reader_of(owner, var).reader.read(_count_of(table, less))
         except Exception as error:  # whatever it is, the rest is still worth knowing
             unreadable[owner] = str(error)
     return counts, unreadable
 
 
-def _count_of(table: str) -> Callable[[Any, Any], int]:
-    return lambda tables, _meta: int(tables[table].count())
+def _count_of(table: str, less: str | None) -> Callable[[Any, Any], int]:
+    return lambda tables, _meta: tables[table].count() - (tables[less].count() if less else 0)
 
 
 def _run_directory(var: Path) -> Path:
+    usual = var / "run"
+    if not (usual / "elsewhere").exists():
+        return usual
+    from ksi.transport.identity import run_directory  # loads ZeroMQ: only where it says something
+
     try:
         return run_directory(var)
     except KsiError:
-        return var / "run"
+        return usual
 
 
 def _process_state(pid: int) -> str:
@@ -248,6 +268,16 @@ def _process_state(pid: int) -> str:
 
 def _is_frozen(process_state: str) -> bool:
     return process_state in ("T", "t")
+
+
+def _disk_use(directory: Path) -> int | None:
+    """Return the bytes that files below a directory take: of sparse ones, what is there."""
+    total = None
+    for folder, _folders, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):  # just removed
+                total = (total or 0) + os.lstat(f"{folder}/{name}").st_blocks * 512
+    return total
 
 
 def _room(var: Path) -> tuple[int, int]:

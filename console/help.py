@@ -10,7 +10,7 @@ from ksi.transport.message import Operation
 
 
 def _names(ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
-    from ksi.console.operations import catalogue
+    from ksi.console.declared import catalogue
 
     root = ctx.find_root()
     assert isinstance(root.command, click.Group)
@@ -32,7 +32,7 @@ def help(ctx: click.Context, name: str | None) -> None:
             inner = root if name is None else click.Context(explained, root, name, obj=options)
             _show_subcommand(options, inner)
             return
-    from ksi.console.operations import catalogue, declaration
+    from ksi.console.declared import catalogue, declaration
     from ksi.transport.message import unknown
 
     operations = catalogue()
@@ -54,7 +54,7 @@ def _show_subcommand(options: Options, ctx: click.Context) -> None:
 
 
 def _show_operation(operation: Operation) -> None:
-    from ksi.console import operations as words
+    from ksi.console import declared as words
     from ksi.transport.message import ANYONE
 
     who = "anyone" if operation.roles == ANYONE else ", ".join(sorted(operation.roles))

@@ -26,6 +26,14 @@ def _usual_var() -> Path:
     return Path(os.environ.get("KSI_VAR") or "var")
 
 
+class Failed(click.ClickException):
+    """What was asked was tried and has failed: the text says how, the hint what to type next."""
+
+    def __init__(self, text: str, *, hint: str) -> None:
+        super().__init__(text)
+        self.hint = hint
+
+
 @dataclass(slots=True)
 class Options:
     """The common options of one call."""

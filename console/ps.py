@@ -67,7 +67,7 @@ def _fields(process: psutil.Process, name: str | None, kind: str) -> dict[str, A
             memory = process.memory_full_info()
             return {
                 "pid": process.pid,
-                "name": name or process.name(),
+                "name": name or _role(words) or process.name(),
                 "kind": kind,
                 "cpu_percent": round(100 * (spent.user + spent.system) / uptime_s, 1),
                 "rss_bytes": memory.rss,
@@ -79,3 +79,10 @@ def _fields(process: psutil.Process, name: str | None, kind: str) -> dict[str, A
             }
     except psutil.Error:
         return None
+
+
+def _role(words: list[str]) -> str | None:
+    """Return what a process of the supervisor's own is for, by its command line."""
+    line = " ".join(words)
+    known = {"forkserver": "fork server", "resource_tracker": "resource tracker"}
+    return next((role for mark, role in known.items() if mark in line), None)

@@ -13,9 +13,9 @@ from ksi.transport.message import Operation
 def _read(
     options: Options, operation: Operation, fields: dict[str, Any], _timeout_s: float
 ) -> None:
-    with options.client() as client:
-        reply = client.read(operation.name, fields)
-    print_reply(options, "read", reply)
+    from ksi.console.reads import Reads
+
+    print_reply(options, "read", Reads(options.var)(operation.owner, operation.name, **fields))
 
 
 @group("read", cls=Operations, call=_read, kinds=("query",))

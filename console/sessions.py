@@ -14,7 +14,7 @@ from ksi.console.show import clean, instant, print_json, show_json, show_table, 
 from ksi.transport.limits import ASK_TIMEOUT_S
 
 if TYPE_CHECKING:
-    from ksi.transport.client import Client
+    from ksi.console.reads import Reads
 
 FOLLOW_S: Final = 0.1  # How often `tail -f` looks: a read is microseconds and sends no message.
 PAGE: Final = 1000  # Entries or sessions read at once.
@@ -43,8 +43,8 @@ def list_sessions(
     """List sessions in the order of their ids. Sends no message."""
     fields = {"owner": owner, "status": status}
     given = {name: value for name, value in fields.items() if value is not None}
-    with options.client() as client:
-        found, more = _pages(client, given, limit)
+    pages = _reads(options).pages("sessions", "session:list", "sessions", limit)
+    found, more = pages(**given)
     if options.json:
         show_json("sessions", {"sessions": found, "more": more})
         return
@@ -68,36 +68,22 @@ def list_sessions(
         print(f"there are more: --limit {limit * 10}", file=sys.stderr)
 
 
-def _pages(client: Client, given: dict[str, str], limit: int) -> tuple[list[Any], bool]:
-    """Return up to `limit` sessions, and whether there are more."""
-    found: list[Any] = []
-    after: str | None = None
-    while len(found) < limit:
-        place = {} if after is None else {"after": after}
-        page = client.read("session:list", {**given, **place}, limit=min(limit - len(found), PAGE))
-        found += page["sessions"]
-        after = page["next"]
-        if after is None:
-            break
-    return found, after is not None
-
-
 @sessions.command("show")
 @click.argument("session_id")
 @click.pass_obj
 def show(options: Options, session_id: str) -> None:
     """Show one session and who takes part in it. Sends no message."""
-    with options.client() as client:
-        session = client.read("session:get", session_id=session_id)
-        taking_part = client.read("session:participants", session_id=session_id)["participants"]
+    read = _reads(options)
+    session = read("sessions", "session:get", session_id=session_id)
+    part = read("sessions", "session:participants", session_id=session_id)["participants"]
     if options.json:
-        show_json("sessions.show", {**session, "participants": taking_part})
+        show_json("sessions.show", {**session, "participants": part})
         return
     for name, value in session.items():
         shown = instant(value) if name.endswith("_at") else value
         print(f"{name:<12} {clean(str(shown)) if shown not in (None, '') else '-'}")
     print()
-    rows = ((each["agent_id"], each["role"], instant(each["joined_at"])) for each in taking_part)
+    rows = ((each["agent_id"], each["role"], instant(each["joined_at"])) for each in part)
     show_table(("PARTICIPANT", "ROLE", "SINCE"), rows)
 
 
@@ -111,20 +97,20 @@ def tail(options: Options, session_id: str, lines: int, follow: bool) -> None:
 
     With `--json` and `-f`, one JSON object a line.
     """
-    with options.client() as client:
-        page = client.read("session:history", session_id=session_id, limit=lines)
-        if options.json and not follow:
-            show_json("sessions.tail", page)
-            return
-        for number, entry in _entries(client, page, follow):
-            if options.json:
-                print_json({"seq": number, **entry})
-            else:
-                _print_entry(number, entry)
+    read = _reads(options)
+    page = read("sessions", "session:history", session_id=session_id, limit=lines)
+    if options.json and not follow:
+        show_json("sessions.tail", page)
+        return
+    for number, entry in _entries(read, page, follow):
+        if options.json:
+            print_json({"seq": number, **entry})
+        else:
+            _print_entry(number, entry)
 
 
 def _entries(
-    client: Client, page: dict[str, Any], follow: bool
+    read: Reads, page: dict[str, Any], follow: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the entries of a page with their numbers, and with `follow` all later ones."""
     while True:
@@ -134,9 +120,8 @@ def _entries(
         if not page["entries"]:
             time.sleep(FOLLOW_S)
         after = page["first_seq"] - 1 + len(page["entries"])
-        page = client.read(
-            "session:history", session_id=page["session_id"], after=after, limit=PAGE
-        )
+        place = {"session_id": page["session_id"], "after": after}
+        page = read("sessions", "session:history", **place, limit=PAGE)
 
 
 def _print_entry(number: int, entry: dict[str, Any]) -> None:
@@ -181,3 +166,9 @@ def _ask(options: Options, operation: str, timeout_s: float, **fields: str) -> d
     options.require_running()
     with options.client() as client:
         return client.ask(operation, fields, timeout_s=timeout_s)
+
+
+def _reads(options: Options) -> Reads:
+    from ksi.console.reads import Reads
+
+    return Reads(options.var)

@@ -81,10 +81,10 @@ def _child_fields(child: Child) -> dict[str, Any]:
         "commands_per_s": now and now.commands_per_s,
         "p99_ms": now and now.p99_ms,
         "restarts": child.restarts,
-        "epoch": last and last.epoch,
+        "epoch": (last and last.epoch) or None,
         "last_exit": child.last_exit,
         "journal_seq": last and last.journal_seq,
-        "db_bytes": last and last.db_bytes,
+        "db_bytes": child.db_bytes,
         "store_id": last and last.store_id,
         "hung": child.hung,
     }
@@ -141,7 +141,7 @@ def _row(child: Child) -> tuple[Any, ...]:
         now and f"{now.commands_per_s:.0f}",
         now and f"{now.p99_ms:.1f}ms",
         child.restarts,
-        last and last.epoch,
+        (last and last.epoch) or None,
         last and last.journal_seq,
-        size(last.db_bytes if last else None),
+        size(child.db_bytes),
     )

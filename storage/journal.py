@@ -77,12 +77,19 @@ def segments_in(directory: Path) -> list[int]:
     )
 
 
-def holds(directory: Path, position: Position) -> bool:
-    """Return whether the journal in `directory` reaches to `position`."""
+def resume(directory: Path, seq: int, position: Position) -> Position | None:
+    """Return where the journal goes on after number `seq`, which ended at `position`.
+
+    That is there, or, where its segment ended with it and has been dropped, at the next one's
+    beginning. None means that the journal does not go on from there.
+    """
     try:
-        return segment_path(directory, position.segment).stat().st_size >= position.offset
+        if segment_path(directory, position.segment).stat().st_size >= position.offset:
+            return position
     except FileNotFoundError:
-        return False
+        if segment_path(directory, seq + 1).exists():
+            return Position(seq + 1, 0)
+    return None
 
 
 def create_segment(directory: Path, segment: int) -> int:

@@ -20,7 +20,7 @@ from ksi.storage.boot import this_boot
 from ksi.storage.environment import Environment, open_reader
 from ksi.storage.errors import Corrupt
 from ksi.storage.files import read_cursor, read_log
-from ksi.storage.journal import Batch, JournalReader, Position
+from ksi.storage.journal import START, Batch, JournalReader, Position
 from ksi.storage.recovery import Mark
 from ksi.storage.store import META_TABLE, Meta, meta_in, read_current, read_mark
 from ksi.storage.tables import Instant, ReadTable, TableSpec
@@ -123,7 +123,7 @@ class Reader:
         """
         assert self._logs is not None, "this reader reads no logs"
         assert self._cursor is not None, "this reader reads no logs"
-        for _ in range(_TRIES):
+        for tries_left in reversed(range(_TRIES)):
             # In this order: what the marks do not promise is in the journal behind them.
             marks = read_cursor(self._cursor, self._boot_id)
             content = read_log(self._logs, key, start, stop)
@@ -135,10 +135,12 @@ class Reader:
             elif marks.synced is not None and marks.synced.store == store.name:
                 place = marks.synced.position
             else:
-                place = JournalReader(store).start()
+                place = START
+            journal = JournalReader(store)
+            if place == START or not tries_left:  # A file cut by hand is short despite its mark.
+                place = journal.start()
             try:
-                batches = JournalReader(store).read(place, committed)
-                complete = self._overlay(batches, key, start, stop, content)
+                complete = self._overlay(journal.read(place, committed), key, start, stop, content)
             except NotFound:  # The follower went on and the segment was dropped: look again.
                 continue
             if complete is not None:
@@ -175,10 +177,8 @@ class Reader:
 
     def committed(self) -> tuple[Path, Position]:
         """Return the directory of the store in use and where its committed journal ends."""
-        position = self.read(lambda _, meta: meta.position)
-        environment = self._environment
-        assert environment is not None
-        return environment.path.parent, position
+        meta = self.read(lambda _, meta: meta)
+        return self._directory / meta.store, meta.position
 
     def _read_once(self, fn: Callable[[Mapping[str, ReadTable[Any]], Meta], T]) -> T:
         if time.monotonic() >= self._recheck_s:

@@ -185,12 +185,12 @@ def install(snapshot: Path, view: Path) -> Manifest:
 
 
 def newest_good(
-    paths: Iterable[Path], store: str, reached: Callable[[Position], bool]
+    paths: Iterable[Path], store: str, goes_on: Callable[[int, Position], bool]
 ) -> tuple[Path, Manifest] | None:
     """Return the newest of the snapshots `paths` that can be used, or None.
 
     That is one of this store, whose data match the manifest, and from whose position the journal
-    goes on, as `reached` tells.
+    goes on, as `goes_on(seq, position)` tells.
     """
     found = []
     for path in paths:
@@ -198,7 +198,7 @@ def newest_good(
             manifest = read_manifest(path)
         except Corrupt:
             continue
-        if manifest.store == store and reached(manifest.position):
+        if manifest.store == store and goes_on(manifest.seq, manifest.position):
             found.append((path, manifest))
     found.sort(key=lambda each: each[1].seq, reverse=True)
     for path, manifest in found:

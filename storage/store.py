@@ -44,7 +44,7 @@ from ksi.storage.journal import (
     Journal,
     Position,
     create_segment,
-    holds,
+    resume,
     segments_in,
 )
 from ksi.storage.recovery import Decision, Mark, Snapshot, Start, View, decide
@@ -73,6 +73,7 @@ class Meta(msgspec.Struct, array_like=True, frozen=True):
     """What the view says of itself, in one row that each commit rewrites.
 
     Attributes:
+        store: id of the store.
         seq: last sequence number that is in the view.
         segment: with `offset`, the place in the journal that follows it.
         time_s: owner time, in seconds.
@@ -80,11 +81,12 @@ class Meta(msgspec.Struct, array_like=True, frozen=True):
         superseded: this store has been replaced; look at CURRENT.
     """
 
+    store: str
     seq: int
     segment: int
     offset: int
     time_s: float
-    extra: bytes = b""
+    extra: bytes
     superseded: bool = False
 
     @property
@@ -93,7 +95,6 @@ class Meta(msgspec.Struct, array_like=True, frozen=True):
 
 
 META_CODEC: Final[RowCodec[Meta]] = RowCodec(META_TABLE, Meta)
-_NEW: Final = Meta(seq=0, segment=START.segment, offset=START.offset, time_s=0.0)
 
 Replay = Callable[["Store", Batch], tuple[float, bytes]]
 
@@ -193,7 +194,7 @@ class Store:
         """
         first_seq = self.meta.seq + 1
         end = self.journal.prepare(first_seq, len(payload))
-        meta = Meta(self.meta.seq + records, end.segment, end.offset, time_s, extra)
+        meta = Meta(self.id, self.meta.seq + records, end.segment, end.offset, time_s, extra)
         self._put(meta)
         self.journal.append(first_seq, payload, records)
         self._commit(meta)
@@ -277,7 +278,8 @@ class Store:
         self.begin()
         pending = 0
         try:
-            for batch in self.journal.read(self.meta.position):
+            start = resume(self.directory, self.meta.seq, self.meta.position)
+            for batch in self.journal.read(start or self.meta.position):
                 if batch.first_seq != self.meta.seq + 1:
                     raise Corrupt(
                         f"store {self.directory}: number {self.meta.seq + 1} should follow at "
@@ -286,7 +288,7 @@ class Store:
                     )
                 time_s, extra = replay(self, batch)
                 seq = self.meta.seq + batch.records
-                self.meta = Meta(seq, batch.end.segment, batch.end.offset, time_s, extra)
+                self.meta = Meta(self.id, seq, batch.end.segment, batch.end.offset, time_s, extra)
                 pending += batch.records
                 if pending >= REPLAY_RECORDS:
                     self.commit_view()
@@ -422,7 +424,9 @@ def _recover(
     snapshot = None
     if environment is None:
         snapshot = newest_good(
-            [*snapshots, directory / "base"], directory.name, lambda end: holds(directory, end)
+            [*snapshots, directory / "base"],
+            directory.name,
+            lambda seq, position: resume(directory, seq, position) is not None,
         )
     case = decide(mark, view, Snapshot.NONE if snapshot is None else Snapshot.JOINED, start)
     if case.decision is Decision.REFUSE:
@@ -438,7 +442,7 @@ def _recover(
         log.warning("store %s: case %s: %s", directory, case.letter, case.decision.value)
         _set_view_aside(directory)
         if snapshot is None:
-            _create_view(directory / "view", _NEW)
+            _create_view(directory / "view", directory.name)
         else:
             install(snapshot[0], directory / "view")
         environment = _open_view(directory / "view")
@@ -466,16 +470,15 @@ def _look_at_view(directory: Path, mark: Mark) -> tuple[View, Environment | None
         log.warning("%s", error)
         return View.DAMAGED, None, None
     try:
-        position = read_meta(environment).position
+        meta = read_meta(environment)
+        if meta.store != directory.name:
+            raise Corrupt(f"view {path}: is that of store {meta.store}")
     except (Corrupt, lmdb.Error) as error:
         log.warning("view %s: %s", path, error)
         environment.close()
         return View.DAMAGED, None, None
-    return (
-        View.JOINED if holds(directory, position) else View.SEVERED,
-        environment,
-        position,
-    )
+    known = resume(directory, meta.seq, meta.position)
+    return (View.SEVERED if known is None else View.JOINED), environment, known
 
 
 def _set_view_aside(directory: Path) -> None:
@@ -502,7 +505,7 @@ def _create(directory: Path, base: Path | None = None) -> str:
     temporary.mkdir(mode=0o700)
     first_seq = 1
     if base is None:
-        _create_view(temporary / "view", _NEW)
+        _create_view(temporary / "view", store_id)
     else:
         first_seq = _create_from(base, temporary, store_id)
     os.close(create_segment(temporary, first_seq))
@@ -513,13 +516,13 @@ def _create(directory: Path, base: Path | None = None) -> str:
     return store_id
 
 
-def _create_view(path: Path, meta: Meta) -> None:
-    """Make an LMDB environment, whole and synced before it has its name."""
+def _create_view(path: Path, store_id: str) -> None:
+    """Make an empty view, whole and synced before it has its name."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     environment = _open_view(temporary, create=True)
     try:
-        _put_meta(environment, meta)
+        _put_meta(environment, Meta(store_id, 0, *START, 0.0, b""))
     finally:
         environment.close()
     temporary.rename(path)
@@ -532,7 +535,7 @@ def _create_from(base: Path, temporary: Path, store_id: str) -> int:
     environment = _open_view(temporary / "view")
     try:
         former = read_meta(environment)
-        meta = Meta(former.seq, former.seq + 1, 0, former.time_s, former.extra)
+        meta = Meta(store_id, former.seq, former.seq + 1, 0, former.time_s, former.extra)
         _put_meta(environment, meta)
         Frozen(environment.lmdb, store_id, lambda _: (meta.seq, meta.position, meta.time_s)).save(
             temporary / "base"

@@ -14,10 +14,12 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
 import zmq
 
 import ksi.actors.system  # noqa: F401 - declares what the supervisor can be asked
-from ksi.actors.child import ChildSpec, Kind
+from ksi.actors.child import ChildSpec
+from ksi.actors.child import Kind as ChildKind
 from ksi.actors.config import Config
 from ksi.actors.stat import StatWriter
 from ksi.actors.tree import Tree
@@ -42,7 +44,7 @@ def tree() -> Tree:
 
 def _spec(var: Path, child: dict[str, Any]) -> ChildSpec:
     role = child.pop("role", "steady")
-    kind: Kind = "owner" if role == "answering" else "follower"
+    kind: ChildKind = "owner" if role == "answering" else "follower"
     arguments = (child["name"], str(var))
     return ChildSpec(kind=kind, function=f"supervised:{role}", arguments=arguments, **child)
 
@@ -131,7 +133,10 @@ def stubborn(name: str, var: str) -> None:
 
 
 def answering(name: str, var: str) -> None:
-    """Be an owner as far as HELLO goes: answer it, but only a while after saying `running`."""
+    """Be an owner as far as the supervisor goes, but answer only a while after saying `running`.
+
+    What it is commanded goes into the trace: the operation and its fields as JSON, joined by `|`.
+    """
     child = Obedient(name, var)
     child.stat.state = "running"
     child.stat.end_turn(time.monotonic())
@@ -140,13 +145,24 @@ def answering(name: str, var: str) -> None:
     certificate = keys.load(name)
     assert certificate is not None
     mailbox = Mailbox(zmq.Context(), endpoint(Path(var), name), certificate, keys)
-    welcome = wire.Welcome(name, os.getpid(), 1, 1, 1, 1)
-    answer = wire.encode(wire.OwnerFrame(wire.VERSION, Kind.WELCOME, "", 0, [welcome]))
+
+    def answer(payload: bytes) -> tuple[Kind, list[Any]]:
+        frame = msgspec.msgpack.decode(payload, type=wire.Frame)
+        if frame.kind == Kind.HELLO:
+            child.say("hello")
+            return Kind.WELCOME, [wire.Welcome(name, os.getpid(), 1, 1, 1, 1)]
+        answers = []
+        for request in msgspec.convert(frame.items, list[wire.Request]):
+            fields = msgspec.json.encode(msgspec.msgpack.decode(request.body)).decode()
+            child.say(f"{request.operation}|{fields}".replace(" ", "_"))
+            answers.append(wire.Answer(request.number, msgspec.msgpack.encode({})))
+        return Kind.REPLIES, answers
 
     def serve(_s: float) -> None:
         mailbox.timeout_s = 0.02
         for letter in getattr(mailbox.get().message, "letters", ()):
-            child.say("hello")
-            mailbox.send(letter.route, answer)
+            kind, items = answer(letter.payload)
+            frame = wire.OwnerFrame(wire.VERSION, kind, f"{os.getpid()}", 0, items)
+            mailbox.send(letter.route, wire.encode(frame))
 
     child.run(serve)

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -454,6 +455,53 @@ def test_a_killed_owner_is_back_for_the_next_command(system: Shell) -> None:
     assert "9" in after["last_exit"] or "KILL" in after["last_exit"]
 
 
+def test_a_program_runs_as_an_agent_until_it_is_killed(system: Shell) -> None:
+    program = "import os, time; print(os.environ['KSI_AGENT'], flush=True); time.sleep(60)"
+    spawned = system("agents", "spawn", "worker", "--json", "--", sys.executable, "-c", program)
+    assert spawned.code == 0, spawned.err
+    pid = spawned.json["pid"]
+    listed = system("agents", "--json").json["agents"]
+    worker = next(each for each in listed if each["agent_id"] == "worker")
+    assert (worker["status"], worker["pid"]) == ("active", pid)
+    assert "worker" in [each["name"] for each in system("ps", "--json").json["processes"]]
+    again = system("agents", "spawn", "worker", "--", "true")
+    assert again.code == 5
+    assert "worker is active already" in the_error(again, "conflict")
+
+    ended = os.pidfd_open(pid)
+    killed = system("agents", "kill", "worker", "--json").json
+    assert killed["agent_ids"] == ["worker"]
+    assert select.select([ended], [], [], 10)[0]
+    os.close(ended)
+    assert system("logs", "worker", "--output").out == "worker\n"
+    assert system("agents", "kill", "nobody").code == 6
+
+
+def test_a_program_that_cannot_run_is_a_failure_that_says_why(system: Shell) -> None:
+    failed = system("agents", "spawn", "ghost", "--", "/nowhere/at/all")
+    assert failed.code == 1
+    assert "/nowhere/at/all" in the_error(failed, "failed")
+
+
+def test_a_key_is_enrolled_revoked_and_renewed(system: Shell) -> None:
+    enrolled = system("agents", "enroll", "mallory", "--json").json
+    assert enrolled["role"] == "agent"
+    assert Path(enrolled["key_file"]).stat().st_mode & 0o777 == 0o600
+    assert system("--as", "mallory", "ask", "session:create").code == 0
+
+    assert system("agents", "remove", "mallory").code == 2
+    assert system("agents", "remove", "mallory", "--yes").code == 0
+    refused = system("--as", "mallory", "ask", "session:create")
+    assert refused.code == 5
+    assert "revoked" in the_error(refused, "forbidden")
+
+    renewed = system("agents", "enroll", "mallory", "--json").json
+    assert renewed["public"] != enrolled["public"]
+    assert system("--as", "mallory", "ask", "session:create").code == 0
+    assert system("agents", "enroll", "sessions").code == 5
+    assert system("agents", "enroll", "../mallory").code == 2
+
+
 def test_restart_renews_one_owner(system: Shell) -> None:
     before = system.owner("sessions")
     done = system("restart", "sessions", "--json")
@@ -488,6 +536,17 @@ def test_stopped_it_is_still_read_and_status_answers_from_disk(nothing: Shell) -
     assert sessions["journal_seq"] >= 1
     assert nothing("read", "session:get", "--session-id", "kept").code == 0
     assert nothing("ask", "session:get", "--session-id", "kept").code == 3
+
+
+def test_after_the_supervisor_was_killed_status_says_so(nothing: Shell) -> None:
+    nothing("start")
+    os.kill(nothing("status", "--json").json["supervisor"]["pid"], signal.SIGKILL)
+    after = nothing("status", "--json")
+    assert after.code == 3
+    assert any("killed" in problem for problem in after.json["problems"])
+    assert nothing("start").code == 0
+    assert nothing("status").code == 0
+    nothing("stop")
 
 
 def test_in_the_foreground_an_interrupt_stops_in_order(nothing: Shell) -> None:

@@ -88,6 +88,7 @@ class KeyRing:
     def __init__(self, var: Path) -> None:
         self.directory = _real(var) / "keys"
         _require_private(self.directory)
+        self._path = str(self.directory)
         self._known: dict[str, Identity] = {}
         self._known_at = -1
 
@@ -162,7 +163,7 @@ class KeyRing:
     def generation(self) -> int:
         """Return a number that changes when a key comes or goes (after `_SETTLED_NS`)."""
         try:
-            return os.stat(self.directory, follow_symlinks=False).st_mtime_ns
+            return os.lstat(self._path).st_mtime_ns
         except OSError:
             return 0
 

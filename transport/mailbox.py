@@ -63,6 +63,11 @@ _log: Final = logging.getLogger(__name__)
 _DOMAIN: Final = b"ksi"
 _ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
 _PAUSE_S: Final = 0.02  # After an error that may come again at once.
+# Plain integers: the operators of enums cost as much as a system call.
+_NOW: Final = int(zmq.DONTWAIT)
+_MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
+_POLLIN: Final = int(zmq.POLLIN)
+_EVENTS: Final = int(zmq.EVENTS)
 _MONITORED: Final = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
@@ -176,8 +181,8 @@ class Mailbox:
         promise: it may go before the frame has reached it.
         """
         try:
-            self._router.send(route, zmq.DONTWAIT | zmq.SNDMORE)
-            self._router.send(frame, zmq.DONTWAIT)
+            self._router.send(route, _MORE)
+            self._router.send(frame, _NOW)
         except zmq.ZMQError:
             return False
         return True
@@ -274,21 +279,18 @@ class Mailbox:
             return self._local.popleft()
         if self._closed:
             return self._envelope(Post([]))
-        now_s = time.monotonic()
-        deadline_s = now_s + self.timeout_s
+        router, now_s = self._router, time.monotonic()
+        deadline_s = now_s if self._news else now_s + self.timeout_s
         while True:
-            ready = self._poller.poll(self._rest_ms(deadline_s - now_s, now_s))
+            until_s = min(deadline_s, self._rung_s + BELL_S) if self._ring_due else deadline_s
+            ready = self._poller.poll(max(0, math.ceil((until_s - now_s) * 1000)))
             now_s = time.monotonic()
             knocked = False
             for source, _event in ready:
-                if source is self._router:
+                if source is router:
                     knocked = True
-                elif source is self._zap:
-                    self._admit()
-                elif source == self._wake_r:
-                    self._woken()
                 else:
-                    self._call(source)
+                    self._look(source)
             if self._ring_due:
                 self._ring_if_due(now_s)
             if self._local:
@@ -298,20 +300,31 @@ class Mailbox:
                 self._news = False
                 return self._envelope(Post(letters))
 
-    def _rest_ms(self, left_s: float, now_s: float) -> int:
-        if self._ring_due:
-            left_s = min(left_s, self._rung_s + BELL_S - now_s)
-        return max(0, math.ceil(left_s * 1000))
+    def _look(self, source: _Socket | int) -> None:
+        """See to what is ready beside the letters."""
+        if source is self._zap:
+            self._admit()
+        elif source == self._wake_r:
+            # Zeros are from `put`, everything else is the number of a signal.
+            if os.read(self._wake_r, 65_536).strip(b"\0"):
+                self._news = True
+        elif source in self._calls:  # Else another call has just unwatched it.
+            self._news = True
+            try:
+                self._calls[source]()
+            except Exception:
+                _log.exception("what was to look after %r failed", source)
 
     def _drain(self, now_s: float) -> list[Letter]:
         """Take what waits, up to `LETTERS_MAX` frames or `BATCH_BYTES_MAX` bytes."""
         letters: list[Letter] = []
         size_bytes = 0
-        receive = self._router.recv
-        with suppress(zmq.Again):
+        receive: Callable[..., Any] = self._router.recv
+        ask: Callable[..., Any] = self._router.getsockopt
+        try:
             for _ in range(LETTERS_MAX):
-                route = receive(zmq.DONTWAIT)
-                frame = receive(zmq.DONTWAIT, False)
+                route = receive(_NOW)
+                frame = receive(_NOW, False)
                 if frame.more:
                     self._skip()
                     continue
@@ -320,6 +333,11 @@ class Mailbox:
                 size_bytes += len(payload)
                 if size_bytes >= BATCH_BYTES_MAX:
                     break
+                # One letter is the common case, and asking is cheaper than a `recv` that fails.
+                if len(letters) == 1 and not ask(_EVENTS) & _POLLIN:
+                    break
+        except zmq.Again:
+            pass
         if letters:
             self._keys.refresh()
         return letters
@@ -337,20 +355,6 @@ class Mailbox:
                 if (verdict := _verdict(asked, self._keys)) is not None:
                     self._zap.send_multipart(verdict, zmq.DONTWAIT)
 
-    def _woken(self) -> None:
-        """Empty the pipe. Zeros are from `put`, everything else is the number of a signal."""
-        if os.read(self._wake_r, 65_536).strip(b"\0"):
-            self._news = True
-
-    def _call(self, source: _Socket | int) -> None:
-        self._news = True
-        call = self._calls.get(source)
-        if call is not None:  # None: another call has just unwatched it.
-            try:
-                call()
-            except Exception:
-                _log.exception("what was to look after %r failed", source)
-
     def _ring_if_due(self, now_s: float) -> None:
         if now_s - self._rung_s >= BELL_S:
             self._rung_s, self._ring_due = now_s, False
@@ -359,11 +363,6 @@ class Mailbox:
     def _recover(self) -> None:
         """Make the next `get` possible after one that failed half way."""
         time.sleep(_PAUSE_S)
-        if self._closed:
-            return
-        for source in list(self._calls):
-            if isinstance(source, zmq.Socket) and source.closed:
-                self.unwatch(source)
         with suppress(zmq.ZMQError):
             self._skip()
 
@@ -396,9 +395,10 @@ def connect(
 ) -> tuple[_Socket, _Socket]:
     """Return a DEALER that connects to an owner, and again whenever it must, and its monitor.
 
-    Sending on it without waiting fails (`zmq.Again`) until the monitor says "up". Read the
-    monitor regularly: it holds a thousand events, and then it stops the connection. On "denied"
-    close both: ZeroMQ itself would go on asking, sixty times a second.
+    Sending on it without waiting fails (`zmq.Again`) until the monitor says "up". After "denied"
+    it is dead: close both, and connect anew once the key is enrolled. "down" again and again
+    without "up" means that someone else answers there: look up the address and key again. Read
+    the monitor regularly: it holds two thousand changes, and then it stops the connection.
 
     Args:
         server_public: the public key (Z85) the owner proves to be itself with.

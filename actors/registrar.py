@@ -1,0 +1,64 @@
+"""Tells the registry what becomes of supervised agents: in order, effectively once, never waiting.
+
+The registry may be down, restarting or behind: what it has not been told waits here, one report an
+agent at most, the latest. When a supervisor begins it musters first: none of the agents a former
+one ran is running now. What a stopping supervisor stops is not reported: to stop the system is not
+to end its agents, and the next muster tells which were running.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import zmq
+
+from ksi.transport.link import Link
+from ksi.transport.message import encode
+
+REGISTRY: Final = "registry"
+
+Fate = Literal["started", "exited", "failed"]
+
+
+class Registrar:
+    """The way to the registry, over a connection that it owns and closes."""
+
+    def __init__(self, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes], log: Any) -> None:
+        self._link = Link(REGISTRY, dealer, monitor)
+        self._log = log
+        self._waiting: dict[str, dict[str, Any]] = {}
+        self._tell("agent:muster", {"running": []})
+
+    @property
+    def sockets(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        """The sockets after whose readiness `turn` is due."""
+        return self._link.dealer, self._link.monitor
+
+    def report(
+        self, agent_id: str, fate: Fate, *, pid: int | None, exit: str | None, again: bool
+    ) -> None:
+        """Tell what has become of an agent's process; `again`: another will be started."""
+        fields = {"agent_id": agent_id, "state": fate, "pid": pid, "exit": exit, "again": again}
+        self._waiting.pop(agent_id, None)
+        self._waiting[agent_id] = fields
+
+    def turn(self, now_s: float) -> None:
+        """Receive what has come and send what can be sent."""
+        link = self._link
+        for pending, _body, error in link.take(now_s):
+            if error is not None:
+                self._log.warning(
+                    "the registry refused", operation=pending.operation, error=str(error)
+                )
+        while self._waiting and not link.window.full():
+            agent_id = next(iter(self._waiting))
+            self._tell("agent:report", self._waiting.pop(agent_id))
+        if link.due(now_s):
+            link.flush(now_s)
+
+    def close(self) -> None:
+        """Close the connection; what was not told is not told."""
+        self._link.close()
+
+    def _tell(self, operation: str, fields: dict[str, Any]) -> None:
+        self._link.window.add_command(operation, encode(fields), None)
