@@ -60,18 +60,18 @@ class Probe:
             self._sockets = None
 
     def _answers(self, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes], pid: int) -> bool:
-        for change in read_monitor(monitor):
-            if change == "up":
-                dealer.send(_hello(), zmq.DONTWAIT)
-            elif change == "denied":
-                self.close()  # ZeroMQ would go on asking; the next call asks once
-                return False
         try:
-            while True:
-                if _pid_of(dealer.recv(zmq.DONTWAIT)) == pid:
-                    return True
+            for change in read_monitor(monitor):
+                if change == "up":
+                    dealer.send(_hello(), zmq.DONTWAIT)
+                elif change == "denied":
+                    self.close()  # ZeroMQ would go on asking; the next call asks once
+                    return False
+            while _pid_of(dealer.recv(zmq.DONTWAIT)) != pid:
+                pass
         except zmq.Again:
             return False
+        return True
 
 
 def _hello() -> bytes:

@@ -86,7 +86,6 @@ from ksi.transport.mailbox import Letter, Mailbox, Post
 from ksi.transport.message import Message, Reply
 
 NAME: Final = "supervisor"
-EXIT_FILE: Final = "supervisor.exit"
 AGENTS_MAX: Final = 1024  # Supervised at once: four descriptors and some memory each.
 LOOK_S: Final = 0.5  # How often children are looked at for hanging, if nothing else happens.
 READY_LOOK_S: Final = 0.002  # How often a starting child is asked whether it is ready ...
@@ -172,7 +171,8 @@ class Supervisor(pykka.ThreadingActor):
         self._mailbox.wake_on_signals()
         self._mailbox.timeout_s = 0.0
         if any(child.name == REGISTRY for child in self._own):
-            self._registrar = Registrar(*self._connect(REGISTRY), self._log)
+            sockets = self._connect(REGISTRY)
+            self._registrar = Registrar(*sockets, self._running_agents, self._log)
             for socket in self._registrar.sockets:
                 self._mailbox.watch(socket, lambda: None)  # a turn is all it takes
 
@@ -227,14 +227,14 @@ class Supervisor(pykka.ThreadingActor):
             self._stop_all(signal.Signals(number).name)
 
     def _reload(self) -> None:
-        """Take up new settings. Children keep running; those of owners apply when they restart."""
+        """Take up new settings. Children keep running and read theirs when they next start."""
         try:
             settings = self._load().config
         except KsiError as error:
             self._log.error("the settings are as before", error=str(error), hint=error.hint)
             return
         self._settings = settings.supervisor
-        self._log = log.configure(self._var, "supervisor", settings.log.level)
+        self._log = log.configure(self._var, NAME, settings.log.level)
         fresh = {spec.name: spec for spec in self._tree.specs(self._var, settings)}
         for child in self._own:
             child.spec = fresh.get(child.name, child.spec)
@@ -601,6 +601,9 @@ class Supervisor(pykka.ThreadingActor):
                 old = now_s - child.running.started_s > 1.0
                 due_s.append(now_s + (READY_LOOK_S_MAX if old else READY_LOOK_S))
         return max(0.0, min(due_s) - now_s)
+
+    def _running_agents(self) -> list[str]:
+        return [child.name for child in self._agents.values() if child.wanted]
 
     def _all(self) -> list[Child]:
         return [*self._own, *self._agents.values()]

@@ -106,7 +106,8 @@ def _words(part: shape.Type) -> str:
     if isinstance(part, shape.LiteralType):
         return ", ".join(str(value) for value in part.values)
     if isinstance(part, shape.CollectionType):
-        return f"list of {type_words(part.item_type)}" + _bounds(part.min_length, part.max_length)
+        bounds = _bounds(part.min_length, part.max_length).strip()
+        return f"list of {type_words(part.item_type)}" + (f" ({bounds})" if bounds else "")
     if isinstance(part, shape.DictType):
         if isinstance(part.value_type, shape.AnyType):
             return "object"
@@ -151,7 +152,14 @@ def reply_rows(operation: Operation) -> list[tuple[str, str]]:
     declared = shape.type_info(operation.reply)
     if not isinstance(declared, shape.StructType):
         return [("-", type_words(declared))]
-    return [(each.name, type_words(each.type)) for each in declared.fields]
+    return [
+        (each.name, type_words(each.type) + (" or null" if _is_optional(each.type) else ""))
+        for each in declared.fields
+    ]
+
+
+def _is_optional(declared: shape.Type) -> bool:
+    return isinstance(declared, shape.UnionType) and declared.includes_none
 
 
 def refusals(operation: Operation) -> dict[str, str]:

@@ -24,7 +24,7 @@ SUBCOMMANDS: Final = (
     "start", "stop", "restart", "status", "ps", "logs",
     "ask", "read", "send", "discover", "help",
     "agents", "sessions",
-    "config", "completion", "version",
+    "config", "completion", "demo", "version",
 )  # fmt: skip
 ALIASES: Final = {"agent": "agents", "session": "sessions"}
 

@@ -23,7 +23,7 @@ from ksi.console.declared import (
 from ksi.console.options import DURATION, Command, Group, Options, nearest
 from ksi.transport.errors import Invalid
 from ksi.transport.limits import ASK_TIMEOUT_S
-from ksi.transport.message import Operation, encode, unknown
+from ksi.transport.message import OWNER, Operation, encode, unknown
 
 Call = Callable[[Options, Operation, dict[str, Any], float], Any]
 
@@ -40,7 +40,8 @@ class Operations(Group):
         self._kinds = kinds
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [each.name for each in catalogue().values() if each.kind in self._kinds]
+        ours = (each for each in catalogue().values() if each.kind in self._kinds)
+        return [each.name for each in ours if each.roles != OWNER]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         found = catalogue().get(cmd_name)

@@ -166,6 +166,7 @@ class Store:
         make_directory(directory)
         with ExitStack() as undo:
             undo.callback(os.close, _take_lock(directory, lock_wait_s))
+            _sweep(directory)
             store_directory = directory / (_find_current(directory) or _create(directory))
             journal, environment = _recover(
                 store_directory, snapshots, boot_id, segment_bytes, undo
@@ -416,6 +417,7 @@ def _recover(
     undo: ExitStack,
 ) -> tuple[Journal, Environment]:
     """Return journal and view, fit to replay the one onto the other, as `recovery.TABLE` says."""
+    _sweep(directory)
     mark = read_mark(directory, boot_id)
     view, environment, known = _look_at_view(directory, mark)
     if environment is not None:
@@ -498,8 +500,6 @@ def _set_view_aside(directory: Path) -> None:
 
 def _create(directory: Path, base: Path | None = None) -> str:
     """Create a store, empty or from a snapshot, name it in CURRENT, and return its id."""
-    for leftover in directory.glob(".new-*"):
-        shutil.rmtree(leftover)
     store_id = os.urandom(16).hex()
     temporary = directory / f".new-{store_id}"
     temporary.mkdir(mode=0o700)
@@ -583,6 +583,14 @@ def _find_current(directory: Path) -> str | None:
         write_atomically(directory / "CURRENT", f"{store_id}\n".encode())
         return store_id
     return None
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what a killed process was still building under a hidden name."""
+    for name in os.listdir(directory):
+        if name.startswith("."):
+            path = directory / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _take_lock(directory: Path, wait_s: float) -> int:

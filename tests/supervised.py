@@ -136,11 +136,14 @@ def answering(name: str, var: str) -> None:
     """Be an owner as far as the supervisor goes, but answer only a while after saying `running`.
 
     What it is commanded goes into the trace: the operation and its fields as JSON, joined by `|`.
+    Its store is what `var/<name>.store` says, if there is one.
     """
     child = Obedient(name, var)
     child.stat.state = "running"
     child.stat.end_turn(time.monotonic())
     time.sleep(0.2)
+    said = Path(var) / f"{name}.store"
+    store = said.read_text() if said.exists() else "first"
     keys = KeyRing(Path(var))
     certificate = keys.load(name)
     assert certificate is not None
@@ -162,7 +165,7 @@ def answering(name: str, var: str) -> None:
         mailbox.timeout_s = 0.02
         for letter in getattr(mailbox.get().message, "letters", ()):
             kind, items = answer(letter.payload)
-            frame = wire.OwnerFrame(wire.VERSION, kind, f"{os.getpid()}", 0, items)
+            frame = wire.OwnerFrame(wire.VERSION, kind, store, 0, items)
             mailbox.send(letter.route, wire.encode(frame))
 
     child.run(serve)

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from typing import Any
 
 import pytest
 
+from ksi.console.declared import catalogue, example, summary
 from ksi.console.main import SUBCOMMANDS, main
+from ksi.transport.message import encode
 
 KSI = (sys.executable, "-P", "-m", "ksi.console.main")
 
@@ -209,6 +212,20 @@ def test_discover_and_help_show_every_operation_from_its_declaration(nothing: Sh
     example = shown.splitlines()[-1]
     assert example.startswith("  ksi ask session:append --session-id ")
     assert "\x1b" not in shown
+
+
+def test_the_page_of_operations_says_what_the_declarations_say(nothing: Shell) -> None:
+    page = Path(__file__).parent.parent / "docs" / "operations.md"
+    remedy = "bin/ksi discover --markdown > docs/operations.md"
+    assert page.read_text() == nothing("discover", "--markdown").out, remedy
+
+
+@pytest.mark.parametrize("name", sorted(catalogue()))
+def test_the_example_of_an_operation_is_one(name: str) -> None:
+    operation = catalogue()[name]
+    assert summary(operation).endswith((".", ";", ":"))
+    operation.decode(encode(dict(operation.example)))
+    assert shlex.split(example(operation))[2] == name
 
 
 def test_config_says_where_a_value_comes_from(nothing: Shell) -> None:

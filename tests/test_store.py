@@ -367,11 +367,11 @@ def test_a_writer_killed_at_any_time_loses_no_commit_that_returned(tmp_path: Pat
         reader, writer = os.pipe()
         pid = fork_to(lambda writer=writer: write_on(tmp_path, chance.randrange(1 << 30), writer))  # type: ignore[misc]
         os.close(writer)
-        last = 0
+        last, enough = 0, chance.randrange(40)
         with os.fdopen(reader) as told:
             for count, line in enumerate(told):
                 last = int(line)
-                if count == chance.randrange(3, 40):
+                if count == enough:
                     break
             time.sleep(chance.random() * 0.001)
             kill(pid)

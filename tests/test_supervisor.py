@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,15 @@ import ksi.actors.system  # noqa: F401 - declares what the supervisor can be ask
 from ksi.actors import launch, lock, log, reports
 from ksi.actors.system import ChildStatus
 from ksi.transport import Client
-from ksi.transport.errors import Conflict, Forbidden, Internal, Invalid, KsiError, NotFound
+from ksi.transport.errors import (
+    Conflict,
+    Draining,
+    Forbidden,
+    Internal,
+    Invalid,
+    KsiError,
+    NotFound,
+)
 from ksi.transport.identity import run_directory
 
 T = TypeVar("T")
@@ -106,6 +115,11 @@ class System:
         except FileNotFoundError:
             return []
         return [(word, name) for word, name, _pid, _time in map(str.split, lines)]
+
+    def told(self) -> list[tuple[str, Any]]:
+        """Return what the child `registry` was told: operation and fields."""
+        words = [word.split("|") for word, _name in self.trace() if "|" in word]
+        return [(operation, json.loads(fields)) for operation, fields in words]
 
     def processes(self) -> list[int]:
         """Return the supervisor, its servers and all below them."""
@@ -246,6 +260,22 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(system: System) -> None:
 def test_a_child_that_is_never_ready_fails_the_start(system: System) -> None:
     with pytest.raises(Internal, match=r"a ended before it was ready \(killed: not ready for"):
         system.start({"name": "a", "role": "silent"}, start_s=0.5)
+
+
+def test_a_start_that_is_stopped_says_so(system: System) -> None:
+    def stop_when_begun() -> None:
+        until(lambda: ("start", "b") in system.trace())
+        holder = lock.holder(system.var)
+        assert holder is not None
+        os.kill(holder.pid, signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(stop_when_begun)
+        with pytest.raises(Draining, match="stopped while starting: SIGTERM"):
+            system.start({"name": "a"}, {"name": "b", "role": "silent"}, shutdown_s=0.2)
+        stopping.result()
+    until(lambda: lock.holder(system.var) is None)
+    assert ("stop", "a") in system.trace()
 
 
 def test_settings_that_are_wrong_are_refused_before_anything_starts(system: System) -> None:
@@ -620,11 +650,7 @@ def test_an_agent_that_is_stopped_takes_along_what_it_has_started(
 def test_the_registry_is_told_what_becomes_of_agents(system: System) -> None:
     system.start({"name": "registry", "role": "answering"}, agent_intensity=1)
 
-    def told() -> list[tuple[str, Any]]:
-        words = [word.split("|") for word, _name in system.trace() if "|" in word]
-        return [(operation, json.loads(fields)) for operation, fields in words]
-
-    until(lambda: told() == [("agent:muster", {"running": []})])
+    until(lambda: system.told() == [("agent:muster", {"running": []})])
     with system.operator() as client:
         pid = client.ask("child:start", {"name": "worker", "argv": ["sleep", "60"]})["pid"]
         os.kill(pid, signal.SIGKILL)
@@ -638,13 +664,18 @@ def test_the_registry_is_told_what_becomes_of_agents(system: System) -> None:
             client.ask("child:stop", {"name": "unknown"})
         client.ask("child:start", {"name": "last", "argv": ["sleep", "60"]})
         client.ask("child:stop", {"name": "last"})
-        until(lambda: told()[-1][1]["agent_id"] == "last" and told()[-1][1]["state"] == "exited")
+        until(
+            lambda: (
+                system.told()[-1][1]["agent_id"] == "last"
+                and system.told()[-1][1]["state"] == "exited"
+            )
+        )
 
     def of(name: str) -> list[tuple[Any, ...]]:
         keys = ("state", "pid", "exit", "again")
         return [
             tuple(fields[key] for key in keys)
-            for operation, fields in told()
+            for operation, fields in system.told()
             if operation == "agent:report" and fields["agent_id"] == name
         ]
 
@@ -672,8 +703,30 @@ def test_what_the_registry_missed_while_it_was_down_it_is_told_when_it_is_back(
         os.kill(system.pid_of("registry"), signal.SIGKILL)
         system.until_again("registry", 2)
 
-    report = f'agent:report|{{"agent_id":"worker","state":"started","pid":{pid}'
-    until(lambda: [word for word, _name in system.trace() if word.startswith(report)])
+    until(
+        lambda: (
+            [
+                fields["pid"]
+                for operation, fields in system.told()
+                if operation == "agent:report" and fields["state"] == "started"
+            ]
+            == [pid]
+        )
+    )
+
+
+def test_a_registry_that_was_restored_is_told_again_which_agents_run(system: System) -> None:
+    system.start({"name": "registry", "role": "answering"})
+    with system.operator() as client:
+        client.ask("child:start", {"name": "worker", "argv": ["sleep", "60"]})
+        until(lambda: len(system.told()) == 2)
+        (system.var / "registry.store").write_text("second")
+        os.kill(system.pid_of("registry"), signal.SIGKILL)
+        system.until_again("registry", 2)
+        client.ask("child:start", {"name": "next", "argv": ["sleep", "60"]})
+
+    muster = ("agent:muster", {"running": ["worker", "next"]})
+    until(lambda: muster in system.told())
 
 
 def test_one_child_is_restarted_in_order_on_request(system: System) -> None:

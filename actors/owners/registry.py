@@ -721,24 +721,23 @@ def _register(command: Register, sender: Sender, tables: RegistryTables, given: 
     agent_id = _speaks_for(command.agent_id, sender)
     agent = tables.agents.get(agent_id)
     _require_room(agent, tables)
-    kind, capabilities, lease_s, pid = "agent", list[str](), None, command.pid
-    metadata: dict[str, Any] = {}
+    kind, lease_s, pid = command.kind, command.lease_s, command.pid
+    capabilities, metadata = command.capabilities, command.metadata
     if agent is not None and agent.supervised and agent.status not in GONE:
-        kind, capabilities, lease_s = agent.kind, agent.capabilities, agent.lease_s
+        kind, lease_s = kind or agent.kind, lease_s or agent.lease_s
         pid = agent.pid or pid  # what the supervisor says goes before what the process says
-        metadata = _details(tables, agent_id).metadata
-    if command.metadata is not None:
-        _require_small(command.metadata, "the metadata")
-        metadata = command.metadata
+        capabilities = agent.capabilities if capabilities is None else capabilities
+        metadata = _details(tables, agent_id).metadata if metadata is None else metadata
+    _require_small(metadata or {}, "the metadata")
     epoch = _next_epoch(tables)
     event = AgentRegistered(
         agent_id,
         epoch,
-        command.kind or kind,
-        capabilities if command.capabilities is None else sorted({*command.capabilities}),
-        command.lease_s or lease_s,
+        kind or "agent",
+        sorted({*(capabilities or ())}),
+        lease_s,
         pid,
-        metadata,
+        metadata or {},
         sender.name,
         given.now,
         given.time_s,
@@ -917,8 +916,8 @@ def _report(command: Report, sender: Sender, tables: RegistryTables, given: Give
             return Decision()
         changed = _changed(agent_id, agent, status, sender.name, given)
         return Decision((msgspec.structs.replace(changed, pid=command.pid),))
-    if agent.status in GONE:
-        return Decision()
+    if agent.status in GONE or (command.again and agent.status == "stopping"):
+        return Decision()  # the latter crossed our `child:stop`, whose outcome is yet to come
     if command.state == "failed":
         status = "failed"
     elif command.again:

@@ -1,0 +1,573 @@
+"""The conformance kit: what is true of every owner, checked for each by its own test.
+
+`Twin` is an owner's process without the process: its commit loop over tables, journal and log in
+memory, with time and ids given by the test. `check_owner` runs random commands through it, in
+batches, from several clients, with retries, gaps, ticks and restarts, and checks that
+
+- messages and replies survive the wire;
+- a refused command leaves every row as it was, and `decide` and `answer` write nothing;
+- the journal, applied to empty tables, gives the live tables, and so does a copy of the rows taken
+  at any moment with what the journal holds beyond it;
+- a command that is sent again gets the bytes of its first answer, also after a restart;
+- applying an event twice from equal tables gives equal tables;
+- the lines of a log follow one another without a gap, and end where `logs` says;
+- every operation was carried out at least once, and refused only as it declares.
+
+All is drawn from a seed, which is in the message of whatever fails.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from ksi.actors.commit import CommitLoop, Outcome, Work, bind, table_types
+from ksi.actors.delivery import Batch, ClientRow, Record
+from ksi.actors.owner import Announcement, Decision, Event, Given, Line, Owner, Reply, Sender
+from ksi.storage.tables import Key, MemoryTable, TableSpec
+from ksi.transport import wire
+from ksi.transport.errors import KsiError, StorageFull, from_wire
+from ksi.transport.message import CATALOGUE, Operation, encode
+
+SEEDS: Final = 50
+STEPS: Final = 40  # Batches, ticks, queries and restarts of one seed.
+START: Final = 1_735_500_000.0  # Wall time at which every twin begins.
+
+_pack: Final = msgspec.msgpack.Encoder().encode
+_decode_answer: Final = msgspec.msgpack.Decoder(wire.Answer).decode
+
+_CLIENTS: Final = "ksi.clients"
+
+Rows = dict[str, dict[Key, bytes]]  # by table and key, encoded
+
+
+class Asked(NamedTuple):
+    """A command or query somebody sends."""
+
+    sender: Sender
+    operation: str
+    fields: dict[str, Any]
+
+
+Chooser = Callable[[random.Random], Asked]
+
+
+class TwinTable(MemoryTable[Any]):
+    """A table in memory that can go back to where its transaction began."""
+
+    def __init__(self, name: str, spec: TableSpec, store: MemoryStore) -> None:
+        super().__init__(name, spec)
+        self.spec = spec
+        self._store = store
+        self._before: dict[Key, Any] = {}
+        self.packed: dict[Key, bytes] = {}
+
+    def put(self, key: Key, row: Any) -> None:
+        """Set the row; only inside a transaction, and not while somebody decides."""
+        self._remember(key)
+        super().put(key, row)
+        self.packed[key] = _pack(row)
+
+    def delete(self, key: Key) -> None:
+        """Remove the row if it is there; likewise."""
+        self._remember(key)
+        super().delete(key)
+        self.packed.pop(key, None)
+
+    def begin(self) -> None:
+        """From now on remember what was there."""
+        self._before.clear()
+
+    def abort(self) -> None:
+        """Put back what was there."""
+        for key, row in list(self._before.items()):
+            if row is None:
+                self.delete(key)
+            else:
+                self.put(key, row)
+
+    def _remember(self, key: Key) -> None:
+        assert self._store.is_open, "a table is written outside a transaction"
+        assert not self._store.is_frozen, "a decision or a query writes a table"
+        self._before.setdefault(key, self.get(key))
+
+
+class MemoryStore:
+    """A store in memory: what `storage.store.Store` is to the commit loop.
+
+    Attributes:
+        journal: the payloads of the batches, in order.
+        extra, time_s: what was committed with the last of them.
+        full: whether it refuses to hold more.
+    """
+
+    def __init__(self, owner: Owner[Any]) -> None:
+        self.tables: Mapping[str, Any] = {
+            name: TwinTable(name, TableSpec(row, key), self)
+            for name, (row, key) in table_types(owner).items()
+        }
+        self.journal: list[bytes] = []
+        self.extra = b""
+        self.time_s = 0.0
+        self.full = False
+        self.is_open = self.is_frozen = False
+
+    def room(self) -> None:
+        """Raise StorageFull if the test says so."""
+        if self.full:
+            raise StorageFull("the disk of this test is full")
+
+    def begin(self) -> None:
+        """Begin a transaction."""
+        self.is_open = True
+        for table in self.tables.values():
+            table.begin()
+
+    def commit(self, payload: bytes, records: int, extra: bytes, time_s: float) -> None:
+        """Keep what was written, and the batch."""
+        assert self.is_open
+        assert records > 0
+        self.extra, self.time_s = extra, time_s
+        self.journal.append(payload)
+        self.is_open = False
+
+    def abort(self) -> None:
+        """Undo what was written. Harmless where nothing has begun."""
+        if self.is_open:
+            for table in self.tables.values():
+                table.abort()
+        self.is_open = False
+
+    def rows(self) -> Rows:
+        """Return a copy of all rows, encoded."""
+        return {name: table.packed.copy() for name, table in self.tables.items()}
+
+    def install(self, rows: Rows) -> None:
+        """Put rows copied from another store into this empty one."""
+        self.begin()
+        for name, packed in rows.items():
+            table = self.tables[name]
+            for key, row in packed.items():
+                table.put(key, msgspec.msgpack.decode(row, type=table.spec.row))
+        self.is_open = False
+
+    def require_unmarred(self) -> None:
+        """Raise AssertionError if a row is not what was put: its lists or maps were changed."""
+        for name, table in self.tables.items():
+            for key, row in table.range():
+                assert _pack(row) == table.packed[key], f"a row of {name} was changed: {key}"
+
+
+class MemoryLog:
+    """Logs in memory, fed by `lines` as a follower would."""
+
+    def __init__(self) -> None:
+        self.content: dict[str, bytes] = {}
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop) of `key`."""
+        return self.content.get(key, b"")[start:stop]
+
+    def add(self, line: Line) -> None:
+        """Append a line that begins where the last one ended."""
+        content = self.content.get(line.key, b"")
+        assert line.offset == len(content), f"a gap in the log {line.key}"
+        self.content[line.key] = content + line.content
+
+
+class Watched(Owner[Any]):
+    """An owner whose decisions and queries are watched: they may not write, and refuse as declared.
+
+    Attributes:
+        done: the operations that were carried out or answered.
+        refused: what was refused: operation and class of the refusal.
+    """
+
+    def __init__(self, owner: Owner[Any], store: MemoryStore) -> None:
+        self.name = owner.name  # type: ignore[misc]
+        self.tables = owner.tables  # type: ignore[misc]
+        self.events = owner.events  # type: ignore[misc]
+        self._owner = owner
+        self._store = store
+        self.done: set[str] = set()
+        self.refused: set[tuple[str, type[KsiError]]] = set()
+
+    def decide(self, command: Any, sender: Sender, tables: Any, given: Given) -> Decision:
+        """Decide, with the tables locked."""
+        decision: Decision = self._watch(
+            command, lambda: self._owner.decide(command, sender, tables, given)
+        )
+        return decision
+
+    def apply(self, event: Any, tables: Any) -> None:
+        """Apply; the event must be as it was afterwards."""
+        before = _pack(event)
+        self._owner.apply(event, tables)
+        assert _pack(event) == before, f"applying changed the event {event}"
+
+    def answer(self, query: Any, tables: Any) -> Reply:
+        """Answer, with the tables locked."""
+        reply: Reply = self._watch(query, lambda: self._owner.answer(query, tables))
+        return reply
+
+    def _watch(self, message: Any, act: Callable[[], Any]) -> Any:
+        names = [each.name for each in CATALOGUE.values() if each.message is type(message)]
+        self._store.is_frozen = True
+        try:
+            result = act()
+            self.done.update(names)
+        except KsiError as refusal:
+            self._store.require_unmarred()
+            self.refused.update((name, type(refusal)) for name in names)
+            raise
+        finally:
+            self._store.is_frozen = False
+        return result
+
+
+class Twin:
+    """An owner with its commit loop, in memory.
+
+    Attributes:
+        now, time_s: wall time and owner time. `pass_time` moves both.
+        events: all that is committed; told: what was announced of it; sends: messages to others.
+    """
+
+    def __init__(self, owner: Owner[Any], seed: int = 0, store: MemoryStore | None = None) -> None:
+        self.owner = owner
+        self.store = store or MemoryStore(owner)
+        self.watched = Watched(owner, self.store)
+        self.log = MemoryLog()
+        self.now = START
+        self.time_s = 0.0
+        self.events: list[Event] = []
+        self.told: list[Announcement] = []
+        self.sends: list[tuple[str, int, str, bytes]] = []
+        self.errors: list[str] = []  # what the loop has logged as a defect
+        self._ids = _seeded_ids(random.Random(seed))
+        self._numbers: dict[Sender, int] = {}
+        self.loop = self._new_loop()
+
+    def ask(self, sender: Sender | str, operation: str, **fields: Any) -> Any:
+        """Carry out a command by itself; return its typed reply or raise its refusal.
+
+        A plain name is an agent. Replies are acknowledged with the next command.
+        """
+        who = Sender(sender, "agent") if isinstance(sender, str) else sender
+        number = self._numbers[who] = self._numbers.get(who, 0) + 1
+        work = work_of(who, operation, fields, number, acked=number - 1)
+        ((_, _, answer),) = self.run([work]).answers
+        return reply_of(operation, answer)
+
+    def read(self, operation: str, **fields: Any) -> Any:
+        """Answer a query; return the typed reply or raise the refusal."""
+        declared = CATALOGUE[operation]
+        query = declared.decode(encode(fields))
+        tables = bind(self.owner.tables, self.store.tables, self.log)
+        return msgspec.msgpack.decode(
+            encode(self.watched.answer(query, tables)), type=declared.reply
+        )
+
+    def pass_time(self, seconds: float) -> Outcome:
+        """Let time pass and the owner know."""
+        self.now += seconds
+        self.time_s += seconds
+        return self.run([], tick=True)
+
+    def run(
+        self, works: Sequence[Work], ours: Sequence[Record[Any]] = (), *, tick: bool = False
+    ) -> Outcome:
+        """Carry out a batch, as the host does; monotonic time is owner time here."""
+        outcome = self.loop.run(works, ours, self.now, self.time_s, self.time_s, tick=tick)
+        self.events += outcome.events
+        self.sends += outcome.sends
+        for event in outcome.events:
+            self.told += self.owner.announce(event)
+            for line in self.owner.lines(event):
+                self.log.add(line)
+        return outcome
+
+    def restart(self) -> None:
+        """Begin anew with what is committed, as after a crash of the process."""
+        self.store.abort()
+        self.loop = self._new_loop()
+
+    def recovered(self, rows: Rows | None = None, since: int = 0) -> Twin:
+        """Return a twin that was rebuilt: from `rows`, or nothing, and the journal from `since`."""
+        twin = Twin(self.owner)
+        twin.now, twin.time_s = self.now, self.time_s
+        twin.log = self.log
+        if rows is not None:
+            twin.store.install(rows)
+        twin.store.begin()
+        for payload in self.store.journal[since:]:
+            twin.loop.replay(payload)
+        twin.store.is_open = False
+        return twin
+
+    def error(self, event: str, **_fields: Any) -> None:
+        """Take note of a defect: the loop's log."""
+        self.errors.append(event)
+
+    def _new_loop(self) -> CommitLoop:
+        return CommitLoop(self.watched, self.store, self._ids, self)
+
+
+def _seeded_ids(chance: random.Random) -> Iterator[str]:
+    while True:
+        yield str(uuid.UUID(int=chance.getrandbits(128), version=4))
+
+
+def work_of(
+    sender: Sender,
+    operation: str,
+    fields: dict[str, Any] | bytes,
+    number: int,
+    *,
+    instance: bytes = b"i" * 16,
+    acked: int = 0,
+    again: bool = False,
+    expires_s: float | None = None,
+) -> Work:
+    """Return a command as it waits in the mailbox."""
+    body = fields if isinstance(fields, bytes) else encode(fields)
+    request = wire.Request(number, operation, body)
+    return Work(instance, sender, instance, acked, again, request, expires_s)
+
+
+def reply_of(operation: str, answer: Any) -> Any:
+    """Return the typed reply in an answer of the loop, or raise the refusal in it."""
+    decoded = _decode_answer(_pack(answer))
+    if decoded.error is not None:
+        raise from_wire(decoded.error)
+    reply = CATALOGUE[operation].reply
+    return None if reply is None else msgspec.msgpack.decode(decoded.body or b"", type=reply)
+
+
+class _Caller:
+    """A client instance of the check: it numbers, keeps first answers, and acknowledges some."""
+
+    def __init__(self, sender: Sender, instance: bytes) -> None:
+        self.sender = sender
+        self.instance = instance
+        self.last = self.acked = 0
+        self.sent: dict[int, Work] = {}
+        self.answers: dict[int, bytes] = {}
+
+    def next(self, asked: Asked) -> Work:
+        self.last += 1
+        work = work_of(
+            self.sender,
+            asked.operation,
+            asked.fields,
+            self.last,
+            instance=self.instance,
+            acked=self.acked,
+        )
+        self.sent[self.last] = work
+        return work
+
+    def again(self, number: int) -> Work:
+        return self.sent[number]._replace(again=True, acked=self.acked)
+
+
+class _Run:
+    """One seed of `check_owner`."""
+
+    def __init__(self, owner: Owner[Any], choose: Chooser, seed: int) -> None:
+        self.twin = Twin(owner, seed)
+        self.chance = random.Random(seed)
+        self._choose = choose
+        self._callers: dict[tuple[Sender, int], _Caller] = {}
+
+    def step(self) -> None:
+        """Do one thing that can happen to an owner."""
+        chance = self.chance.random()
+        if chance < 0.7:
+            self._batch()
+        elif chance < 0.9:
+            self.twin.pass_time(self.chance.choice((0.05, 0.25, 1.0, 5.0, 70.0)))
+        elif chance < 0.95:
+            self.twin.restart()
+        else:
+            self._retry(self.twin)
+
+    def check_the_end(self) -> None:
+        """Check what must hold of the journal and the rows, whatever has happened."""
+        twin = self.twin
+        rows = twin.store.rows()
+        replayed = twin.recovered()
+        require_alike(rows, replayed.store.rows(), "the journal applied to empty tables")
+        assert _last_numbers(rows) == _last_numbers(replayed.store.rows())
+        self._retry(replayed)
+        sizes = dict(twin.owner.logs(bind(twin.owner.tables, twin.store.tables, twin.log), ""))
+        written = {key: len(content) for key, content in twin.log.content.items()}
+        assert {key: size for key, size in sizes.items() if size} == written
+        for announcement in twin.told:
+            assert announcement.topic.split(".")[0] in twin.owner.domains, announcement
+            encode(announcement.message)
+
+    def _batch(self) -> None:
+        works: list[Work] = []
+        for _ in range(self.chance.choice((1, 1, 2, 8))):
+            asked = self._choose(self.chance)
+            if CATALOGUE[asked.operation].kind == "query":
+                self._query(asked)
+            else:
+                works.append(self._caller(asked.sender).next(asked))
+        if not works:
+            return
+        before = self.twin.store.rows()
+        outcome = self.twin.run(works)
+        assert len(outcome.answers) == len(works)
+        refused = 0
+        for work, (_route, _kind, answer) in zip(works, outcome.answers, strict=True):
+            caller = self._callers[work.sender, work.instance[0]]
+            caller.answers[work.request.number] = bytes(answer)
+            refused += self._read(work, bytes(answer))
+        if refused == len(works):
+            require_alike(before, self.twin.store.rows(), "the tables after a refusal")
+
+    def _read(self, work: Work, answer: bytes) -> bool:
+        """Check that an answer survives the wire; return whether it is a refusal."""
+        decoded = _decode_answer(answer)
+        if decoded.error is not None:
+            assert from_wire(decoded.error).to_wire() == decoded.error
+            return True
+        require_round_trip(CATALOGUE[work.request.operation], decoded.body)
+        return False
+
+    def _query(self, asked: Asked) -> None:
+        try:
+            reply = self.twin.read(asked.operation, **asked.fields)
+        except KsiError:
+            return
+        require_round_trip(CATALOGUE[asked.operation], encode(reply))
+
+    def _retry(self, twin: Twin) -> None:
+        """Send again what is not acknowledged; acknowledge some of it afterwards."""
+        before = twin.store.rows()
+        for caller in self._callers.values():
+            numbers = [n for n in caller.sent if n > caller.acked]
+            outcome = twin.run([caller.again(number) for number in numbers])
+            answers = [bytes(answer) for _, _, answer in outcome.answers]
+            first = [caller.answers[number] for number in numbers]
+            assert answers == first, "a retry has another answer than at first"
+        require_alike(before, twin.store.rows(), "the tables after a retry")
+        if twin is self.twin:
+            for caller in self._callers.values():
+                caller.acked = self.chance.randint(caller.acked, caller.last)
+
+    def _caller(self, sender: Sender) -> _Caller:
+        which = self.chance.randrange(2)
+        return self._callers.setdefault((sender, which), _Caller(sender, bytes([which]) * 16))
+
+
+def check_owner(
+    owner: Owner[Any], choose: Chooser, *, seeds: Iterable[int] = range(SEEDS), steps: int = STEPS
+) -> None:
+    """Check everything the kit knows of `owner`; raise AssertionError with the seed at fault.
+
+    Args:
+        choose: draws a command or query; from few names, so that they meet.
+    """
+    declared = [each for each in CATALOGUE.values() if each.owner == owner.name]
+    for operation in declared:
+        require_round_trip_of_message(operation)
+    done: set[str] = set()
+    for seed in seeds:
+        run = _Run(owner, choose, seed)
+        copied: tuple[Rows, int] = ({}, 0)
+        try:
+            for step in range(steps):
+                if step == steps // 2:
+                    copied = run.twin.store.rows(), len(run.twin.store.journal)
+                run.step()
+            run.check_the_end()
+            _require_snapshot(run.twin, *copied)
+            _require_pure(owner, run.twin.store.journal)
+            _require_declared(run.twin.watched.refused)
+            assert not run.twin.errors, run.twin.errors
+        except Exception as error:
+            raise AssertionError(f"{owner.name}, seed {seed}: {error}") from error
+        done |= run.twin.watched.done
+    never = sorted({operation.name for operation in declared} - done)
+    assert not never, f"these were never carried out, choose others: {never}"
+
+
+def require_round_trip_of_message(operation: Operation) -> None:
+    """Check that the example of an operation is valid and survives the wire and JSON."""
+    message = operation.decode(encode(operation.example))
+    assert operation.decode(encode(message)) == message
+    as_json = msgspec.json.encode(message)
+    assert msgspec.json.decode(as_json, type=operation.message) == message
+
+
+def require_round_trip(operation: Operation, body: bytes | None) -> None:
+    """Check that the body of a reply is what it declares, to the byte."""
+    assert body is not None
+    if operation.reply is None:
+        assert body == encode({})
+    else:
+        assert encode(msgspec.msgpack.decode(body, type=operation.reply)) == body
+
+
+def require_alike(one: Rows, other: Rows, what: str) -> None:
+    """Check that all rows are the same, but those of clients."""
+    for name in one.keys() - {_CLIENTS}:
+        for key in sorted(one[name].keys() | other[name].keys(), key=str):
+            have, got = one[name].get(key), other[name].get(key)
+            assert have == got, f"{what}: {name} {key}: {_shown(have)} is not {_shown(got)}"
+
+
+def _last_numbers(rows: Rows) -> dict[Key, int]:
+    """Return the last number of each client instance that was carried out.
+
+    Of clients nothing else must be equal: acknowledgements are not in the journal.
+    """
+    clients = rows[_CLIENTS].items()
+    return {key: msgspec.msgpack.decode(row, type=ClientRow).last for key, row in clients}
+
+
+def _shown(row: bytes | None) -> str:
+    return "nothing" if row is None else str(msgspec.msgpack.decode(row))[:300]
+
+
+def _require_snapshot(twin: Twin, rows: Rows, since: int) -> None:
+    recovered = twin.recovered(rows, since)
+    now, then = twin.store.rows(), recovered.store.rows()
+    require_alike(now, then, "a snapshot and the journal beyond it")
+    assert _last_numbers(now) == _last_numbers(then)
+
+
+def _require_pure(owner: Owner[Any], journal: Sequence[bytes]) -> None:
+    """Apply every event twice, each time to tables that are equal; compare after each."""
+    twins = Twin(owner), Twin(owner)
+    bound = [bind(owner.tables, twin.store.tables) for twin in twins]
+    decode = msgspec.msgpack.Decoder(Batch[owner.events]).decode  # type: ignore[name-defined]
+    for twin in twins:
+        twin.store.begin()
+    for payload in journal:
+        for record in decode(payload).records:
+            for event in record.events:
+                for tables in bound:
+                    owner.apply(event, tables)
+                assert [*owner.lines(event)] == [*owner.lines(event)]
+                one, other = (
+                    {name: table.packed for name, table in twin.store.tables.items()}
+                    for twin in twins
+                )
+                assert one == other, f"{event} applied to equal tables made them differ"
+
+
+def _require_declared(refused: set[tuple[str, type[KsiError]]]) -> None:
+    undeclared = [
+        f"{name} refuses {kind.__name__}"
+        for name, kind in refused
+        if kind not in CATALOGUE[name].refuses
+    ]
+    assert not undeclared, f"undeclared: {sorted(undeclared)}"

@@ -1,0 +1,113 @@
+"""One agent of `ksi demo`, a process of its own: it waits for its turns and says them.
+
+It knows whose turn it is by reading the session in place; no message asks for that. Between its
+turns it fills a session of notes. What was acknowledged it writes down, entry by entry: the proof
+compares that with the files.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any, Final
+
+import msgspec
+
+from ksi.console.demo_play import Play, Scene
+from ksi.transport import Client
+from ksi.transport.errors import NotFound
+
+ASK_S: Final = 20.0  # Longer than any restart: what is asked here must be answered.
+NOTE_PAUSE_S: Final = 0.001  # Four agents that never rest would measure each other.
+
+
+class Acked(msgspec.Struct, frozen=True, array_like=True):
+    """One entry that was acknowledged; the times are of the monotonic clock."""
+
+    session_id: str
+    seq: int
+    agent: str
+    event: str
+    data: dict[str, Any]
+    asked_s: float
+    acked_s: float
+
+
+class Agent:
+    """Plays the part of one name."""
+
+    def __init__(self, client: Client, play: Play, out: IO[bytes]) -> None:
+        self._client = client
+        self._play = play
+        self._out = out
+        self._notes = play.notes[client.name]
+        self._noted = 0
+
+    def run(self) -> None:
+        """Play until the last turn of the last scene has been said, by whomever."""
+        parent = os.getppid()
+        self._client.ask("session:create", session_id=self._notes, admission="closed")
+        for scene in self._play.scenes:
+            said, seen_s = -1, 0.0
+            while (count := self._count(scene)) < len(scene.turns):
+                if os.getppid() != parent:
+                    sys.exit("the demo has ended")
+                if count != said:
+                    said, seen_s = count, time.monotonic()
+                turn = scene.turns[count]
+                if turn.agent != self._client.name:
+                    self._note()
+                elif time.monotonic() - seen_s < self._play.pace_s:
+                    self._note()
+                else:
+                    self._say(scene, count)
+
+    def _count(self, scene: Scene) -> int:
+        """Return how many turns of a scene have been said."""
+        try:
+            count: int = self._client.read("session:get", session_id=scene.session_id)["seq"]
+        except NotFound:
+            return 0
+        return count
+
+    def _say(self, scene: Scene, number: int) -> None:
+        turn = scene.turns[number]
+        verb = "session:contribute"
+        if scene.owner == self._client.name:
+            verb = "session:append"
+            if number == 0:
+                self._client.ask(
+                    "session:create",
+                    session_id=scene.session_id,
+                    title=scene.title,
+                    timeout_s=ASK_S,
+                )
+        self._ask(verb, scene.session_id, turn.event, turn.data, turn.correlation_id)
+
+    def _note(self) -> None:
+        self._noted += 1
+        self._ask("session:append", self._notes, "note", {"n": self._noted}, None)
+        time.sleep(NOTE_PAUSE_S)
+
+    def _ask(
+        self, verb: str, session_id: str, event: str, data: dict[str, Any], correlation: str | None
+    ) -> None:
+        fields = {"session_id": session_id, "event": event, "data": data}
+        asked_s = time.monotonic()
+        reply = self._client.ask(verb, fields, correlation_id=correlation, timeout_s=ASK_S)
+        acked_s = time.monotonic()
+        acked = Acked(session_id, reply["seq"], self._client.name, event, data, asked_s, acked_s)
+        self._out.write(msgspec.json.encode(acked) + b"\n")
+
+
+def main() -> None:
+    """Be the agent `argv[1]` on the var directory `argv[2]`: play `argv[3]`, note in `argv[4]`."""
+    name, var, play, out = sys.argv[1:]
+    with Client(name, var=var) as client, open(out, "wb") as file:
+        Agent(client, msgspec.json.decode(Path(play).read_bytes(), type=Play), file).run()
+
+
+if __name__ == "__main__":
+    main()
