@@ -324,9 +324,9 @@ class Host(pykka.ThreadingActor):
             self._send(route, kind, items[:half])
             self._send(route, kind, items[half:])
         elif not self._mailbox.send(route, frame):
-            # The connection is gone or does not read: what it missed it will ask for again.
-            self._stat.replies_dropped += 1
-            self._subscriptions.drop(route)
+            self._stat.replies_dropped += 1  # What it missed it will ask for again.
+            if self._mailbox.gone:
+                self._subscriptions.drop(route)
 
 
 def kind_of_answer(kind: Kind) -> Kind:

@@ -41,6 +41,7 @@ _pack: Final = msgspec.msgpack.Encoder().encode
 _decode_answer: Final = msgspec.msgpack.Decoder(wire.Answer).decode
 
 _CLIENTS: Final = "ksi.clients"
+_NOTHING: Final = type(None)  # the type of a reply that holds nothing
 
 Rows = dict[str, dict[Key, bytes]]  # by table and key, encoded
 
@@ -345,7 +346,7 @@ def reply_of(operation: str, answer: Any) -> Any:
     if decoded.error is not None:
         raise from_wire(decoded.error)
     reply = CATALOGUE[operation].reply
-    return None if reply is None else msgspec.msgpack.decode(decoded.body or b"", type=reply)
+    return None if reply is _NOTHING else msgspec.msgpack.decode(decoded.body or b"", type=reply)
 
 
 class _Caller:
@@ -510,7 +511,7 @@ def require_round_trip_of_message(operation: Operation) -> None:
 def require_round_trip(operation: Operation, body: bytes | None) -> None:
     """Check that the body of a reply is what it declares, to the byte."""
     assert body is not None
-    if operation.reply is None:
+    if operation.reply is _NOTHING:
         assert body == encode({})
     else:
         assert encode(msgspec.msgpack.decode(body, type=operation.reply)) == body

@@ -27,9 +27,10 @@ from ksi.console.show import show_json, show_table
 
 if TYPE_CHECKING:
     from ksi.console.demo_agent import Acked
-    from ksi.console.demo_play import Play
+    from ksi.console.demo_play import Play, Scene
     from ksi.console.demo_proof import Proof, Stored
     from ksi.transport import Client
+    from ksi.transport.errors import KsiError
 
 PLAY_S_MAX: Final = 60.0  # A play that takes longer has stuck.
 FILES_S_MAX: Final = 1.0  # The promise: a session file has an entry this long after its reply.
@@ -289,7 +290,9 @@ def _kill(var: Path, watcher: Client, session_id: str) -> tuple[float, float]:
         os.close(pidfd)
     watcher.ask("session:get", session_id=session_id)
     recovered_s = time.monotonic() - killed_s
-    _say(f"kill -9 {pid}, the owner of the sessions: answers again after {recovered_s * 1e3:.1f} ms")
+    _say(
+        f"kill -9 {pid}, the owner of the sessions: answers again after {recovered_s * 1e3:.1f} ms"
+    )
     return recovered_s, killed_s
 
 
@@ -367,7 +370,7 @@ def _killed(acked: list[Acked], killed_s: float, recovered_s: float) -> Proof:
 def _one_writer(var: Path, play: Play) -> list[Proof]:
     """Try to write a session as somebody else, and as its former owner."""
     from ksi.console.demo_proof import Proof
-    from ksi.transport.errors import KsiError, NotOwner, StaleEpoch
+    from ksi.transport.errors import NotOwner, StaleEpoch
 
     scene = play.scenes[0]
     heir = next(name for name in play.notes if name != scene.owner)
@@ -388,14 +391,19 @@ def _one_writer(var: Path, play: Play) -> list[Proof]:
         Proof(
             "a second writer is refused by name",
             isinstance(stranger, NotOwner) and stranger.details["owner"] == scene.owner,
-            str(stranger),
+            _short(stranger, scene),
         ),
         Proof(
             "so is a former owner",
             isinstance(former, StaleEpoch) and former.details["owner"] == heir,
-            str(former),
+            _short(former, scene),
         ),
     ]
+
+
+def _short(refused: KsiError | None, scene: Scene) -> str:
+    """Return what was answered, with the session named as people do."""
+    return str(refused).replace(scene.session_id, scene.title) if refused else "it was accepted"
 
 
 def _read_while_stopped(var: Path, watcher: Client, play: Play, files: Stored) -> Proof:

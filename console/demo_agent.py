@@ -56,13 +56,11 @@ class Agent:
                     sys.exit("the demo has ended")
                 if count != said:
                     said, seen_s = count, time.monotonic()
-                turn = scene.turns[count]
-                if turn.agent != self._client.name:
-                    self._note()
-                elif time.monotonic() - seen_s < self._play.pace_s:
-                    self._note()
-                else:
+                mine = scene.turns[count].agent == self._client.name
+                if mine and time.monotonic() - seen_s >= self._play.pace_s:
                     self._say(scene, count)
+                else:
+                    self._note()
 
     def _count(self, scene: Scene) -> int:
         """Return how many turns of a scene have been said."""

@@ -16,7 +16,8 @@ from ksi.transport import Client
 from ksi.transport.errors import KsiError
 from ksi.transport.identity import run_directory
 
-PATIENT = {"supervisor.intensity": 1_000_000}  # A test that kills owners is no crash loop.
+# A test that kills owners is no crash loop.
+PATIENT = {"supervisor.intensity": 1_000_000, "supervisor.backoff_max_s": 0.05}
 
 
 class System:

@@ -516,7 +516,10 @@ def test_a_key_is_enrolled_revoked_and_renewed(system: Shell) -> None:
     assert renewed["public"] != enrolled["public"]
     assert system("--as", "mallory", "ask", "session:create").code == 0
     assert system("agents", "enroll", "sessions").code == 5
+    outside = system.var / "mallory.key_secret"
+    outside.touch()
     assert system("agents", "enroll", "../mallory").code == 2
+    assert outside.exists()
 
 
 def test_restart_renews_one_owner(system: Shell) -> None:

@@ -11,9 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +180,13 @@ def test_a_view_that_cannot_be_written_is_an_unknown_outcome_that_recovery_settl
     def meet_the_limit() -> None:
         store = open_store(tmp_path)
         add(store, "a")
-        journal_bytes = store.journal.end.offset
+        view_bytes = (store.directory / "view" / "data.mdb").stat().st_size
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (journal_bytes + 10_000, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (view_bytes, hard))
 
         def add_until_it_fails() -> None:
-            while True:
-                add(store, *(f"{number}" * 50 for number in range(100)))
+            for number in itertools.count():  # the view needs more room than the journal
+                add(store, f"key-{number}")
 
         with pytest.raises(UnknownOutcome):
             add_until_it_fails()
@@ -226,14 +227,14 @@ def test_room_is_refused_when_the_map_is_nearly_full(
 
 
 SYNCS = """
-import sys
+import os, sys
 from pathlib import Path
 from small_store import add, open_store
 store = open_store(Path(sys.argv[1]))
-print("begin", flush=True)
+os.write(1, b"begin")
 for number in range(20):
     add(store, "a", "b", str(number))
-print("end", flush=True)
+os.write(1, b"end")
 store.abort()
 """
 
@@ -243,7 +244,7 @@ def test_a_commit_costs_one_sync_in_all(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SYNCS)
     done = subprocess.run(
-        ["strace", "-f", "-e", "trace=/sync,pwritev,write", "-o", tmp_path / "trace",
+        ["strace", "-f", "-e", "trace=/sync,/pwritev,write", "-o", tmp_path / "trace",
          sys.executable, script, tmp_path / "owner"],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
         check=False, capture_output=True, text=True, timeout=30,
@@ -256,8 +257,8 @@ def test_a_commit_costs_one_sync_in_all(tmp_path: Path) -> None:
     first = next(i for i, call in enumerate(calls) if '"begin' in call)
     last = next(i for i, call in enumerate(calls) if '"end' in call)
     counted = Counter(call.split("(")[0] for call in calls[first + 1 : last])
-    assert counted.pop("pwritev") >= 20  # LMDB writes runs of pages with it, too
-    assert counted == {"fdatasync": 20}
+    counted.pop("pwritev", 0)  # how LMDB writes a run of pages
+    assert counted == {"pwritev2": 20, "fdatasync": 20}
 
 
 def test_a_restart_after_a_kill_writes_no_state_file(tmp_path: Path) -> None:
@@ -345,6 +346,14 @@ def test_a_record_that_does_not_follow_is_refused(tmp_path: Path) -> None:
         open_store(tmp_path)
 
 
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A directory where syncs cost nothing; to the death of a process it makes no difference."""
+    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=shared, prefix="ksi-test-") as name:
+        yield Path(name)
+
+
 def write_on(directory: Path, seed: int, told: int) -> None:
     """Commit batches until killed; tell of each after it is committed."""
     chance = random.Random(seed)
@@ -358,14 +367,14 @@ def write_on(directory: Path, seed: int, told: int) -> None:
             store.abort()
 
 
-def test_a_writer_killed_at_any_time_loses_no_commit_that_returned(tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_time_loses_no_commit_that_returned(in_memory: Path) -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)
     chance = random.Random(seed)
     ahead = 0
     for _ in range(40):
         reader, writer = os.pipe()
-        pid = fork_to(lambda writer=writer: write_on(tmp_path, chance.randrange(1 << 30), writer))  # type: ignore[misc]
+        pid = fork_to(lambda writer=writer: write_on(in_memory, chance.randrange(1 << 30), writer))  # type: ignore[misc]
         os.close(writer)
         last, enough = 0, chance.randrange(40)
         with os.fdopen(reader) as told:
@@ -386,7 +395,7 @@ def test_a_writer_killed_at_any_time_loses_no_commit_that_returned(tmp_path: Pat
             replayed.append(batch.records)
             return small_store.replay(store, batch)
 
-        store = Store.open(tmp_path, small_store.SPECS, replay=replay, segment_bytes=1 << 14)
+        store = Store.open(in_memory, small_store.SPECS, replay=replay, segment_bytes=1 << 14)
         assert store.meta.seq >= last
         assert len(replayed) <= 1, "the view is at most one batch behind"
         ahead += len(replayed)
@@ -394,7 +403,7 @@ def test_a_writer_killed_at_any_time_loses_no_commit_that_returned(tmp_path: Pat
         leave(store)
     assert ahead > 0, "no kill hit between journal and view: this run has proved little"
 
-    rebuilt = open_store(tmp_path, boot_id="after a crash of the machine")
+    rebuilt = open_store(in_memory, boot_id="after a crash of the machine")
     assert state_of(rebuilt) == state
     rebuilt.close()
 
@@ -579,35 +588,33 @@ def test_each_combination_of_findings_on_disk_is_recovered_or_refused_as_the_tab
 
 @pytest.mark.parametrize("what", ["create", "reboot", "restart", "commit and close", "restore"])
 def test_a_store_killed_at_any_step_of_anything_opens_with_all_that_was_committed(
-    tmp_path: Path, what: str
+    in_memory: Path, what: str
 ) -> None:
-    owner, fresh, boots = tmp_path / "owner", tmp_path / "fresh", itertools.count()
+    owner, fresh = in_memory / "owner", in_memory / "fresh"
+    boot_id = "the next boot" if what == "reboot" else None
     if what != "create":
         store = open_store(fresh / "owner", segment_bytes=1)
         add(store, *KEYS)
         store.snapshot(fresh / "snapshot")
         add(store, *KEYS)
-        leave(store) if what == "restart" else store.close()
+        leave(store) if what in ("reboot", "restart") else store.close()
 
     def prepare() -> None:
         shutil.rmtree(owner, ignore_errors=True)
         if what != "create":
             shutil.copytree(fresh / "owner", owner)
-        if what == "reboot":
-            state = next(owner.glob("*/STATE"))
-            state.write_text(json.dumps({"boot_id": "former", "clean": False}))
 
     def act() -> None:
         if what == "restore":
             restore(owner, fresh / "snapshot")
             return
-        store = open_store(owner, segment_bytes=1, boot_id=f"boot {next(boots)}")
+        store = open_store(owner, segment_bytes=1, boot_id=boot_id)
         if what == "commit and close":
             add(store, "a")
         store.close()
 
     def check() -> None:
-        found = open_store(owner, segment_bytes=1, boot_id=this_boot())
+        found = open_store(owner, segment_bytes=1, boot_id=boot_id)
         counts = {key: len(texts) for key, texts in state_of(found).items()}
         allowed: dict[str, list[dict[str, int]]] = {
             "create": [{}],
@@ -620,7 +627,7 @@ def test_a_store_killed_at_any_step_of_anything_opens_with_all_that_was_committe
         assert not [path.name for path in owner.rglob(".*")], "nothing is left behind"
 
     prepare()
-    for _ in killed_at_each_step(act, runs=40):
+    for _ in killed_at_each_step(act, runs=30):
         assert in_child(check) == 0
         prepare()
 

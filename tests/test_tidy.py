@@ -22,6 +22,13 @@ CHECKED = [
         for path in (ROOT / folder).rglob("*.py")
     ),
 ]
+SHIPPED = sorted(
+    path
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*")
+    if path.is_file() and path.suffix != ".pyc"
+)
+METADATA = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 FUNCTION_LINES_MAX = 70
 LINE_CHARS_MAX = 100
 
@@ -242,7 +249,9 @@ def test_the_checkout_runs_from_anywhere_and_the_second_time_without_a_network()
 def test_the_wheel_holds_exactly_the_packages_and_works_from_there(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     tree = tmp_path / "tree"
-    for path in [*SOURCES, *(ROOT / folder / "py.typed" for folder in FOLDERS)]:
+    extra = [ROOT / "console" / "demo_transcript.jsonl"]
+    extra += [ROOT / folder / "py.typed" for folder in FOLDERS]
+    for path in [*SOURCES, *extra]:
         copy(path, tree)
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         copy(ROOT / name, tree)
@@ -253,8 +262,7 @@ def test_the_wheel_holds_exactly_the_packages_and_works_from_there(tmp_path: Pat
     )  # fmt: skip
     (wheel,) = tmp_path.glob("ksi-*.whl")
     content = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {f"ksi/{relative(path)}" for path in SOURCES}
-    assert content == expected | {f"ksi/{folder}/py.typed" for folder in FOLDERS}
+    assert content == {f"ksi/{relative(path)}" for path in [*SOURCES, *extra]}
 
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)

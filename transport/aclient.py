@@ -245,6 +245,8 @@ class AsyncClient:
 
     def _flush(self, link: Link) -> None:
         self._scheduled.discard(link)
+        if link.denied:
+            return
         now_s = time.monotonic()
         if not link.window.waiting():
             link.heard_s = now_s
@@ -254,6 +256,8 @@ class AsyncClient:
 
     def _arrived(self, link: Link) -> None:
         """Take all that has come on `link` and wake who waited for it."""
+        if link.denied:
+            return
         was_up = link.up
         outcomes = link.take(time.monotonic())
         for pending, body, error in outcomes:
@@ -273,7 +277,10 @@ class AsyncClient:
                 self._room.set()
             if self._quiet is not None and not self._unanswered():
                 self._quiet.set()
-        if (link.up and not was_up) or (link.window.unsent() and link not in self._scheduled):
+        if link.denied:
+            self._unwatch(link)
+            self._caller.drop(link)
+        elif (link.up and not was_up) or (link.window.unsent() and link not in self._scheduled):
             self._scheduled.add(link)
             self._loop.call_soon(self._flush, link)
 

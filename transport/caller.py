@@ -7,6 +7,7 @@ same bytes; the first returns a dict, the second the typed reply.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,6 +58,21 @@ class Prepared(NamedTuple):
 def default_var() -> Path:
     """Return the runtime directory: `KSI_VAR`, or `./var`."""
     return Path(os.environ.get("KSI_VAR") or "var")
+
+
+def is_held(var: Path) -> bool:
+    """Whether a supervisor holds this var directory. Waits for nobody."""
+    try:
+        lock = os.open(var / "run" / "lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 class Caller:
@@ -153,10 +169,13 @@ class Caller:
         else:
             ticket = Ticket(link.owner, link.window.instance, pending.number)
         error = self.no_answer(link, pending)
-        error.ticket = ticket
+        if isinstance(error, Unavailable):
+            error.ticket = ticket
         return error
 
-    def no_answer(self, link: Link, pending: Pending) -> Unavailable:
+    def no_answer(self, link: Link, pending: Pending) -> KsiError:
+        if not link.up and not is_held(self.var):
+            return NotRunning(f"no supervisor runs on {self.var}", hint="ksi start")
         known = (
             "; it may or may not have happened" if pending.number in link.window.commands else ""
         )
@@ -215,6 +234,11 @@ class Caller:
 
             reader = self._readers[owner] = reader_of(owner, self.var)
         return reader
+
+    def drop(self, link: Link) -> None:
+        """Close a link that was denied: ZeroMQ would go on asking. The next request opens one."""
+        link.close()
+        self.links.pop(link.owner, None)
 
     def close_links(self) -> None:
         for link in self.links.values():

@@ -283,6 +283,10 @@ class Client:
                     slot.body, slot.error, slot.done = body, error, True
             if link.due(now_s):
                 link.flush(now_s)
+        for link in [each for each in self._caller.links.values() if each.denied]:
+            self._poller.unregister(link.dealer)
+            self._poller.unregister(link.monitor)
+            self._caller.drop(link)
 
     def _unanswered(self) -> int:
         return sum(len(link.window.commands) for link in self._caller.links.values())

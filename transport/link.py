@@ -48,6 +48,7 @@ class Subscribed:
     arrived: deque[Delivery] = field(default_factory=deque)
     taken: int = 0  # taken by the reader since the connection came up
     granted: int = CREDIT
+    seq: int = 0  # of the latest delivery of this connection
     error: KsiError | None = None
     ready: bool = False
     wake: Callable[[], None] = lambda: None
@@ -179,6 +180,7 @@ class Link:
 
     def _ask(self, subscribed: Subscribed) -> None:
         subscribed.granted, subscribed.taken = CREDIT - len(subscribed.arrived), 0
+        subscribed.seq = 0
         asked = Subscribe(subscribed.number, subscribed.pattern, subscribed.granted)
         self._control(Kind.SUBSCRIBE, [asked])
 
@@ -206,6 +208,9 @@ class Link:
             if subscribed is None:
                 continue
             message = msgspec.msgpack.decode(each.body) if each.topic else None
-            delivery = Delivery(each.topic, message, each.sender, each.seq, each.gap)
+            # What was announced without a seq that came was missed, whoever counted it.
+            before = each.seq - 1 if each.topic else each.seq
+            gap, subscribed.seq = max(0, before - subscribed.seq), each.seq
+            delivery = Delivery(each.topic, message, each.sender, each.seq, gap)
             subscribed.arrived.append(delivery)
             subscribed.wake()

@@ -101,6 +101,7 @@ class Mailbox:
 
     Attributes:
         timeout_s: how long the next `get` may wait for something; 0: not at all.
+        gone: whether the last `send` that failed did so because nobody is there any more.
         tcp_endpoint: where `tcp` is bound, with the port that was chosen; None without.
 
     Raises:
@@ -120,6 +121,7 @@ class Mailbox:
 
         self.timeout_s = TICK_S
         self.tcp_endpoint: str | None = None
+        self.gone = False
         self._envelope = Envelope
         self._keys = keys
         self._local: deque[Envelope[Any]] = deque()
@@ -183,7 +185,8 @@ class Mailbox:
         try:
             self._router.send(route, _MORE)
             self._router.send(frame, _NOW)
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
+            self.gone = error.errno == zmq.EHOSTUNREACH
             return False
         return True
 

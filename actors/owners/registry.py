@@ -1167,7 +1167,7 @@ def _agent_registered(event: AgentRegistered, tables: RegistryTables) -> None:
         event.now,
         event.now,
         supervised,
-        former.spawned_by if former is not None else None,
+        former.spawned_by if former is not None and supervised else None,
         event.pid,
         former.exit if former is not None else None,
         0,

@@ -78,7 +78,7 @@ def test_two_hundred_kills_lose_double_and_reorder_nothing(system: System, tmp_p
     killed: Counter[str] = Counter()
     while killed.total() < KILLS:
         time.sleep(chance.uniform(0.02, 0.25))
-        name = chance.choices(["sessions", "registry", "files"], [3, 1, 1])[0]
+        name = chance.choices(["sessions", "registry", "files"], [5, 1, 2])[0]
         pid = system.pid_of(name)
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
