@@ -64,7 +64,8 @@ class Work(NamedTuple):
 class Transactions(Protocol):
     """What the loop needs of a store; `storage.store.Store` and its twin in memory have it."""
 
-    tables: Mapping[str, Any]
+    @property
+    def tables(self) -> Mapping[str, Any]: ...
 
     def room(self) -> None: ...
     def begin(self) -> None: ...
@@ -113,6 +114,7 @@ class CommitLoop:
                 self.owner.apply(event, self.tables)
             self.delivery.settle(record, batch.now)
         self.delivery.put_rows(batch.now)
+        self.delivery.commit()
         self.cut = batch.cut
         return batch.time_s, _encode_cut(batch.cut)
 
@@ -215,6 +217,7 @@ class CommitLoop:
         self.delivery.put_rows(given.now)
         payload = self._encode(Batch(given.now, given.time_s, self.cut, records))
         self.store.commit(payload, len(records), _encode_cut(self.cut), given.time_s)
+        self.delivery.commit()
 
     def _carry_out(self, work: Work, given: Given, clock_s: float) -> Record[Any] | None:
         """Decide and apply one command; return its record, or None if it is not its turn."""
@@ -225,8 +228,9 @@ class CommitLoop:
         answers = self._outcome.answers
         if number <= client.last:
             stored = client.replies.get(number)
-            if stored is not None:
-                answers.append((work.route, wire.Kind.REPLIES, msgspec.Raw(stored)))
+            if stored is None:  # Acknowledged in an earlier life of this client: an outbox.
+                stored = self._encode(wire.Answer(number, _NO_REPLY))
+            answers.append((work.route, wire.Kind.REPLIES, msgspec.Raw(stored)))
             return None
         if number != client.last + 1:
             if not client.told:
@@ -234,6 +238,7 @@ class CommitLoop:
                 answers.append((work.route, wire.Kind.RESEND_FROM, client.last + 1))
             return None
         if work.again and self.delivery.forgotten(client):
+            client.told = True
             answers.append(self._refused(work, _forgotten(work)))
             return None
         if number - client.acked > WINDOW_COMMANDS_MAX:
@@ -322,7 +327,7 @@ class CommitLoop:
         request = work.request
         answer = self._encode(wire.Answer(request.number, None, error.to_wire()))
         self._outcome.answers.append((work.route, wire.Kind.REPLIES, msgspec.Raw(answer)))
-        operation = request.operation[:128]
+        operation = request.operation if request.operation in CATALOGUE else delivery.UNKNOWN
         return Record(work.sender.name, work.instance, request.number, operation, answer, [], [])
 
     def _refused(self, work: Work, error: KsiError) -> tuple[bytes, wire.Kind, Any]:
@@ -334,7 +339,10 @@ class CommitLoop:
         records = self.delivery.overdue(given.now)
         for record in records:
             self.delivery.settle(record, given.now)
-        decision = self._apply(Tick(), self._self, given)
+        try:
+            decision = self._apply(Tick(), self._self, given)
+        except Busy:  # The outbox is full: what is due waits for the next tick.
+            return records
         if decision.events or decision.sends:
             sends = [(s.owner, s.operation, encode(s.command)) for s in decision.sends]
             record = Record(

@@ -34,7 +34,8 @@ EVICTED: Final = "ksi:evicted"  # the instance was forgotten to keep within the 
 SENT: Final = "ksi:sent"  # messages up to `number` have been carried out by owner `sender`
 PURGED: Final = "ksi:purged"  # request ids older than `number` seconds since the epoch
 TICK: Final = "ksi:tick"  # time has passed
-_HOST_RECORDS: Final = frozenset({GOODBYE, EVICTED, SENT, PURGED, TICK})
+UNKNOWN: Final = "ksi:unknown"  # no operation of ours: what a client calls one is not recorded
+HOST_RECORDS: Final = frozenset({GOODBYE, EVICTED, SENT, PURGED, TICK})
 _PURGE_ROWS_MAX: Final = 1000  # Request ids removed a tick: keeps the turn short.
 _SWEEP_ROWS: Final = 200  # Client rows looked at a tick for idle ones, likewise.
 _ACTIVE_CLIENTS_MAX: Final = 4096  # Kept in memory; the others come back from their rows.
@@ -143,7 +144,7 @@ class Delivery:
         self.outbox: Table[Message] = tables["ksi.outbox"]
         self.counters: Table[Counter] = tables["ksi.counters"]
         self._clients: dict[tuple[str, bytes], Client] = {}
-        self._touched: dict[Client, tuple[int, int, dict[int, bytes]]] = {}
+        self._touched: dict[Client, None] = {}  # in this batch, in order
         self._sweep_from: Key = ()
 
     def client(self, sender: str, instance: bytes) -> Client:
@@ -155,7 +156,7 @@ class Delivery:
                 self._clients = {(each.sender, each.instance): each for each in self._touched}
             self._clients[(sender, instance)] = client
         if client not in self._touched:
-            self._touched[client] = (client.last, client.acked, client.replies.copy())
+            self._touched[client] = None
             client.told = False
         return client
 
@@ -169,8 +170,7 @@ class Delivery:
         Returns:
             The messages it puts into the outbox: owner, number, operation, body.
         """
-        operation = record.operation
-        if operation in _HOST_RECORDS:
+        if record.operation in HOST_RECORDS:
             self._settle_ours(record)
         else:
             client = self.client(record.sender, record.instance)
@@ -183,9 +183,11 @@ class Delivery:
             client.last = record.number
             client.replies[record.number] = record.reply
             if record.request_id is not None:
-                key = (record.sender, operation, record.request_id)
+                key = (record.sender, record.operation, record.request_id)
                 self.requests.put(key, RequestRow(record.reply, now))
                 self.request_ages.put((int(now * 1000), *key), b"")
+        if not record.sends:
+            return []
         sends = []
         for owner, name, body in record.sends:
             number = self._count(f"out:{owner}")
@@ -194,15 +196,22 @@ class Delivery:
         return sends
 
     def put_rows(self, now: float) -> None:
-        """Put the row of every client this batch has touched; the end of a batch."""
+        """Put the row of every client this batch has touched; then `commit` or `undo`.
+
+        One of which nothing was carried out has no row: it would pass for one that is known.
+        """
         for client in self._touched:
-            self.client_rows.put(client.key, client.row(now))
+            if client.known:
+                self.client_rows.put(client.key, client.row(now))
+
+    def commit(self) -> None:
+        """The batch is on disk."""
         self._touched.clear()
 
     def undo(self) -> None:
-        """The batch was aborted: every client is where it was when it began."""
-        for client, (last, acked, replies) in self._touched.items():
-            client.last, client.acked, client.replies = last, acked, replies
+        """The batch was aborted: its clients come back from their rows as they were before it."""
+        for client in self._touched:
+            self._clients.pop((client.sender, client.instance), None)
         self._touched.clear()
 
     def overdue(self, now: float) -> list[Record[Any]]:

@@ -17,7 +17,7 @@ import msgspec
 
 from ksi.actors.owner import Sender
 from ksi.transport import wire
-from ksi.transport.errors import Expired, Forbidden, Internal, KsiError
+from ksi.transport.errors import Busy, Expired, Forbidden, Internal, KsiError
 from ksi.transport.limits import WINDOW_BYTES_MAX, WINDOW_COMMANDS_MAX
 from ksi.transport.message import CATALOGUE, Message, encode, unknown
 from ksi.transport.wire import Kind
@@ -99,6 +99,10 @@ class Desk:
                 continue
             if request.number != client.last + 1:
                 resend = [client.last + 1]
+                break
+            if len(client.replies) >= WINDOW_COMMANDS_MAX:
+                full = Busy("too many commands are unacknowledged", limit=WINDOW_COMMANDS_MAX)
+                answers.append(wire.Answer(request.number, None, full.to_wire()))
                 break
             answer, conclusive = self._answer(request, "command", sender, arrived_s)
             answers.append(answer)

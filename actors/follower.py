@@ -32,7 +32,7 @@ from ksi.transport.errors import NotRunning
 from ksi.transport.identity import bell_endpoint, run_directory
 from ksi.transport.limits import TICK_S
 from ksi.transport.mailbox import listen, raise_file_limit
-from ksi.transport.message import Message
+from ksi.transport.message import Query
 
 GROUP_S: Final = 0.02  # Lines that come within this time are written together.
 SYNC_S: Final = 2.0  # How often files and cursor are synced: what a machine crash makes us redo.
@@ -145,7 +145,7 @@ class LogFollower:
 class Page:
     """Keeps `var/state/<name>.json`, what a query answers, in a form people read."""
 
-    def __init__(self, owner: str, var: Path, query: Message, path: Path) -> None:
+    def __init__(self, owner: str, var: Path, query: Query[Any], path: Path) -> None:
         self.reader: OwnerReader = reader_of(owner, var)
         self._query = query
         self._path = path

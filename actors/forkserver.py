@@ -25,7 +25,6 @@ import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import resource
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -144,19 +143,21 @@ def _child(spec: ChildSpec, var: Path, environment: dict[str, str], channel: Con
     os.setsid()
     os.umask(0o077)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    _redirect(log.output(var, spec.name))
+    log.redirect(log.output(var, spec.name))
     os.environ.update(environment)
-    with contextlib.suppress(EOFError, OSError):
-        if channel.recv_bytes() == b"go":
-            return _exec(spec, channel) if spec.kind == "agent" else _call(spec, channel)
-    return None
+    try:
+        channel.recv_bytes()
+    except (EOFError, OSError):
+        return  # the supervisor has ended
+    if spec.kind == "agent":
+        _exec(spec, channel)
+    else:
+        _call(spec, channel)
 
 
 def _call(spec: ChildSpec, channel: Connection) -> None:
     channel.close()
     faulthandler.enable()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # ipc:// aborts when they run out
     module, _, function = spec.function.partition(":")
     getattr(importlib.import_module(module), function)(*spec.arguments)
 
@@ -175,12 +176,3 @@ def _exec(spec: ChildSpec, channel: Connection) -> None:
     except OSError as error:
         channel.send_bytes(f"{spec.arguments[0]}: {error.strerror}".encode(errors="replace"))
         os._exit(EXIT_NOT_RUN)
-
-
-def _redirect(path: Path) -> None:
-    """Make standard output and error append to `path`."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o600)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)

@@ -30,7 +30,7 @@ from ksi.actors.stat import StatWriter
 from ksi.actors.subscriptions import Deliveries, Subscriptions
 from ksi.storage.store import Store
 from ksi.transport import wire
-from ksi.transport.errors import Busy, Forbidden, Internal, KsiError, TooLarge
+from ksi.transport.errors import Busy, Draining, Forbidden, Internal, KsiError, TooLarge
 from ksi.transport.limits import (
     BATCH_BYTES_MAX,
     BATCH_COMMANDS_MAX,
@@ -48,6 +48,8 @@ from ksi.transport.wire import Kind
 EXIT_UNKNOWN_OUTCOME: Final = 74  # EX_IOERR: a sync or commit failed, recovery must decide
 _STEP_S_MAX: Final = 4 * TICK_S  # Owner time goes no further at once: a stopped owner ages little.
 _REPLY_BYTES_MAX: Final = FRAME_BYTES_MAX - 1024
+_ANSWER_S_MAX: Final = 0.05  # Spent on queries in one turn: commands wait no longer for them.
+_PROBE_S: Final = 10.0  # How often subscribers are looked for that left without a word.
 
 _decode_requests = msgspec.msgpack.Decoder(wire.CommandsFrame).decode
 _decode_frame = msgspec.msgpack.Decoder(wire.Frame).decode
@@ -81,7 +83,7 @@ class Host(pykka.ThreadingActor):
         self._waiting_bytes = 0
         self._ours: list[Record[Any]] = []
         self._time_s = store.meta.time_s
-        self._turned_s = self._ticked_s = time.monotonic()
+        self._turned_s = self._ticked_s = self._probed_s = time.monotonic()
         self._draining = False
 
     def _create_actor_inbox(self) -> Any:  # type: ignore[override]
@@ -97,7 +99,7 @@ class Host(pykka.ThreadingActor):
         for (owner, number), row in self._reader.reader.read(
             lambda tables, _meta: list(tables["ksi.outbox"].range())
         ):
-            self._push(owner, number, row.operation, row.body)
+            self._push(owner, number, row.operation, row.body, again=True)
         self._stat.state = "running"
         self._stat.store_id = self._store.id
         self._mailbox.timeout_s = TICK_S
@@ -132,6 +134,10 @@ class Host(pykka.ThreadingActor):
             self._carry_out(commands, started_s, tick)
         if queries:
             self._answer(queries)
+        if started_s - self._probed_s >= _PROBE_S:
+            self._probed_s = started_s
+            for route in self._subscriptions.routes():
+                self._send(route, Kind.DELIVERIES, [])
         self._end_turn(commands, started_s)
         if self._draining and not self._waiting:
             self._stat.state = "draining"
@@ -152,6 +158,8 @@ class Host(pykka.ThreadingActor):
         kind = Kind(frame.kind)
         if sender is None:
             return self._turn_away(letter.route, kind, frame)
+        if self._draining or frame.store not in ("", self._store.id):
+            return self._put_off(letter.route, kind, frame)
         who = Sender(*sender)
         for request in frame.items:
             if (
@@ -193,7 +201,7 @@ class Host(pykka.ThreadingActor):
                 self._send(route, Kind.WELCOME, [welcome])
             case Kind.SUBSCRIBE:
                 for asked in msgspec.convert(frame.items, list[wire.Subscribe]):
-                    refused = self._subscriptions.add(route, asked)
+                    refused = self._subscriptions.add(route, asked, letter.sender)
                     wired = refused.to_wire() if refused else None
                     self._send(route, Kind.ANSWERS, [wire.Answer(-asked.number, b"", wired)])
             case Kind.UNSUBSCRIBE:
@@ -214,6 +222,14 @@ class Host(pykka.ThreadingActor):
         error = Forbidden("the key of this connection is not enrolled any more")
         self._stat.refusals += len(frame.items)
         self._send(route, kind_of_answer(kind), [_error(each, error) for each in frame.items])
+
+    def _put_off(self, route: bytes, kind: Kind, frame: wire.CommandsFrame) -> None:
+        """Take nothing of a frame: it goes again, to our successor or not at all."""
+        if frame.store not in ("", self._store.id):  # The header tells that this is another.
+            self._send(route, kind_of_answer(kind), [])
+        elif kind is Kind.COMMANDS and frame.items:
+            draining = Draining(f"{self._owner.name} is stopping")
+            self._send(route, Kind.REPLIES, [_error(frame.items[0], draining)])
 
     def _next_batch(self) -> tuple[list[Work], list[Work]]:
         """Take the next requests from the queue: the commands and the queries among them."""
@@ -253,12 +269,28 @@ class Host(pykka.ThreadingActor):
             self._stat.record(time.monotonic() - commands[0].arrived_s)
 
     def _answer(self, queries: Sequence[Work]) -> None:
-        """Answer queries from one read transaction, after the commands that came before them."""
-        answers = self._reader.reader.read(
-            lambda tables, _meta: [(work.route, self._answer_one(work, tables)) for work in queries]
-        )
-        self._send_all([(route, Kind.ANSWERS, answer) for route, answer in answers])
-        self._stat.queries += len(queries)
+        """Answer queries from one read transaction, after the commands that came before them.
+
+        What is too much for one turn is put back and answered in the next.
+        """
+        answers = self._reader.reader.read(lambda tables, _meta: self._answers(queries, tables))
+        self._send_all(answers)
+        self._stat.queries += len(answers)
+        for work in reversed(queries[len(answers) :]):
+            self._waiting.appendleft((Kind.QUERIES, work))
+            self._waiting_bytes += len(work.request.body)
+
+    def _answers(self, queries: Sequence[Work], tables: Any) -> list[tuple[bytes, Kind, Any]]:
+        """Return the answers to the first of `queries`, as many as one turn has room for."""
+        answers: list[tuple[bytes, Kind, Any]] = []
+        room, until_s = BATCH_BYTES_MAX, time.monotonic() + _ANSWER_S_MAX
+        for work in queries:
+            answer = self._answer_one(work, tables)
+            answers.append((work.route, Kind.ANSWERS, answer))
+            room -= len(answer.body or b"")
+            if room < 0 or time.monotonic() > until_s:
+                break
+        return answers
 
     def _answer_one(self, work: Work, tables: Any) -> wire.Answer:
         request = work.request
@@ -299,13 +331,18 @@ class Host(pykka.ThreadingActor):
         due_s = max(0.0, self._ticked_s + TICK_S - now_s)
         self._mailbox.timeout_s = 0.0 if waiting or self._ours else due_s
 
-    def _push(self, owner: str, number: int, operation: str, body: bytes) -> None:
-        for socket in self._outbox.push(owner, number, operation, body):
+    def _push(
+        self, owner: str, number: int, operation: str, body: bytes, *, again: bool = False
+    ) -> None:
+        for socket in self._outbox.push(owner, number, operation, body, again=again):
             self._mailbox.watch(socket, _nothing)
 
     def _deliver(self, deliveries: Deliveries) -> None:
         for route, items in deliveries.items():
-            self._send(route, Kind.DELIVERIES, items)
+            if self._mailbox.sender_of(self._subscriptions.key_of(route)) is None:
+                self._subscriptions.drop(route)  # Its key was removed.
+            else:
+                self._send(route, Kind.DELIVERIES, items)
 
     def _send_all(self, answers: Sequence[tuple[bytes, Kind, Any]]) -> None:
         """Send answers, those of one kind to one connection in one frame, in their order."""
@@ -327,6 +364,8 @@ class Host(pykka.ThreadingActor):
             self._stat.replies_dropped += 1  # What it missed it will ask for again.
             if self._mailbox.gone:
                 self._subscriptions.drop(route)
+            elif kind is Kind.DELIVERIES:
+                self._subscriptions.missed(route, items)
 
 
 def kind_of_answer(kind: Kind) -> Kind:

@@ -156,7 +156,7 @@ def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
     held = lock.hold(var)
     check_format(var)
     if order["progress"] is not None:
-        _redirect(log.output(var, "supervisor"))
+        log.redirect(log.output(var, "supervisor"))
 
     from ksi.actors.forkserver import ForkServer
 
@@ -236,16 +236,6 @@ def _supervise(
     context.term()
     Directory.remove(var)
     return codes[0] if codes else EXIT_DEFECT
-
-
-def _redirect(path: Path) -> None:
-    """Leave the terminal: standard output and error go to a file from here on."""
-    log.trim(path)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o600)
-    for standard in (1, 2):
-        os.dup2(descriptor, standard)
-    os.close(descriptor)
 
 
 def _told_to(descriptor: int) -> Progress:

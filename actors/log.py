@@ -38,6 +38,19 @@ def output(var: Path, process: str) -> Path:
     return directory(var) / f"{process}.out"
 
 
+def redirect(path: Path) -> None:
+    """Make the standard output and error of this process append to `path`.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    trim(path)
+    descriptor = _open_to_append(path)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+
+
 def last_words(path: Path) -> str | None:
     """Return what a process said last in its output, most likely why it ended, and where it is."""
     try:
@@ -113,9 +126,13 @@ class Lines:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(self._path, flags, 0o600)
+        self._fd = _open_to_append(self._path)
         self._bytes = os.fstat(self._fd).st_size
+
+
+def _open_to_append(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.open(path, flags, 0o600)
 
 
 def _shortened(

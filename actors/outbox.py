@@ -17,10 +17,12 @@ import zmq
 
 from ksi.actors.delivery import SENT, Record
 from ksi.transport.errors import KsiError
+from ksi.transport.link import SILENCE_S
 from ksi.transport.mailbox import read_monitor
 from ksi.transport.window import Window
 
 Connect = Callable[[str], tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]
+Waiting = tuple[int, str, bytes, bool]  # number, operation, body, whether it was sent before
 
 
 class Peer:
@@ -30,15 +32,22 @@ class Peer:
         self.window = Window(instance)
         self.dealer = dealer
         self.monitor = monitor
-        self.waiting: deque[tuple[int, str, bytes]] = deque()  # beyond what the window takes
+        self.waiting: deque[Waiting] = deque()  # beyond what the window takes
         self.up = False
+        self.heard_s = 0.0  # when something last came, or was first waited for
         self.sent_upto = 0  # answered, and not yet recorded
 
     def flush(self, now_s: float) -> None:
         """Send all that the window lets through."""
         window = self.window
+        if not window.waiting():
+            self.heard_s = now_s
+        elif now_s - self.heard_s > SILENCE_S:
+            self.heard_s = now_s
+            window.lost()
         while self.waiting and not window.full():
-            window.resume(*self.waiting.popleft())
+            number, operation, body, again = self.waiting.popleft()
+            window.resume(number, operation, body, again=again)
         if self.up:
             for frame in window.frames(now_s):
                 self.dealer.send(frame, zmq.DONTWAIT)
@@ -53,15 +62,20 @@ class Outbox:
         self._log = log
         self._peers: dict[str, Peer] = {}
 
-    def push(self, owner: str, number: int, operation: str, body: bytes) -> list[zmq.Socket[bytes]]:
-        """Take up a message whose row is on disk; return sockets to watch from now on, if any."""
+    def push(
+        self, owner: str, number: int, operation: str, body: bytes, *, again: bool = False
+    ) -> list[zmq.Socket[bytes]]:
+        """Take up a message whose row is on disk; return sockets to watch from now on, if any.
+
+        `again`: it was there before this process, which may not be the first to send it.
+        """
         opened: list[zmq.Socket[bytes]] = []
         peer = self._peers.get(owner)
         if peer is None:
             instance = hashlib.blake2b(f"{self._store_id}/{owner}".encode(), digest_size=16)
             peer = self._peers[owner] = Peer(instance.digest(), *self._connect(owner))
             opened = [peer.dealer, peer.monitor]
-        peer.waiting.append((number, operation, body))
+        peer.waiting.append((number, operation, body, again))
         return opened
 
     def turn(self, now_s: float) -> list[Record[Any]]:
@@ -93,17 +107,19 @@ class Outbox:
                 frame = peer.dealer.recv(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            for pending, _body, error in peer.window.receive(frame, now_s):
+            peer.heard_s = now_s
+            again: list[Waiting] = []
+            outcomes = peer.window.receive(frame, now_s)
+            for pending, _body, error in outcomes:
                 if error is not None and error.code in ("restored", "evicted"):
-                    self._again(peer, pending.number, pending.operation, pending.body)
-                    continue
-                if error is not None:
+                    # Nobody knows whether it happened there. Twice is better than not at all.
+                    again.append((pending.number, pending.operation, pending.body, False))
+                elif error is not None:
                     self._refused(owner, pending.operation, error)
-                peer.sent_upto = peer.window.acked
-
-    def _again(self, peer: Peer, number: int, operation: str, body: bytes) -> None:
-        """The other owner was restored: what it had not answered is sent to its new store."""
-        peer.waiting.append((number, operation, body))
+            peer.waiting.extendleft(reversed(again))
+            if outcomes:
+                lowest = peer.waiting[0][0] if peer.waiting else peer.window.acked + 1
+                peer.sent_upto = min(peer.window.acked, lowest - 1)
 
     def _refused(self, owner: str, operation: str, error: KsiError) -> None:
         self._log.warning(

@@ -88,4 +88,3 @@ def _count_start(store: Store) -> int:
     counters.put("starts", Counter(starts))
     store.commit_view()
     return starts
-

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -73,10 +73,8 @@ class OwnerReader:
         Raises:
             NotRunning: the owner has no store yet.
         """
-        reply: R = self.reader.read(
-            lambda tables, _meta: self.owner.answer(query, self.bound(tables))
-        )
-        return reply
+        answer = self.owner.answer
+        return cast("R", self.reader.read(lambda tables, _meta: answer(query, self.bound(tables))))
 
     def lines_of(self, batch: StoredBatch) -> Iterator[tuple[str, int, bytes]]:
         """Yield what a journaled batch adds to the owner's logs: key, offset, bytes."""

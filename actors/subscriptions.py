@@ -48,16 +48,26 @@ class Subscriptions:
 
     def __init__(self) -> None:
         self._by_route: dict[bytes, dict[int, _Subscription]] = {}
+        self._keys: dict[bytes, str] = {}
 
     def __bool__(self) -> bool:
         return bool(self._by_route)
 
-    def add(self, route: bytes, asked: wire.Subscribe) -> KsiError | None:
-        """Take up a subscription; return why not, if not."""
+    def routes(self) -> list[bytes]:
+        """Return the connections that have subscriptions."""
+        return list(self._by_route)
+
+    def key_of(self, route: bytes) -> str:
+        """Return the public key of a connection that has subscriptions."""
+        return self._keys[route]
+
+    def add(self, route: bytes, asked: wire.Subscribe, key: str = "") -> KsiError | None:
+        """Take up a subscription of the connection of `key`; return why not, if not."""
         if not all(asked.pattern.split(".")) or len(asked.pattern) > 512:
             return Invalid(f"{asked.pattern[:100]!r} is no pattern: words between single dots")
         held = self._by_route.setdefault(route, {})
-        if len(held) >= SUBSCRIPTIONS_MAX:
+        self._keys[route] = key
+        if len(held) >= SUBSCRIPTIONS_MAX and asked.number not in held:
             return Quota(f"{SUBSCRIPTIONS_MAX} subscriptions a connection", limit=SUBSCRIPTIONS_MAX)
         held[asked.number] = _Subscription(asked)
         return None
@@ -68,11 +78,12 @@ class Subscriptions:
         if held is not None:
             held.pop(number, None)
             if not held:
-                del self._by_route[route]
+                self.drop(route)
 
     def drop(self, route: bytes) -> None:
         """The connection is gone."""
         self._by_route.pop(route, None)
+        self._keys.pop(route, None)
 
     def grant(self, route: bytes, number: int, credit: int) -> Deliveries:
         """Raise a subscription's credit; return the notice of a gap nothing else would tell."""
@@ -85,6 +96,15 @@ class Subscriptions:
         gap, subscription.gap = subscription.gap, 0
         subscription.sent += 1
         return {route: [wire.Delivery(number, "", "", subscription.seq, gap, b"")]}
+
+    def missed(self, route: bytes, deliveries: Iterable[wire.Delivery]) -> None:
+        """These could not be sent: they count as missed, and no longer against the credit."""
+        held = self._by_route.get(route, {})
+        for delivery in deliveries:
+            subscription = held.get(delivery.number)
+            if subscription is not None:
+                subscription.sent -= 1
+                subscription.gap += delivery.gap + bool(delivery.topic)
 
     def deliver(self, announcements: Iterable[Announcement]) -> Deliveries:
         """Return what each connection is to be sent; each message is encoded once."""

@@ -6,6 +6,7 @@ batches, from several clients, with retries, gaps, ticks and restarts, and check
 
 - messages and replies survive the wire;
 - a refused command leaves every row as it was, and `decide` and `answer` write nothing;
+- a batch the disk has no room for leaves no trace, and can be sent again;
 - the journal, applied to empty tables, gives the live tables, and so does a copy of the rows taken
   at any moment with what the journal holds beyond it;
 - a command that is sent again gets the bytes of its first answer, also after a restart;
@@ -104,6 +105,7 @@ class MemoryStore:
         journal: the payloads of the batches, in order.
         extra, time_s: what was committed with the last of them.
         full: whether it refuses to hold more.
+        fails: what the next commit raises; nothing of it is kept.
     """
 
     def __init__(self, owner: Owner[Any]) -> None:
@@ -115,6 +117,7 @@ class MemoryStore:
         self.extra = b""
         self.time_s = 0.0
         self.full = False
+        self.fails: Exception | None = None
         self.is_open = self.is_frozen = False
 
     def room(self) -> None:
@@ -132,6 +135,9 @@ class MemoryStore:
         """Keep what was written, and the batch."""
         assert self.is_open
         assert records > 0
+        if self.fails is not None:
+            failure, self.fails = self.fails, None
+            raise failure
         self.extra, self.time_s = extra, time_s
         self.journal.append(payload)
         self.is_open = False
@@ -238,9 +244,9 @@ class Twin:
         events: all that is committed; told: what was announced of it; sends: messages to others.
     """
 
-    def __init__(self, owner: Owner[Any], seed: int = 0, store: MemoryStore | None = None) -> None:
+    def __init__(self, owner: Owner[Any], seed: int = 0) -> None:
         self.owner = owner
-        self.store = store or MemoryStore(owner)
+        self.store = MemoryStore(owner)
         self.watched = Watched(owner, self.store)
         self.log = MemoryLog()
         self.now = START
@@ -301,13 +307,15 @@ class Twin:
         """Return a twin that was rebuilt: from `rows`, or nothing, and the journal from `since`."""
         twin = Twin(self.owner)
         twin.now, twin.time_s = self.now, self.time_s
-        twin.log = self.log
+        twin.log.content = self.log.content.copy()
+        twin.loop.ids = self._ids
         if rows is not None:
             twin.store.install(rows)
         twin.store.begin()
         for payload in self.store.journal[since:]:
             twin.loop.replay(payload)
         twin.store.is_open = False
+        twin.store.journal = [*self.store.journal]
         return twin
 
     def error(self, event: str, **_fields: Any) -> None:
@@ -423,6 +431,9 @@ class _Run:
         if not works:
             return
         before = self.twin.store.rows()
+        if self.chance.random() < 0.1:
+            self._run_without_room(works)
+            require_alike(before, self.twin.store.rows(), "the tables after a full disk")
         outcome = self.twin.run(works)
         assert len(outcome.answers) == len(works)
         refused = 0
@@ -432,6 +443,14 @@ class _Run:
             refused += self._read(work, bytes(answer))
         if refused == len(works):
             require_alike(before, self.twin.store.rows(), "the tables after a refusal")
+
+    def _run_without_room(self, works: Sequence[Work]) -> None:
+        """Let the journal find no room for a batch: it must be as if it had not been."""
+        self.twin.store.fails = StorageFull("no room")
+        answers = [_decode_answer(bytes(answer)) for _, _, answer in self.twin.run(works).answers]
+        if self.twin.store.fails is None:
+            assert [answer.error[0] for answer in answers] == [StorageFull.code] * len(works)
+        self.twin.store.fails = None
 
     def _read(self, work: Work, answer: bytes) -> bool:
         """Check that an answer survives the wire; return whether it is a refusal."""
@@ -490,7 +509,7 @@ def check_owner(
                 run.step()
             run.check_the_end()
             _require_snapshot(run.twin, *copied)
-            _require_pure(owner, run.twin.store.journal)
+            _require_pure(run.twin)
             _require_declared(run.twin.watched.refused)
             assert not run.twin.errors, run.twin.errors
         except Exception as error:
@@ -545,24 +564,28 @@ def _require_snapshot(twin: Twin, rows: Rows, since: int) -> None:
     assert _last_numbers(now) == _last_numbers(then)
 
 
-def _require_pure(owner: Owner[Any], journal: Sequence[bytes]) -> None:
-    """Apply every event twice, each time to tables that are equal; compare after each."""
-    twins = Twin(owner), Twin(owner)
-    bound = [bind(owner.tables, twin.store.tables) for twin in twins]
+def _require_pure(twin: Twin) -> None:
+    """Apply every event twice, each time to tables that are equal; compare after each.
+
+    The lines of the events, in the order of the journal, are the logs.
+    """
+    owner, log = twin.owner, MemoryLog()
+    stores = MemoryStore(owner), MemoryStore(owner)
+    bound = [bind(owner.tables, store.tables) for store in stores]
     decode = msgspec.msgpack.Decoder(Batch[owner.events]).decode  # type: ignore[name-defined]
-    for twin in twins:
-        twin.store.begin()
-    for payload in journal:
-        for record in decode(payload).records:
-            for event in record.events:
-                for tables in bound:
-                    owner.apply(event, tables)
-                assert [*owner.lines(event)] == [*owner.lines(event)]
-                one, other = (
-                    {name: table.packed for name, table in twin.store.tables.items()}
-                    for twin in twins
-                )
-                assert one == other, f"{event} applied to equal tables made them differ"
+    for store in stores:
+        store.begin()
+    batches = [decode(payload) for payload in twin.store.journal]
+    for event in (
+        event for batch in batches for record in batch.records for event in record.events
+    ):
+        for tables in bound:
+            owner.apply(event, tables)
+        one, other = ([table.packed for table in store.tables.values()] for store in stores)
+        assert one == other, f"{event} applied to equal tables made them differ"
+        for line in owner.lines(event):
+            log.add(line)
+    assert log.content == twin.log.content, "the lines in the journal are not the logs"
 
 
 def _require_declared(refused: set[tuple[str, type[KsiError]]]) -> None:

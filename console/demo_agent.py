@@ -1,8 +1,8 @@
 """One agent of `ksi demo`, a process of its own: it waits for its turns and says them.
 
-It knows whose turn it is by reading the session in place; no message asks for that. Between its
-turns it fills a session of notes. What was acknowledged it writes down, entry by entry: the proof
-compares that with the files.
+It registers, waits for its peers, and knows whose turn it is by reading the session in place; no
+message asks for that. Between its turns it fills a session of notes. What was acknowledged it
+writes down, entry by entry: the proof compares that with the files.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import IO, Any, Final
 
 import msgspec
 
-from ksi.console.demo_play import Play, Scene
+from ksi.console.demo_play import AGENTS, Play, Scene
 from ksi.transport import Client
 from ksi.transport.errors import NotFound
 
 ASK_S: Final = 20.0  # Longer than any restart: what is asked here must be answered.
 NOTE_PAUSE_S: Final = 0.001  # Four agents that never rest would measure each other.
+LOOK_S: Final = 0.005
 
 
 class Acked(msgspec.Struct, frozen=True, array_like=True):
@@ -48,6 +49,7 @@ class Agent:
     def run(self) -> None:
         """Play until the last turn of the last scene has been said, by whomever."""
         parent = os.getppid()
+        self._meet()
         self._client.ask("session:create", session_id=self._notes, admission="closed")
         for scene in self._play.scenes:
             said, seen_s = -1, 0.0
@@ -61,6 +63,17 @@ class Agent:
                     self._say(scene, count)
                 else:
                     self._note()
+
+    def _meet(self) -> None:
+        """Register, and wait until all the others have."""
+        me = self._client.name
+        can = list(AGENTS[me])
+        self._client.ask("agent:register", kind="player", capabilities=can, pid=os.getpid())
+        found = 0
+        while found < len(AGENTS) - 1:
+            peers = self._client.read("agent:discover_peers", kinds=["player"], exclude=[me])
+            found = len(peers["agents"])
+            time.sleep(LOOK_S)
 
     def _count(self, scene: Scene) -> int:
         """Return how many turns of a scene have been said."""

@@ -17,7 +17,12 @@ import msgspec
 
 from ksi.transport.errors import NotFound
 
-AGENTS: Final = ("ada", "ben", "cleo", "dev")
+AGENTS: Final = {  # and what each says it can do
+    "ada": ("coordination",),
+    "ben": ("statistics", "time_series"),
+    "cleo": ("writing", "summary"),
+    "dev": ("review", "reproduction"),
+}
 FILES_MAX: Final = 500  # Of a directory of logs: more than that is no demonstration.
 LINE_BYTES_MAX: Final = 256 << 10  # Longer lines of a log are skipped; a frame could not hold some.
 PLAY_S: Final = 2.0  # How long the turns take all together: the load lasts as long.
@@ -133,7 +138,7 @@ def _turn(line: dict[str, Any], number: int) -> Turn | None:
     if kind not in ("human", "claude"):
         return None
     speaker = number if kind == "human" else number + 1
-    return Turn(agent=AGENTS[speaker % len(AGENTS)], event=kind, data=line)
+    return Turn(agent=list(AGENTS)[speaker % len(AGENTS)], event=kind, data=line)
 
 
 def entries(turns: Iterable[Turn]) -> list[tuple[str, str, dict[str, Any]]]:

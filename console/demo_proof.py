@@ -80,10 +80,21 @@ def order_kept(play: Play, acked: Iterable[Acked], files: Stored) -> Proof:
         if each.session_id in notes:
             notes[each.session_id].append(each.data["n"])
     for name, told in notes.items():
-        if [line["data"]["n"] for line in files.get(name, ())] != told:
+        if [line["data"].get("n") for line in files.get(name, ())] != told:
             wrong.append(name)
     seen = f"{play.turns} turns in {len(play.scenes)} sessions as they were played"
     return Proof("order kept", not wrong, _with(seen, wrong))
+
+
+def survived(acked: Sequence[Acked], killed_s: float, recovered_s: float) -> Proof:
+    """The kill came in the middle: entries were acknowledged before it and after it."""
+    before = sum(each.acked_s < killed_s for each in acked)
+    longest_s = max((each.acked_s - each.asked_s for each in acked), default=0.0)
+    seen = (
+        f"{recovered_s * 1e3:.1f} ms to the next reply; {before} entries before it, "
+        f"{len(acked) - before} after; no agent waited longer than {longest_s * 1e3:.0f} ms"
+    )
+    return Proof("kill -9 is survived", 0 < before < len(acked), seen)
 
 
 def _said(line: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:

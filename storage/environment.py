@@ -18,6 +18,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,7 @@ from ksi.transport.limits import MAP_BYTES, READERS_MAX
 _DATABASES_MAX: Final = 32
 _SPARE_TXNS: Final = 4  # Read transactions kept for reuse: makes beginning one three times faster.
 _OPEN_TRIES: Final = 5  # Opening may fail while another process opens or closes the same files.
+_DAMAGE: Final = (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError)
 _OPEN_RETRY_S: Final = 0.004
 
 
@@ -59,25 +61,24 @@ class Environment:
         Raises:
             NotRunning: there is none of this name; its owner makes it when it starts.
         """
-        found = self._databases.get(name)
-        if found is None:
-            try:
-                if self.writable:  # Here opening one would wait for the writer, which may be us.
-                    raise lmdb.NotFoundError(name)
-                with _lock:
-                    found = self.lmdb.open_db(name.encode(), create=False)
-            except lmdb.NotFoundError as error:
-                raise NotRunning(
-                    f"the view {self.path} has no table {name} yet", hint="ksi restart"
-                ) from error
-            self._databases[name] = found
-        return found
+        if name not in self._databases:
+            self._open_for_reading(name)
+        return self._databases[name]
 
     def open_databases(self, names: Iterable[str]) -> None:
         """Open these databases, creating those that are missing. For the writer."""
         with _lock, self.lmdb.begin(write=True) as txn:
             opened = {name: self.lmdb.open_db(name.encode(), txn=txn) for name in names}
         self._databases.update(opened)
+
+    def _open_for_reading(self, name: str) -> None:
+        if (
+            not self.writable
+        ):  # The writer opens all it has at once; later it would wait for itself.
+            with suppress(lmdb.NotFoundError), _lock:
+                self._databases[name] = self.lmdb.open_db(name.encode(), create=False)
+                return
+        raise NotRunning(f"the view {self.path} has no table {name} yet", hint="ksi restart")
 
     def is_current(self) -> bool:
         """Return whether the files at its path are still those that were opened."""
@@ -112,7 +113,7 @@ def open_writer(path: Path, *, create: bool = False) -> Environment:
         if create:
             path.mkdir(mode=0o700)
         elif not (path / "data.mdb").exists():
-            raise Corrupt(f"there is no LMDB environment in {path}")
+            raise Corrupt(f"there is no view {path}", file=str(path))
         return _keep(path, writable=True)
 
 
@@ -168,11 +169,12 @@ def _opened(path: Path, *, readonly: bool, lock: bool = True) -> lmdb.Environmen
             )
             break
         except lmdb.Error as error:
-            if tried == _OPEN_TRIES:
-                raise Corrupt(
-                    f"the LMDB environment in {path} does not open: {error}", file=str(path)
-                ) from error
-            time.sleep(random.uniform(0, tried * _OPEN_RETRY_S))
+            if tried < _OPEN_TRIES:
+                time.sleep(random.uniform(0, tried * _OPEN_RETRY_S))
+            elif isinstance(error, _DAMAGE):
+                raise Corrupt(f"the view {path} does not open: {error}", file=str(path)) from error
+            else:  # Out of descriptors, memory or rights: that says nothing of the view.
+                raise
     needed = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]
     size = (path / "data.mdb").stat().st_size
     if size < needed:

@@ -123,6 +123,8 @@ class Reader:
         """
         assert self._logs is not None, "this reader reads no logs"
         assert self._cursor is not None, "this reader reads no logs"
+        if start >= stop:
+            return b""
         for tries_left in reversed(range(_TRIES)):
             # In this order: what the marks do not promise is in the journal behind them.
             marks = read_cursor(self._cursor, self._boot_id)

@@ -69,7 +69,7 @@ class Decision(Enum):
 
 
 class Case(NamedTuple):
-    """A row of the table: sets of findings it is for, and what is decided."""
+    """A row of the table: sets of findings it is for, what is decided, and why."""
 
     letter: str
     marks: frozenset[Mark]
@@ -77,6 +77,7 @@ class Case(NamedTuple):
     snapshots: frozenset[Snapshot]
     starts: frozenset[Start]
     decision: Decision
+    why: str
 
     def meets(self, mark: Mark, view: View, snapshot: Snapshot, start: Start) -> bool:
         return (
@@ -100,15 +101,20 @@ _WHOLE: Final = frozenset({Start.WHOLE})
 _DROPPED: Final = frozenset({Start.DROPPED})
 _ANY_START: Final = frozenset(Start)
 
+_REMOVED: Final = "its journal ends before what its view holds: files were removed by hand"
+_CRASHED: Final = "it was in use when the machine went down"
+_DAMAGED: Final = "its view is damaged or gone"
+_NOTHING: Final = ", no snapshot fits, and the beginning of its journal has been dropped"
+
 TABLE: Final = (
-    Case("A", _UP, _JOINED, _ANY_SNAPSHOT, _ANY_START, Decision.TRUST),
-    Case("B", _UP, _SEVERED, _ANY_SNAPSHOT, _ANY_START, Decision.REFUSE),
-    Case("C", _DOWN, _ANY_VIEW, _USABLE, _ANY_START, Decision.INSTALL),
-    Case("D", _DOWN, _ANY_VIEW, _NONE, _WHOLE, Decision.REBUILD),
-    Case("E", _DOWN, _ANY_VIEW, _NONE, _DROPPED, Decision.REFUSE),
-    Case("F", _UP, _WORTHLESS, _USABLE, _ANY_START, Decision.INSTALL),
-    Case("G", _UP, _WORTHLESS, _NONE, _WHOLE, Decision.REBUILD),
-    Case("H", _UP, _WORTHLESS, _NONE, _DROPPED, Decision.REFUSE),
+    Case("A", _UP, _JOINED, _ANY_SNAPSHOT, _ANY_START, Decision.TRUST, "it can be trusted"),
+    Case("B", _UP, _SEVERED, _ANY_SNAPSHOT, _ANY_START, Decision.REFUSE, _REMOVED),
+    Case("C", _DOWN, _ANY_VIEW, _USABLE, _ANY_START, Decision.INSTALL, _CRASHED),
+    Case("D", _DOWN, _ANY_VIEW, _NONE, _WHOLE, Decision.REBUILD, _CRASHED),
+    Case("E", _DOWN, _ANY_VIEW, _NONE, _DROPPED, Decision.REFUSE, _CRASHED + _NOTHING),
+    Case("F", _UP, _WORTHLESS, _USABLE, _ANY_START, Decision.INSTALL, _DAMAGED),
+    Case("G", _UP, _WORTHLESS, _NONE, _WHOLE, Decision.REBUILD, _DAMAGED),
+    Case("H", _UP, _WORTHLESS, _NONE, _DROPPED, Decision.REFUSE, _DAMAGED + _NOTHING),
 )
 
 

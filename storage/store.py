@@ -433,15 +433,14 @@ def _recover(
     case = decide(mark, view, Snapshot.NONE if snapshot is None else Snapshot.JOINED, start)
     if case.decision is Decision.REFUSE:
         raise Corrupt(
-            f"store {directory}: case {case.letter}: the view {view.value}; the journal: "
-            f"{start.value}; it was {mark.value}",
+            f"store {directory}: {case.why} (case {case.letter} of recovery)",
             hint="put back what is missing, or restore a checkpoint (ksi restore)",
             case=case.letter,
         )
     journal = Journal(directory, known=known, segment_bytes=segment_bytes)
     undo.callback(journal.close)
     if case.decision is not Decision.TRUST:
-        log.warning("store %s: case %s: %s", directory, case.letter, case.decision.value)
+        log.warning("store %s: %s: %s", directory, case.why, case.decision.value)
         _set_view_aside(directory)
         if snapshot is None:
             _create_view(directory / "view", directory.name)
@@ -453,6 +452,9 @@ def _recover(
     environment.lmdb.reader_check()
     journal.sync()
     _write_state(directory, boot_id, clean=False)
+    if case.decision is not Decision.TRUST:
+        current = directory.parent / "CURRENT"
+        write_atomically(current, current.read_bytes())  # Another file: readers look again.
     return journal, environment
 
 
@@ -484,7 +486,7 @@ def _look_at_view(directory: Path, mark: Mark) -> tuple[View, Environment | None
 
 
 def _set_view_aside(directory: Path) -> None:
-    """Rename the view so that nobody opens it, keeping only the last that was; tell readers."""
+    """Rename the view so that nobody opens it, keeping only the last that was."""
     view = directory / "view"
     if not view.exists():
         return
@@ -494,8 +496,6 @@ def _set_view_aside(directory: Path) -> None:
     sync_directory(directory)
     for path in former:
         shutil.rmtree(path)
-    current = directory.parent / "CURRENT"
-    write_atomically(current, current.read_bytes())  # Another file: readers look again.
 
 
 def _create(directory: Path, base: Path | None = None) -> str:
@@ -525,6 +525,7 @@ def _create_view(path: Path, store_id: str) -> None:
         _put_meta(environment, Meta(store_id, 0, *START, 0.0, b""))
     finally:
         environment.close()
+    sync_directory(temporary)
     temporary.rename(path)
     sync_directory(path.parent)
 

@@ -6,6 +6,7 @@ leaves on disk every state that a killed process can leave between two of them.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
+_PR_SET_PDEATHSIG = 1
 _MODULES = frozenset({"posix", "fcntl", "io", "_io"})
 
 
@@ -52,6 +54,7 @@ def killed_at_each_step(action: Callable[[], Any], *, runs: int) -> Iterator[int
 
 
 def _run(action: Callable[[], Any]) -> NoReturn:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no child outlives a failed test
     try:
         action()
         os._exit(0)

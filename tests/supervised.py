@@ -114,13 +114,13 @@ def silent(name: str, var: str) -> None:
 
 def broken(_name: str, _var: str) -> None:
     """Fail at once, with words."""
-    raise RuntimeError("the disk is on fire")
+    raise OSError("the disk is on fire")
 
 
 def fading(name: str, var: str) -> None:
     """Be ready the first time, fail at once every further time."""
     if (Path(var) / f"{name}.once").exists():
-        raise RuntimeError("not again")
+        raise OSError("not again")
     (Path(var) / f"{name}.once").touch()
     steady(name, var)
 

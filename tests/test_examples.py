@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import running
+from system import System
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -37,8 +37,9 @@ PRINTED = {
 
 @pytest.fixture(scope="module")
 def var(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with running(tmp_path_factory.mktemp("examples") / "var") as var:
-        yield var
+    system = System(tmp_path_factory.mktemp("examples") / "var")
+    yield system.var
+    system.end()
 
 
 def run(command: list[str], var: Path, cwd: Path) -> str:

@@ -169,7 +169,7 @@ def test_there_is_no_role_beside_the_four(var: Path, keys: KeyRing) -> None:
 def test_the_name_of_an_owner_is_for_owners_only(keys: KeyRing, name: str) -> None:
     for role in ("agent", "worker", "operator"):
         with pytest.raises(Forbidden):
-            keys.enroll(name, role)  # type: ignore[arg-type]
+            keys.enroll(name, role)
 
     assert keys.enroll(name, "owner").role == "owner"
     with pytest.raises(Forbidden):

@@ -24,6 +24,7 @@ from ksi.storage.journal import (
     Journal,
     JournalReader,
     Position,
+    create_segment,
     resume,
     segment_path,
 )
@@ -266,6 +267,20 @@ def test_a_missing_segment_in_the_middle_is_reported(tmp_path: Path) -> None:
     segment_path(tmp_path, 2).unlink()
 
     with pytest.raises(Corrupt, match="number 2 should follow, found 3"):
+        list(journal.read(START))
+    for segment in (3, 4):
+        segment_path(tmp_path, segment).unlink()
+    os.close(create_segment(tmp_path, 5))  # just begun: there is no record that could tell
+    with pytest.raises(Corrupt, match="number 2 should follow, found 5"):
+        list(journal.read(START, Position(5, 0)))
+
+
+def test_records_that_do_not_follow_each_other_are_reported(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append(1, b"x", records=2)
+    journal.append(4, b"x")
+
+    with pytest.raises(Corrupt, match="number 3 should follow, found 4"):
         list(journal.read(START))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
-from running import running
+from system import System
 from zmq.utils import z85
 
 from ksi.transport import errors, limits
@@ -32,8 +32,9 @@ pack = msgpack.packb
 
 @pytest.fixture(scope="module")
 def var(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with running(tmp_path_factory.mktemp("protocol") / "var") as var:
-        yield var
+    system = System(tmp_path_factory.mktemp("protocol") / "var")
+    yield system.var
+    system.end()
 
 
 class Peer:
@@ -65,7 +66,10 @@ class Peer:
         socket.connect(self.place["endpoint"])
         return socket
 
-    def close(self) -> None:
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._context.destroy(linger=0)
 
     def send(self, kind: int, items: list[Any], *, acked: int = 0, again: bool = False) -> None:
@@ -117,9 +121,8 @@ def enrolled(keys: Path, name: str) -> tuple[bytes, bytes]:
 
 @pytest.fixture
 def peer(var: Path, request: pytest.FixtureRequest) -> Iterator[Peer]:
-    peer = Peer(var, f"peer-{request.node.name[-60:]}".replace("_", "-"))
-    yield peer
-    peer.close()
+    with Peer(var, f"peer-{request.node.name[-60:]}".replace("_", "-")) as peer:
+        yield peer
 
 
 # The exchange of the page, byte by byte
@@ -151,26 +154,20 @@ def as_pattern(word: str, store: str) -> bytes:
 
 
 def test_the_worked_exchange_happens_exactly_as_the_page_shows_it(var: Path) -> None:
-    peer = Peer(var, "eva")
-    peer.instance = INSTANCE
-    store = msgpack.unpackb(peer_hello(peer))[2]
     frames = list(exchange())
     assert [sign for sign, _ in frames].count("<") == 12
 
-    for sign, words in frames:
-        if sign == ">":
-            peer.socket.send(b"".join(as_bytes(word, store) for word in words))
-            continue
-        received = peer.socket.recv()
-        expected = b"".join(as_pattern(word, store) for word in words)
-        assert re.fullmatch(expected, received, re.S), (words, received.hex(" "))
-    assert peer.silent()
-    peer.close()
-
-
-def peer_hello(peer: Peer) -> bytes:
-    peer.send(HELLO, [])
-    return bytes(peer.socket.recv())
+    with Peer(var, "eva") as peer:
+        peer.instance = INSTANCE
+        peer.ask(HELLO, [])
+        for sign, words in frames:
+            if sign == ">":
+                peer.socket.send(b"".join(as_bytes(word, peer.store) for word in words))
+                continue
+            received = peer.socket.recv()
+            expected = b"".join(as_pattern(word, peer.store) for word in words)
+            assert re.fullmatch(expected, received, re.S), (words, received.hex(" "))
+        assert peer.silent()
 
 
 # Commands
@@ -182,7 +179,6 @@ def test_a_number_is_carried_out_once_however_often_it_is_sent(peer: Peer) -> No
 
     first = peer.ask(COMMANDS, [[2, "session:append", note]], acked=1)
     again = peer.ask(COMMANDS, [[2, "session:append", note]], acked=1, again=True)
-    peer.close()
 
     assert first == again
     assert msgpack.unpackb(first[1][0][1])["seq"] == 1
@@ -196,15 +192,14 @@ def test_the_stored_answer_outlives_the_connection_and_goes_when_acknowledged(pe
     peer.socket = peer.connected()
     assert peer.ask(COMMANDS, [command], again=True) == first
 
-    peer.send(COMMANDS, [command], acked=1, again=True)
-    assert peer.silent()
+    acknowledged = peer.ask(COMMANDS, [command], acked=1, again=True)
+    assert acknowledged == (REPLIES, [[1, pack({}), None]])
 
 
 def test_numbers_of_two_identities_with_one_instance_do_not_meet(var: Path, peer: Peer) -> None:
-    other = Peer(var, "twin")
-    other.instance = peer.instance
-    mine, theirs = peer.reply(1, "session:create"), other.reply(1, "session:create")
-    other.close()
+    with Peer(var, "twin") as other:
+        other.instance = peer.instance
+        mine, theirs = peer.reply(1, "session:create"), other.reply(1, "session:create")
 
     assert mine["owner"] == peer.name
     assert theirs["owner"] == "twin"
@@ -309,6 +304,18 @@ def test_a_farewell_ends_an_instance_and_its_numbers_begin_again(peer: Peer) -> 
     assert again["session_id"] != first["session_id"]
 
 
+def test_a_frame_for_another_store_is_not_taken_and_told_the_present_one(peer: Peer) -> None:
+    peer.ask(HELLO, [])
+    present, peer.store = peer.store, "0" * 32
+    for kind, answer in ((COMMANDS, REPLIES), (QUERIES, ANSWERS)):
+        peer.send(kind, [[1, "session:create", pack({})]])
+        _, told, store, _, items = msgpack.unpackb(peer.socket.recv())
+        assert (told, store, items) == (answer, present, [])
+
+    peer.store, peer.instance = present, os.urandom(16)
+    assert peer.reply(8, "session:create")["epoch"] == 1, "a new instance may count on"
+
+
 def test_a_request_id_is_carried_out_once_whatever_the_instance(peer: Peer) -> None:
     first = peer.reply(1, "session:create", request_id="once")
     peer.instance = os.urandom(16)
@@ -366,11 +373,10 @@ def test_a_pattern_that_is_none_is_refused_under_the_negative_number(peer: Peer)
 
 
 def test_the_supervisor_speaks_the_same_protocol(var: Path) -> None:
-    peer = Peer(var, "looker", owner="supervisor")
-    kind, [[owner, pid, *_]] = peer.ask(HELLO, [])
-    _, [[_, body, _]] = peer.ask(QUERIES, [[1, "system:status", pack({})]])
-    _, [[_, _, refused]] = peer.ask(COMMANDS, [[1, "system:stop", pack({})]])
-    peer.close()
+    with Peer(var, "looker", owner="supervisor") as peer:
+        kind, [[owner, pid, *_]] = peer.ask(HELLO, [])
+        _, [[_, body, _]] = peer.ask(QUERIES, [[1, "system:status", pack({})]])
+        _, [[_, _, refused]] = peer.ask(COMMANDS, [[1, "system:stop", pack({})]])
 
     assert (kind, owner) == (WELCOME, "supervisor")
     assert msgpack.unpackb(body)["pid"] == pid

@@ -25,7 +25,7 @@ from ksi.transport.message import CATALOGUE
 
 OPERATOR = Sender("op", "operator")
 SUPERVISOR = Sender("supervisor", "owner")
-NAMES = ("alice", "bob", "carol", "scout-1", "scout-2")
+NAMES = ("alice", "bob", "scout-1", "scout-2")
 WORDS = ("search", "plan", "write")
 
 
@@ -33,9 +33,9 @@ def choose(chance: random.Random) -> Asked:
     """Draw what agents, an operator and the supervisor ask of a registry."""
     name = chance.choice(NAMES)
     agent = Sender(chance.choice(NAMES), "agent")
-    who = chance.choice((agent, agent, OPERATOR))
-    maybe = chance.choice((None, name))
-    epoch = chance.choice((None, None, 1, chance.randint(1, 9)))
+    who = OPERATOR if chance.random() < 0.2 else agent
+    maybe = chance.choice((None, None, name))
+    epoch = chance.choice((None, None, None, chance.randint(1, 9)))
     words = chance.sample(WORDS, chance.randint(0, 2))
     lease_s = chance.choice((None, 0.5, 3.0))
     plain = {"n": chance.randint(0, 9), "word": chance.choice((None, "ü"))}
@@ -176,12 +176,25 @@ def test_an_epoch_is_never_given_out_twice_even_if_the_agent_was_forgotten(
     assert twin.ask("alice", "agent:register").epoch > first
 
 
+def test_a_spawned_agent_has_an_epoch_of_its_own_before_it_registers(twin: Twin) -> None:
+    epochs = [
+        twin.ask("alice", "agent:register").epoch,
+        twin.ask(OPERATOR, "agent:spawn", agent_id="one", argv=["run"]).epoch,
+        twin.ask(OPERATOR, "agent:spawn", agent_id="two", argv=["run"]).epoch,
+        twin.ask("one", "agent:register").epoch,
+    ]
+    assert epochs == sorted({*epochs})
+
+
 def test_what_registers_again_is_what_the_new_process_says(twin: Twin) -> None:
     twin.ask("alice", "agent:register", kind="old", capabilities=["plan"], metadata={"a": 1})
     twin.ask("alice", "agent:register", capabilities=["write"])
     info = twin.read("agent:info", agent_id="alice", include=["metadata"])
     assert (info.kind, info.capabilities, info.metadata) == ("agent", ["write"], {})
     assert twin.read("agent:list", capability="plan").agents == []
+    assert [key for key, _ in twin.store.tables["capable"].range()] == [("write", "alice")]
+    twin.ask("alice", "agent:unregister")
+    assert twin.store.tables["capable"].count() == 0
 
 
 def test_an_agent_that_has_left_neither_beats_nor_leaves_again(twin: Twin) -> None:
@@ -193,6 +206,24 @@ def test_an_agent_that_has_left_neither_beats_nor_leaves_again(twin: Twin) -> No
             twin.ask("alice", operation)
         with pytest.raises(NotFound, match="there is no agent bob"):
             twin.ask("bob", operation)
+
+
+def test_an_agent_that_has_come_back_is_not_forgotten(
+    twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "GONE_MAX", 0)
+    twin.ask("alice", "agent:register")
+    twin.ask("alice", "agent:unregister")
+    twin.ask("alice", "agent:register")
+    twin.ask("bob", "agent:register", lease_s=1)
+    monkeypatch.undo()
+    twin.pass_time(1)
+    twin.pass_time(1)
+    assert status(twin, "bob") == "lost"
+    twin.ask("bob", "agent:heartbeat")
+    monkeypatch.setattr(registry, "GONE_MAX", 0)
+    twin.pass_time(0.5)
+    assert [each.agent_id for each in twin.read("agent:list").agents] == ["alice", "bob"]
 
 
 # Leases.
@@ -336,7 +367,9 @@ def test_the_supervisor_says_what_becomes_of_a_spawned_agent(twin: Twin) -> None
     assert report(state="started", pid=7) == ("active", 7, None, ["agent.scout.active"])
     assert report(state="started", pid=7) == ("active", 7, None, [])
     again = {"state": "exited", "pid": 7, "exit": "exit code 1", "again": True}
+    sent(twin)
     assert report(**again) == ("starting", None, "exit code 1", state)
+    assert sent(twin, "supervisor") == []  # it starts it by itself
     assert report(state="started", pid=8)[:2] == ("active", 8)
     assert report(state="exited", exit="exit code 0") == ("exited", None, "exit code 0", state)
     assert report(state="exited", exit="again?")[2:] == ("exit code 0", [])
@@ -361,6 +394,25 @@ def test_a_spawned_agent_that_registers_keeps_what_it_was_spawned_with(twin: Twi
     assert (info.pid, info.supervised, info.spawned_by) == (7, True, "op")
     assert info.metadata == {"team": 1}
     assert info.command is not None
+
+
+def test_a_process_that_registers_while_it_is_stopped_is_still_stopping(twin: Twin) -> None:
+    spawn(twin)
+    twin.ask(OPERATOR, "agent:terminate", agent_id="scout")
+    assert twin.ask("scout", "agent:register").status == "stopping"
+    assert twin.ask("scout", "agent:heartbeat").status == "stopping"
+    twin.ask(SUPERVISOR, "agent:report", agent_id="scout", state="exited")
+    assert status(twin, "scout") == "terminated"
+
+
+def test_who_spawned_an_agent_has_no_authority_over_what_comes_after_it(twin: Twin) -> None:
+    spawn(twin, by="alice")
+    twin.ask(SUPERVISOR, "agent:report", agent_id="scout", state="exited")
+    twin.ask("scout", "agent:register")
+    info = twin.read("agent:info", agent_id="scout", include=["command"])
+    assert (info.supervised, info.spawned_by, info.command) == (False, None, None)
+    with pytest.raises(Forbidden):
+        twin.ask("alice", "agent:terminate", agent_id="scout")
 
 
 def test_a_spawned_agent_the_supervisor_says_nothing_of_has_failed(twin: Twin) -> None:
@@ -514,7 +566,8 @@ def test_a_dry_run_sends_and_records_nothing(twin: Twin, operation: str) -> None
 
 def test_a_selection_that_says_nothing_is_refused(twin: Twin) -> None:
     twin.ask("alice", "agent:register")
-    for fields in ({}, {"agent_ids": []}, {"force": True}):
+    nothing: list[dict[str, Any]] = [{}, {"agent_ids": []}, {"force": True}]
+    for fields in nothing:
         with pytest.raises(Invalid, match="which agents"):
             twin.ask(OPERATOR, "agent:terminate", **fields)
 
@@ -572,6 +625,21 @@ def test_a_restart_starts_what_has_ended_if_it_is_named(twin: Twin) -> None:
     assert twin.ask(OPERATOR, "agent:restart", all=True).agent_ids == []
     assert twin.ask(OPERATOR, "agent:restart", agent_id="scout").agent_ids == ["scout"]
     assert [operation for operation, _ in sent(twin, "supervisor")] == ["child:start"]
+
+
+def test_command_lines_that_do_not_fit_into_one_record_wait(
+    twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["a", "b", "c"]
+    for name in names:
+        spawn(twin, name, restart="permanent", env={"PAD": "x" * 1000})
+    monkeypatch.setattr(registry, "SENDS_BYTES_MAX", 2500)
+    twin.ask(SUPERVISOR, "agent:muster")
+    assert [status(twin, name) for name in names] == ["starting", "starting", "failed"]
+    for name in names:
+        twin.ask(SUPERVISOR, "agent:report", agent_id=name, state="failed")
+    reply = twin.ask(OPERATOR, "agent:restart", agent_ids=names)
+    assert (reply.agent_ids, reply.more) == (["a", "b"], True)
 
 
 def test_a_restart_skips_what_nobody_runs(twin: Twin) -> None:
@@ -658,7 +726,7 @@ def test_lists_are_filtered_and_come_in_pages(twin: Twin) -> None:
     twin.ask("a1", "agent:register", capabilities=["plan"], lease_s=1)
     twin.ask("a2", "agent:register", capabilities=["plan", "search"], kind="other")
     twin.ask("b1", "agent:register", capabilities=["search"])
-    twin.ask("b2", "agent:register")
+    twin.ask("b2", "agent:register", capabilities=["fly"])
     twin.ask("b2", "agent:unregister")
     spawn(twin, "kid", by="a2", capabilities=["plan"])
     twin.pass_time(1)
@@ -672,6 +740,8 @@ def test_lists_are_filtered_and_come_in_pages(twin: Twin) -> None:
     assert names(status="suspect") == ["a1"]
     assert names(capability="plan") == ["a1", "a2", "kid"]
     assert names(capability="plan", kind="other") == ["a2"]
+    assert names(capability="fly") == []
+    assert names(capability="fly", include_gone=True) == ["b2"]
     assert names(pattern="b*") == ["b1"]
     assert names(spawned_by="a2") == ["kid"]
     for fields in ({}, {"capability": "plan"}):
@@ -756,9 +826,10 @@ def test_an_identity_is_made_once_and_removed_once(twin: Twin) -> None:
     with pytest.raises(Conflict):
         twin.ask("alice", "agent:create_identity", identity={"a": 2})
     assert twin.ask("alice", "agent:remove_identity").identity == {"a": 1}
-    for operation, fields in (("remove", {}), ("update", {"updates": {}})):
-        with pytest.raises(NotFound):
-            twin.ask("alice", f"agent:{operation}_identity", **fields)
+    with pytest.raises(NotFound):
+        twin.ask("alice", "agent:remove_identity")
+    with pytest.raises(NotFound):
+        twin.ask("alice", "agent:update_identity", updates={})
 
 
 def test_nobody_else_changes_an_identity_but_who_spawned_the_agent_or_an_operator(
@@ -769,9 +840,10 @@ def test_nobody_else_changes_an_identity_but_who_spawned_the_agent_or_an_operato
         with pytest.raises(Forbidden):
             twin.ask(who, "agent:create_identity", agent_id="kid", identity={})
     twin.ask("alice", "agent:create_identity", agent_id="kid", identity={})
-    for operation, fields in (("update", {"updates": {}}), ("remove", {})):
-        with pytest.raises(Forbidden):
-            twin.ask("bob", f"agent:{operation}_identity", agent_id="kid", **fields)
+    with pytest.raises(Forbidden):
+        twin.ask("bob", "agent:update_identity", agent_id="kid", updates={})
+    with pytest.raises(Forbidden):
+        twin.ask("bob", "agent:remove_identity", agent_id="kid")
     twin.ask(OPERATOR, "agent:update_identity", agent_id="kid", updates={"by": "op"})
 
 

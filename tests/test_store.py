@@ -273,6 +273,25 @@ def test_a_restart_after_a_kill_writes_no_state_file(tmp_path: Path) -> None:
     leave(again)
 
 
+def test_what_a_killed_process_wrote_last_is_synced_before_the_store_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path)
+    store.journal.append(1, msgspec.msgpack.encode([small_store.Added("a", 1, 0, "a\n")]))
+    leave(store)
+    synced: list[str] = []
+    real = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    leave(open_store(tmp_path))
+
+    assert synced == ["00000000000000000001.log"]
+
+
 @pytest.mark.parametrize("boot_id", [None, "another boot"])
 def test_the_state_file_says_in_use_before_the_view_is_written(
     tmp_path: Path, boot_id: str | None
@@ -481,7 +500,7 @@ def test_segments_before_a_snapshot_can_be_dropped(tmp_path: Path) -> None:
     state = state_of(store)
     leave(store)
 
-    with pytest.raises(Corrupt, match="case E"):
+    with pytest.raises(Corrupt, match=r"beginning of its journal has been dropped \(case E"):
         open_store(directory, boot_id="another boot")
     again = open_store(directory, boot_id="another boot", snapshots=[tmp_path / "snapshot"])
     assert state_of(again) == state

@@ -5,12 +5,14 @@ of `supervised.py`.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ import pytest
 
 import ksi.actors.system  # noqa: F401 - declares what the supervisor can be asked
 from ksi.actors import launch, lock, log, reports
+from ksi.actors.stat import read_stat
 from ksi.actors.system import ChildStatus
 from ksi.transport import Client
 from ksi.transport.errors import (
@@ -392,6 +395,12 @@ def test_a_child_in_a_commit_is_given_longer(system: System) -> None:
     assert again.last_exit.startswith("killed: in a commit for")
 
 
+def turned_s(system: System) -> float:
+    stat = read_stat(run_directory(system.var) / "supervisor.stat")
+    assert stat is not None
+    return stat.turn_monotonic
+
+
 def test_a_supervisor_that_was_stopped_itself_does_not_take_its_children_for_hung(
     system: System,
 ) -> None:
@@ -401,10 +410,10 @@ def test_a_supervisor_that_was_stopped_itself_does_not_take_its_children_for_hun
         os.kill(pid, signal.SIGSTOP)
     stopped_s = time.monotonic()
     until(lambda: time.monotonic() > stopped_s + 2.2)
-    for pid in (system.pid, child):
-        os.kill(pid, signal.SIGCONT)
-
     went_on_s = time.monotonic()
+    system.signal(signal.SIGCONT)
+    until(lambda: turned_s(system) > went_on_s)
+    os.kill(child, signal.SIGCONT)
     until(lambda: time.monotonic() > went_on_s + 1.2)
 
     assert (system.child("a").pid, system.child("a").starts) == (child, 1)
@@ -470,20 +479,14 @@ def test_the_holder_is_known_while_it_lives_even_stopped_and_only_then(system: S
 
 
 def test_a_lock_that_is_only_looked_at_does_not_refuse_a_start(tmp_path: Path) -> None:
-    looking = "import sys; from pathlib import Path; from ksi.actors.lock import holder\n"
-    looking += "print('looking', flush=True)\nwhile True: holder(Path(sys.argv[1]))"
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "lock").touch()
-    with subprocess.Popen(
-        [sys.executable, "-c", looking, tmp_path], stdout=subprocess.PIPE
-    ) as looker:
-        assert looker.stdout is not None
-        looker.stdout.readline()
-        try:
-            for _ in range(50):
-                os.close(lock.hold(tmp_path))
-        finally:
-            looker.kill()
+    os.close(lock.hold(tmp_path))
+    looking = os.open(tmp_path / "run" / "lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    timer = threading.Timer(2.5 * lock.PAUSE_S, os.close, (looking,))
+    timer.start()
+
+    os.close(lock.hold(tmp_path))
+    timer.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

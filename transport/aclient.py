@@ -7,12 +7,13 @@ deadlines: no timer a call, no task a connection, the raw socket in place of `zm
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, overload
 
-from ksi.transport.caller import Caller, Prepared, Ticket
+from ksi.transport.caller import Caller, Known, Prepared, Ticket
 from ksi.transport.errors import KsiError, NotFound, Unavailable
 from ksi.transport.limits import ASK_TIMEOUT_S
 from ksi.transport.link import Delivery, Link, Subscribed
@@ -23,6 +24,7 @@ R = TypeVar("R")
 
 SWEEP_S: Final = 0.02  # Precision of deadlines, and of what is sent again.
 _CLOSE_S: Final = 5.0
+_FAREWELL_S: Final = 0.25
 
 
 class _Told:
@@ -41,7 +43,7 @@ class AsyncClient:
         role: the role to enrol with, if the name is new.
 
     Raises:
-        NotRunning: no supervisor has ever run on this var.
+        NotRunning: there is no such var directory.
         Forbidden: the key of this name was revoked, or the name is reserved.
     """
 
@@ -55,6 +57,7 @@ class AsyncClient:
         self._room: asyncio.Event | None = None
         self._quiet: asyncio.Event | None = None
         self._told_errors: list[KsiError] = []
+        self._closed = False
 
     @property
     def name(self) -> str:
@@ -64,8 +67,12 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_exc: object) -> None:
-        await self.close()
+    async def __aexit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        if kind is None:
+            await self.close()
+        else:
+            with contextlib.suppress(KsiError, ExceptionGroup):  # What is raised says more.
+                await self.close()
 
     @overload
     async def ask(self, what: Command[R] | Query[R], /, *, timeout_s: float = ...) -> R: ...
@@ -100,7 +107,7 @@ class AsyncClient:
             Unavailable: no answer in time; `ticket` is for `settle`.
         """
         prepared = self._caller.prepare(what, fields, named)
-        pending = await self._send(prepared, time.monotonic() + timeout_s)
+        pending = await self._send(prepared, self._caller.deadline_s(timeout_s))
         return self._caller.reply(prepared, await pending.future)
 
     async def tell(
@@ -121,17 +128,20 @@ class AsyncClient:
     async def flush(self, timeout_s: float = ASK_TIMEOUT_S) -> None:
         """Wait until every command is answered; raise what was refused since the last time.
 
+        An `ask` that has ended in `Unavailable` is not waited for: that is what `settle` is for.
+
         Raises:
             KsiError: the refusal of a `tell`; an ExceptionGroup if there are several.
             Unavailable: some are still unanswered at the deadline.
         """
-        if self._unanswered():
+        unanswered = self._caller.unanswered
+        if unanswered():
             self._quiet = self._quiet or asyncio.Event()
             self._quiet.clear()
             try:
                 await asyncio.wait_for(self._quiet.wait(), timeout_s)
             except TimeoutError:
-                raise Unavailable(f"{self._unanswered()} commands are still unanswered") from None
+                raise Unavailable(f"{unanswered()} commands are still unanswered") from None
         errors, self._told_errors = self._told_errors, []
         if len(errors) == 1:
             raise errors[0]
@@ -165,11 +175,8 @@ class AsyncClient:
             except TimeoutError:
                 known.future = None
                 raise Unavailable(f"still no answer to {known.operation}") from None
-        else:
-            body, error = known
-            if error is not None:
-                raise error
-        return self._caller.reply(Prepared("", ticket.owner, True, b"", None), body)  # type: ignore[no-any-return]
+            known = Known(known.operation, body, None)
+        return self._caller.settled(ticket, known)
 
     async def subscribe(self, pattern: str, *, owner: str | None = None) -> Subscription:
         """Hear what is announced under topics that match `pattern`: `*` a word, `>` the rest.
@@ -180,26 +187,43 @@ class AsyncClient:
         link = self._link(owner or self._caller.owner_of_topic(pattern))
         subscribed = link.subscribe(pattern)
         subscription = Subscription(self, link, subscribed)
-        await subscription._confirmed()
+        self._look_again(link)
+        try:
+            await subscription._confirmed()
+        except BaseException:
+            subscription.close()
+            raise
         return subscription
 
     async def close(self, timeout_s: float = _CLOSE_S) -> None:
         """Wait until all is acknowledged, say goodbye and close. Raises what `flush` raises."""
+        if self._closed:
+            return
         try:
-            if self._caller.links:
-                await self.flush(timeout_s)
-                await self._farewell()
+            await self.flush(timeout_s)
         finally:
-            for link in self._caller.links.values():
-                self._unwatch(link)
-            self._caller.close_links()
+            self._closed = True
+            try:
+                await self._say_goodbye()
+            finally:
+                for link in self._caller.links.values():
+                    self._unwatch(link)
+                    self._abandon(link, [*link.window.commands.values()])
+                    self._abandon(link, [*link.window.queries.values()])
+                    for subscribed in link.subscribed.values():
+                        subscribed.fail(Unavailable("this client is closed"))
+                self._caller.close_links()
+                if self._room is not None:
+                    self._room.set()
 
-    async def _farewell(self) -> None:
-        links = [link for link in self._caller.links.values() if link.up]
+    async def _say_goodbye(self) -> None:
+        """Where nothing is unanswered, let the owner forget this instance."""
+        links = [each for each in self._caller.links.values() if each.up]
+        links = [each for each in links if not each.window.commands]
         for link in links:
             link.goodbye()
             self._arrived(link)
-        deadline_s = time.monotonic() + 0.25
+        deadline_s = time.monotonic() + _FAREWELL_S
         while time.monotonic() < deadline_s and not all(link.window.farewell for link in links):
             await asyncio.sleep(0.001)
 
@@ -207,6 +231,7 @@ class AsyncClient:
         link = self._caller.links.get(prepared.owner) or self._link(prepared.owner)
         while prepared.is_command and link.window.full():
             await self._await_room(prepared, deadline_s)
+            link = self._link(prepared.owner)  # The former may have been denied meanwhile.
         pending = self._caller.add(prepared, link, deadline_s)
         if deadline_s is not None:
             pending.future = self._loop.create_future()
@@ -232,6 +257,8 @@ class AsyncClient:
     def _link(self, owner: str) -> Link:
         link = self._caller.links.get(owner)
         if link is None:
+            if self._closed:
+                raise Unavailable("this client is closed")
             self._loop = asyncio.get_running_loop()
             link = self._caller.link(owner)
             for descriptor in link.descriptors():
@@ -251,12 +278,16 @@ class AsyncClient:
         if not link.window.waiting():
             link.heard_s = now_s
         link.flush(now_s)
-        if link.readable():  # The descriptor signals edges only, and sending may have taken one.
+        self._look_again(link)
+
+    def _look_again(self, link: Link) -> None:
+        """The descriptor signals edges only, and sending may have taken one."""
+        if link.readable():
             self._loop.call_soon(self._arrived, link)
 
     def _arrived(self, link: Link) -> None:
         """Take all that has come on `link` and wake who waited for it."""
-        if link.denied:
+        if link.denied or link.closed:
             return
         was_up = link.up
         outcomes = link.take(time.monotonic())
@@ -275,7 +306,7 @@ class AsyncClient:
         if outcomes:
             if self._room is not None:
                 self._room.set()
-            if self._quiet is not None and not self._unanswered():
+            if self._quiet is not None and not self._caller.unanswered():
                 self._quiet.set()
         if link.denied:
             self._unwatch(link)
@@ -290,10 +321,9 @@ class AsyncClient:
         busy = False
         for link in list(self._caller.links.values()):
             self._arrived(link)
-            for pending in link.expired(now_s):
-                future = pending.future
-                if isinstance(future, asyncio.Future) and not future.done():
-                    future.set_exception(self._caller.late(link, pending))
+            self._abandon(link, link.expired(now_s))
+            if not link.up and self._caller.is_alone(link, now_s):
+                self._abandon(link, link.expired(float("inf")))
             if link.due(now_s):
                 self._flush(link)
             busy = busy or link.window.waiting()
@@ -301,8 +331,12 @@ class AsyncClient:
         if busy:
             self._loop.call_later(SWEEP_S, self._sweep)
 
-    def _unanswered(self) -> int:
-        return sum(len(link.window.commands) for link in self._caller.links.values())
+    def _abandon(self, link: Link, late: list[Pending]) -> None:
+        """Tell who waits for these that no answer has come."""
+        for pending in late:
+            future = pending.future
+            if isinstance(future, asyncio.Future) and not future.done():
+                future.set_exception(self._caller.late(link, pending))
 
 
 class Subscription:
@@ -332,15 +366,24 @@ class Subscription:
 
         Raises:
             TimeoutError: none came in time.
+            Forbidden: the key of this client was revoked. Other refusals likewise.
+            Unavailable: the client is closed.
         """
         while not self._subscribed.arrived:
+            if self._subscribed.error is not None:
+                raise self._subscribed.error
             self._arrived.clear()
             await asyncio.wait_for(self._arrived.wait(), timeout_s)
-        return self._link.next_delivery(self._subscribed)
+        granted = self._subscribed.granted
+        delivery = self._link.next_delivery(self._subscribed)
+        if self._subscribed.granted != granted:
+            self._client._look_again(self._link)
+        return delivery
 
     def close(self) -> None:
         """End the subscription."""
         self._link.unsubscribe(self._subscribed)
+        self._client._look_again(self._link)
 
     async def _confirmed(self) -> None:
         deadline_s = time.monotonic() + ASK_TIMEOUT_S

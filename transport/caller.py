@@ -8,8 +8,11 @@ same bytes; the first returns a dict, the second the typed reply.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
+import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
@@ -21,7 +24,16 @@ from ksi.transport.identity import Directory, KeyRing
 from ksi.transport.limits import WINDOW_COMMANDS_MAX
 from ksi.transport.link import Link
 from ksi.transport.mailbox import connect
-from ksi.transport.message import CATALOGUE, Message, Query, Role, encode, operation_of, unknown
+from ksi.transport.message import (
+    CATALOGUE,
+    Message,
+    Operation,
+    Query,
+    Role,
+    encode,
+    operation_of,
+    unknown,
+)
 from ksi.transport.window import Pending
 
 if TYPE_CHECKING:
@@ -33,6 +45,7 @@ _FENCED: Final = frozenset(
 )
 _TEACHING: Final = frozenset({"session:create", "session:claim", "session:transfer"})
 _EPOCHS_MAX: Final = 100_000  # Sessions whose epoch a client remembers; the oldest go first.
+_ALONE_S: Final = 1.0  # No supervisor for this long, and none is waited for: a restart is shorter.
 
 _decode = msgspec.msgpack.decode
 
@@ -43,6 +56,14 @@ class Ticket(NamedTuple):
     owner: str
     instance: bytes
     number: int
+
+
+class Known(NamedTuple):
+    """What became of a command nobody waited for."""
+
+    operation: str
+    body: bytes | None
+    error: KsiError | None
 
 
 class Prepared(NamedTuple):
@@ -87,12 +108,16 @@ class Caller:
             raise Invalid("a client needs a name", hint="Client('alice'), or set KSI_AGENT")
         if not self.var.is_dir():
             raise NotRunning(f"there is no directory {self.var}", hint="ksi start")
-        self.directory = Directory.read(self.var)
         self.certificate = KeyRing(self.var).enroll(self.name, role)
         self.links: dict[str, Link] = {}
         self._epochs: dict[str, int] = {}
         self._readers: dict[str, OwnerReader] = {}
-        self._unclaimed: dict[Ticket, tuple[bytes | None, KsiError | None]] = {}
+        self._unclaimed: dict[Ticket, Known] = {}
+
+    @cached_property
+    def directory(self) -> Directory:
+        """Where owners are found. Raises `NotRunning` while there is no supervisor."""
+        return Directory.read(self.var)
 
     def prepare(
         self, what: str | Message, fields: Mapping[str, Any] | None, named: dict[str, Any]
@@ -104,6 +129,9 @@ class Caller:
         """
         if isinstance(what, Message):
             declared = operation_of(what)
+            if declared.name in _FENCED and getattr(what, "epoch", 0) is None:
+                epoch = self._epochs.get(getattr(what, "session_id", ""))
+                what = msgspec.structs.replace(what, epoch=epoch)
             kind = declared.kind == "command"
             return Prepared(declared.name, declared.owner, kind, encode(what), declared.reply)
         owner = self.directory.commands.get(what)
@@ -115,10 +143,27 @@ class Caller:
         if fields is not None:
             named = {**fields, **named}
         if what in _FENCED and "epoch" not in named:
-            epoch = self._epochs.get(named.get("session_id", ""))
+            session_id = named.get("session_id")
+            epoch = self._epochs.get(session_id) if isinstance(session_id, str) else None
             if epoch is not None:
                 named["epoch"] = epoch
         return Prepared(what, owner, is_command, encode(named), None)
+
+    def deadline_s(self, timeout_s: float) -> float:
+        """Return when `timeout_s` from now is over. Raises `Invalid` if that is no time."""
+        deadline_s = time.monotonic() + timeout_s
+        if not math.isfinite(deadline_s):
+            raise Invalid(f"timeout_s must be a number of seconds, not {timeout_s}")
+        return deadline_s
+
+    def is_alone(self, link: Link, now_s: float) -> bool:
+        """Whether the owner is gone and nobody is there to start it, for a while now."""
+        if link.up or is_held(self.var):
+            link.alone_s = None
+            return False
+        if link.alone_s is None:
+            link.alone_s = now_s
+        return now_s - link.alone_s >= _ALONE_S
 
     def link(self, owner: str) -> Link:
         """Return the link to an owner, made if there is none."""
@@ -168,34 +213,36 @@ class Caller:
             ticket = None
         else:
             ticket = Ticket(link.owner, link.window.instance, pending.number)
-        error = self.no_answer(link, pending)
+        if ticket is None or not pending.sent:
+            error = self.no_answer(link, pending.operation)
+        else:
+            error = Unavailable(
+                f"{link.owner} did not answer {pending.operation} in time; "
+                "it may or may not have happened",
+                hint="client.settle(error.ticket) finds out",
+                owner=link.owner,
+            )
         if isinstance(error, Unavailable):
             error.ticket = ticket
         return error
 
-    def no_answer(self, link: Link, pending: Pending) -> KsiError:
+    def no_answer(self, link: Link, what: str) -> KsiError:
+        """Return what to tell who asked for something that has not happened."""
         if not link.up and not is_held(self.var):
             return NotRunning(f"no supervisor runs on {self.var}", hint="ksi start")
-        known = (
-            "; it may or may not have happened" if pending.number in link.window.commands else ""
-        )
-        hint = "client.settle(error.ticket) finds out" if known else "ksi status"
-        return Unavailable(
-            f"{link.owner} did not answer {pending.operation} in time{known}",
-            hint=hint,
-            owner=link.owner,
-        )
+        text = f"{link.owner} did not answer {what} in time"
+        return Unavailable(text, hint="ksi status", owner=link.owner)
 
     def keep(
         self, link: Link, pending: Pending, body: bytes | None, error: KsiError | None
     ) -> None:
         """Keep an outcome nobody waits for, in case `settle` asks for it."""
         ticket = Ticket(link.owner, link.window.instance, pending.number)
-        self._unclaimed[ticket] = (body, error)
+        self._unclaimed[ticket] = Known(pending.operation, body, error)
         while len(self._unclaimed) > WINDOW_COMMANDS_MAX:
             del self._unclaimed[next(iter(self._unclaimed))]
 
-    def outcome_of(self, ticket: Ticket) -> tuple[bytes | None, KsiError | None] | Pending | None:
+    def outcome_of(self, ticket: Ticket) -> Known | Pending | None:
         """Return what is known of a ticket: its outcome, its pending command, or nothing."""
         known = self._unclaimed.pop(ticket, None)
         if known is not None:
@@ -210,15 +257,12 @@ class Caller:
     ) -> Any:
         """Run a query here, on the owner's committed state. No message is sent."""
         if isinstance(what, Message):
-            declared = operation_of(what)
-            return self._reader(declared.owner).answer(cast("Query[Any]", what))
-        owner = self.directory.queries.get(what)
-        if owner is None:
-            if what in self.directory.commands:
-                raise Invalid(f"{what} is a command", hint=f"ask it: client.ask({what!r}, ...)")
-            raise unknown(what, self.directory.queries)
-        reader = self._reader(owner)
-        declared = CATALOGUE[what]
+            reader = self._reader(operation_of(what).owner)
+            return reader.answer(cast("Query[Any]", what))
+        declared = CATALOGUE.get(what) or self._declared(what)
+        if declared.kind == "command":
+            raise Invalid(f"{what} is a command", hint=f"ask it: client.ask({what!r}, ...)")
+        reader = self._reader(declared.owner)
         if fields is not None:
             named = {**fields, **named}
         try:
@@ -226,6 +270,16 @@ class Caller:
         except msgspec.ValidationError as error:
             raise Invalid(f"{what}: {error}", hint=declared.hint) from None
         return msgspec.to_builtins(reader.answer(query))
+
+    def _declared(self, operation: str) -> Operation:
+        """Return a declaration that is not loaded yet."""
+        from ksi.actors.owners import load_all
+
+        load_all()
+        declared = CATALOGUE.get(operation)
+        if declared is None:
+            raise unknown(operation, CATALOGUE)
+        return declared
 
     def _reader(self, owner: str) -> OwnerReader:
         reader = self._readers.get(owner)
@@ -239,6 +293,23 @@ class Caller:
         """Close a link that was denied: ZeroMQ would go on asking. The next request opens one."""
         link.close()
         self.links.pop(link.owner, None)
+
+    def unanswered(self) -> int:
+        """Return how many commands are on their way that somebody still cares for."""
+        return sum(
+            pending.future is not None
+            for link in self.links.values()
+            for pending in link.window.commands.values()
+        )
+
+    def settled(self, ticket: Ticket, known: Known) -> dict[str, Any]:
+        """Return the reply of a settled command, or raise its refusal."""
+        if known.error is not None:
+            raise known.error
+        reply: dict[str, Any] = self.reply(
+            Prepared(known.operation, ticket.owner, True, b"", None), known.body
+        )
+        return reply
 
     def close_links(self) -> None:
         for link in self.links.values():

@@ -18,7 +18,7 @@ from typing import Any, Final, Self, TypeVar, overload
 
 import zmq
 
-from ksi.transport.caller import Caller, Prepared, Ticket
+from ksi.transport.caller import Caller, Known, Prepared, Ticket
 from ksi.transport.errors import KsiError, NotFound, Unavailable
 from ksi.transport.limits import ASK_TIMEOUT_S
 from ksi.transport.link import Delivery, Link, Subscribed
@@ -29,6 +29,7 @@ R = TypeVar("R")
 
 KEEPER_S: Final = 0.02  # How often the keeper looks, while there is anything to look after.
 _CLOSE_S: Final = 5.0
+_FAREWELL_S: Final = 0.25
 
 
 class _Slot:
@@ -54,7 +55,7 @@ class Client:
         role: the role to enrol with, if the name is new.
 
     Raises:
-        NotRunning: no supervisor has ever run on this var.
+        NotRunning: there is no such var directory.
         Forbidden: the key of this name was revoked, or the name is reserved.
     """
 
@@ -76,8 +77,12 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_rest: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(KsiError, ExceptionGroup):  # What is raised already says more.
+                self.close()
 
     @overload
     def ask(self, what: Command[R] | Query[R], /, *, timeout_s: float = ...) -> R: ...
@@ -112,11 +117,11 @@ class Client:
             Unavailable: no answer in time; `ticket` is for `settle`.
         """
         prepared = self._caller.prepare(what, fields, named)
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self._caller.deadline_s(timeout_s)
         with self._lock:
             link, pending = self._send(prepared, deadline_s)
             slot = pending.future = _Slot()
-            if not self._wait(lambda: slot.done, deadline_s):
+            if not self._wait(lambda: slot.done, deadline_s, link):
                 raise self._caller.late(link, pending)
         if slot.error is not None:
             raise slot.error
@@ -146,13 +151,16 @@ class Client:
     def flush(self, timeout_s: float = ASK_TIMEOUT_S) -> None:
         """Wait until every command is answered; raise what was refused since the last time.
 
+        An `ask` that has ended in `Unavailable` is not waited for: that is what `settle` is for.
+
         Raises:
             KsiError: the refusal of a `tell`; an ExceptionGroup if there are several.
             Unavailable: some are still unanswered at the deadline.
         """
+        unanswered = self._caller.unanswered
         with self._lock:
-            if not self._wait(lambda: not self._unanswered(), time.monotonic() + timeout_s):
-                raise Unavailable(f"{self._unanswered()} commands are still unanswered")
+            if not self._wait(lambda: not unanswered(), time.monotonic() + timeout_s):
+                raise Unavailable(f"{unanswered()} commands are still unanswered")
             errors, self._told_errors = self._told_errors, []
         if len(errors) == 1:
             raise errors[0]
@@ -186,11 +194,8 @@ class Client:
                 if not self._wait(lambda: slot.done, time.monotonic() + timeout_s):
                     known.future = None
                     raise Unavailable(f"still no answer to {known.operation}")
-                known = (slot.body, slot.error)
-        body, error = known
-        if error is not None:
-            raise error
-        return self._caller.reply(Prepared("", ticket.owner, True, b"", None), body)  # type: ignore[no-any-return]
+                known = Known(known.operation, slot.body, slot.error)
+        return self._caller.settled(ticket, known)
 
     def subscribe(self, pattern: str, *, owner: str | None = None) -> Subscription:
         """Hear what is announced under topics that match `pattern`: `*` a word, `>` the rest.
@@ -199,12 +204,13 @@ class Client:
             Invalid, Quota: the pattern is none, or one too many.
             Unavailable: no answer.
         """
+        deadline_s = time.monotonic() + ASK_TIMEOUT_S
         with self._lock:
             link = self._link(owner or self._caller.owner_of_topic(pattern))
             subscribed = link.subscribe(pattern)
-            if not self._wait(lambda: subscribed.ready, time.monotonic() + ASK_TIMEOUT_S):
+            if not self._wait(lambda: subscribed.ready, deadline_s, link):
                 link.unsubscribe(subscribed)
-                raise Unavailable(f"{link.owner} did not answer the subscription")
+                raise self._caller.no_answer(link, "the subscription")
             if subscribed.error is not None:
                 link.unsubscribe(subscribed)
                 raise subscribed.error
@@ -217,19 +223,24 @@ class Client:
             return
         try:
             self.flush(timeout_s)
-            with self._lock:
-                links = [link for link in self._caller.links.values() if link.up]
-                for link in links:
-                    link.goodbye()
-                self._wait(
-                    lambda: all(link.window.farewell for link in links), time.monotonic() + 0.25
-                )
         finally:
+            self._say_goodbye()
             self._closed.set()
             if self._keeper is not None:
                 self._keeper.join()
             with self._lock:
                 self._caller.close_links()
+
+    def _say_goodbye(self) -> None:
+        """Where nothing is unanswered, let the owner forget this instance."""
+        with self._lock:
+            links = [each for each in self._caller.links.values() if each.up]
+            links = [each for each in links if not each.window.commands]
+            for link in links:
+                link.goodbye()
+            self._wait(
+                lambda: all(each.window.farewell for each in links), time.monotonic() + _FAREWELL_S
+            )
 
     def _link(self, owner: str) -> Link:
         link = self._caller.links.get(owner)
@@ -250,18 +261,22 @@ class Client:
                 raise Unavailable(
                     f"{prepared.operation} was not sent: the window to {prepared.owner} is full"
                 )
+            link = self._link(prepared.owner)  # The former may have been denied meanwhile.
         if not link.window.waiting():
             link.heard_s = now_s
         pending = self._caller.add(prepared, link, deadline_s)
         link.flush(now_s)
         return link, pending
 
-    def _wait(self, done: Any, deadline_s: float) -> bool:
-        """Drive the sockets until `done()`; return False when the deadline comes first."""
+    def _wait(self, done: Any, deadline_s: float, link: Link | None = None) -> bool:
+        """Drive the sockets until `done()`; return False when the deadline comes first.
+
+        Nor is the deadline waited for when there is nobody at the other end of `link`.
+        """
         self._take_all()
         while not done():
             now_s = time.monotonic()
-            if now_s >= deadline_s:
+            if now_s >= deadline_s or (link is not None and self._caller.is_alone(link, now_s)):
                 return False
             with contextlib.suppress(zmq.ZMQError):  # A signal's handler may have run: look again.
                 self._poller.poll(1 + int(min(deadline_s - now_s, KEEPER_S) * 1000))
@@ -287,9 +302,6 @@ class Client:
             self._poller.unregister(link.dealer)
             self._poller.unregister(link.monitor)
             self._caller.drop(link)
-
-    def _unanswered(self) -> int:
-        return sum(len(link.window.commands) for link in self._caller.links.values())
 
     def _keep(self) -> None:
         """Start the thread that looks after the links between calls."""
@@ -329,15 +341,23 @@ class Subscription:
 
         Raises:
             TimeoutError: none came in time.
+            Forbidden: the key of this client was revoked. Other refusals likewise.
+            Unavailable: the client is closed.
         """
         deadline_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        arrived = self._subscribed.arrived
-        while time.monotonic() < deadline_s:
-            with self._client._lock:  # Only for a moment: other threads want to ask.
+        client, subscribed = self._client, self._subscribed
+        while True:
+            with client._lock:  # Only for a moment: other threads want to ask.
                 slice_s = min(deadline_s, time.monotonic() + KEEPER_S)
-                if self._client._wait(lambda: bool(arrived), slice_s):
-                    return self._link.next_delivery(self._subscribed)
-        raise TimeoutError(f"nothing under {self._subscribed.pattern} in {timeout_s} s")
+                client._wait(lambda: subscribed.arrived or subscribed.error, slice_s)
+                if subscribed.arrived:
+                    return self._link.next_delivery(subscribed)
+            if subscribed.error is not None:
+                raise subscribed.error
+            if client._closed.is_set():
+                raise Unavailable("this client is closed")
+            if time.monotonic() >= deadline_s:
+                raise TimeoutError(f"nothing under {subscribed.pattern} in {timeout_s} s")
 
     def close(self) -> None:
         """End the subscription."""

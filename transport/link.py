@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Final
 
 import msgspec
@@ -22,6 +24,7 @@ from ksi.transport.wire import Kind, Subscribe
 
 CREDIT: Final = 256  # Deliveries an owner may send ahead of their reader.
 SILENCE_S: Final = 1.0  # After this long without an answer what is unanswered is sent again.
+CROWDED_S: Final = 0.1  # An owner that takes nothing in is given this long before the next try.
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,17 @@ class Subscribed:
     number: int
     pattern: str
     arrived: deque[Delivery] = field(default_factory=deque)
-    taken: int = 0  # taken by the reader since the connection came up
+    received: int = 0  # since the connection came up
     granted: int = CREDIT
-    seq: int = 0  # of the latest delivery of this connection
     error: KsiError | None = None
     ready: bool = False
     wake: Callable[[], None] = lambda: None
+
+    def fail(self, error: KsiError) -> None:
+        """Nothing more will come, and this is why."""
+        self.error = error
+        self.ready = True
+        self.wake()
 
 
 class Link:
@@ -64,20 +72,24 @@ class Link:
         self.window = Window()
         self.up = False
         self.denied = False
+        self.closed = False
         self.subscribed: dict[int, Subscribed] = {}
         self.heard_s = 0.0  # when something last came, or was first waited for
-        self._goodbye = False
+        self.alone_s: float | None = None  # since when no supervisor has been seen
+        self._numbers = count(1)  # Never used again: what was sent to one is for no other.
+        self._unsent: deque[bytes] = deque()  # control frames there was no room for
 
     def flush(self, now_s: float) -> None:
         """Send all that is due and can be sent now."""
         if not self.up:
             return
         try:
+            self._send_unsent()
             for frame in self.window.frames(now_s):
                 self.dealer.send(frame, zmq.DONTWAIT)
         except zmq.Again:
             self.window.lost()  # Part of it may have gone: the owner knows numbers it has seen.
-            self.up = False
+            self.window.not_before_s = now_s + CROWDED_S
 
     def take(self, now_s: float) -> list[Outcome]:
         """Receive all that has come; return what it settles."""
@@ -104,7 +116,7 @@ class Link:
         if window.waiting() and now_s - self.heard_s > SILENCE_S:
             self.heard_s = now_s
             window.lost()
-        return window.unsent() and now_s >= window.not_before_s
+        return (window.unsent() or bool(self._unsent)) and now_s >= window.not_before_s
 
     def expired(self, now_s: float) -> list[Pending]:
         """Return the requests whose deadline has passed and whose caller still waits."""
@@ -118,9 +130,7 @@ class Link:
 
     def subscribe(self, pattern: str) -> Subscribed:
         """Add a subscription; it is renewed whenever the connection comes up."""
-        number = len(self.subscribed) + 1
-        while number in self.subscribed:
-            number += 1
+        number = next(self._numbers)
         subscribed = self.subscribed[number] = Subscribed(number, pattern)
         if self.up:
             self._ask(subscribed)
@@ -134,10 +144,11 @@ class Link:
     def next_delivery(self, subscribed: Subscribed) -> Delivery:
         """Take the next delivery that has arrived, and grant credit for more in time."""
         delivery = subscribed.arrived.popleft()
-        subscribed.taken += 1
-        if subscribed.granted - subscribed.taken <= CREDIT // 2:
-            subscribed.granted = subscribed.taken + CREDIT
-            self._control(Kind.CREDIT, [(subscribed.number, subscribed.granted)])
+        # What has come and is not taken, and what may still come, are `CREDIT` at the most.
+        grant = subscribed.received + CREDIT - len(subscribed.arrived)
+        if grant - subscribed.granted >= CREDIT // 2:
+            subscribed.granted = grant
+            self._control(Kind.CREDIT, [(subscribed.number, grant)])
         return delivery
 
     def descriptors(self) -> tuple[int, int]:
@@ -146,7 +157,7 @@ class Link:
 
     def readable(self) -> bool:
         """Whether a frame waits."""
-        return bool(int(self.dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return not self.closed and bool(int(self.dealer.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def hello(self) -> None:
         """Ask who is there; `window.welcome` is the answer."""
@@ -158,6 +169,7 @@ class Link:
 
     def close(self) -> None:
         """Close the sockets."""
+        self.up, self.closed = False, True
         self.dealer.disable_monitor()
         self.monitor.close(0)
         self.dealer.close(0)
@@ -169,6 +181,7 @@ class Link:
                 self._ask(subscribed)
         elif change == "down":
             self.up = False
+            self._unsent.clear()
             self.window.lost()
         elif change == "denied":
             self.denied = True
@@ -177,20 +190,25 @@ class Link:
                 hint="ksi agents list shows who is enrolled; ksi agents enroll NAME enrols",
             )
             outcomes += [(pending, None, error) for pending in self.window.give_up()]
+            for subscribed in self.subscribed.values():
+                subscribed.fail(error)
 
     def _ask(self, subscribed: Subscribed) -> None:
-        subscribed.granted, subscribed.taken = CREDIT - len(subscribed.arrived), 0
-        subscribed.seq = 0
+        subscribed.granted = CREDIT - len(subscribed.arrived)
+        subscribed.received = 0
         asked = Subscribe(subscribed.number, subscribed.pattern, subscribed.granted)
         self._control(Kind.SUBSCRIBE, [asked])
 
     def _control(self, kind: Kind, items: list[Any]) -> None:
         if self.up:
-            try:
-                self.dealer.send(self.window.control(kind, items), zmq.DONTWAIT)
-            except zmq.Again:
-                self.up = False
-                self.window.lost()
+            self._unsent.append(self.window.control(kind, items))
+            with suppress(zmq.Again):
+                self._send_unsent()
+
+    def _send_unsent(self) -> None:
+        while self._unsent:
+            self.dealer.send(self._unsent[0], zmq.DONTWAIT)
+            self._unsent.popleft()
 
     def _answered(self) -> None:
         answers, self.window.subscribed = self.window.subscribed, []
@@ -207,10 +225,8 @@ class Link:
             subscribed = self.subscribed.get(each.number)
             if subscribed is None:
                 continue
+            subscribed.received += 1
             message = msgspec.msgpack.decode(each.body) if each.topic else None
-            # What was announced without a seq that came was missed, whoever counted it.
-            before = each.seq - 1 if each.topic else each.seq
-            gap, subscribed.seq = max(0, before - subscribed.seq), each.seq
-            delivery = Delivery(each.topic, message, each.sender, each.seq, gap)
+            delivery = Delivery(each.topic, message, each.sender, each.seq, each.gap)
             subscribed.arrived.append(delivery)
             subscribed.wake()

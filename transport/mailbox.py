@@ -97,7 +97,7 @@ class Post(NamedTuple):
 class Mailbox:
     """The inbox of one owner: a pykka `ActorInbox` over a ROUTER socket.
 
-    `put`, `ring` aside, belongs to the thread of the actor's loop.
+    Only `put` may be called from other threads than that of the actor's loop.
 
     Attributes:
         timeout_s: how long the next `get` may wait for something; 0: not at all.
@@ -238,7 +238,6 @@ class Mailbox:
             os.close(self._wake_w)
 
     def _bind(self, endpoint: str, certificate: Certificate, tcp: str | None) -> None:
-        self._zap.linger = 0
         self._zap.bind(_ZAP_ENDPOINT)  # Before anybody can knock.
         router = self._router
         router.curve_server = True
@@ -251,7 +250,6 @@ class Mailbox:
         router.rcvhwm = REQUEST_FRAMES_MAX
         router.backlog = BACKLOG
         _bound(router)
-        self._bell.sndhwm = 1
         _bound(self._bell)
         self._bind_file(router, endpoint.removeprefix("ipc://"))
         self._bind_file(self._bell, endpoint.removeprefix("ipc://") + BELL_SUFFIX)
@@ -371,18 +369,17 @@ class Mailbox:
 
 
 def _verdict(asked: list[bytes], keys: KeyRing) -> list[bytes] | None:
-    """Return the ZAP answer to a ZAP request; None when it does not even say where to send it."""
+    """Return the ZAP answer to a ZAP request; None when it does not even say where to send it.
+
+    Raises:
+        OSError: the keys cannot be read. Without an answer the peer is cut, and comes again.
+    """
     match asked:
         case [route, b"", b"1.0", number, domain, _address, _identity, mechanism, key] if (
             domain == _DOMAIN and mechanism == b"CURVE" and len(key) == 32
         ):
             user_id = key.hex()
-            try:
-                enrolled = keys.of_public(user_id) is not None
-            except OSError:
-                _log.exception("the keys cannot be read")
-                return [route, b"", b"1.0", number, b"300", b"try later", b"", b""]
-            if enrolled:
+            if keys.of_public(user_id) is not None:
                 return [route, b"", b"1.0", number, b"200", b"OK", user_id.encode(), b""]
             return [route, b"", b"1.0", number, b"400", b"not enrolled", b"", b""]
         case [route, b"", _version, number, *_]:
@@ -439,7 +436,7 @@ def read_monitor(monitor: _Socket) -> list[Change]:
 def listen(context: _Context, bell_endpoint: str) -> _Socket:
     """Return a SUB socket that gets an empty frame when the owner has rung its bell.
 
-    Lossy: whoever hears nothing still looks from time to time. Rings that were not read are one.
+    Lossy: whoever hears nothing still looks from time to time. Rings nobody reads do not add up.
     """
     bell = context.socket(zmq.SUB)
     bell.conflate = 1

@@ -93,7 +93,13 @@ class Operation:
         except (RecursionError, UnicodeDecodeError, ValueError) as error:
             raise Invalid(f"{self.name}: unreadable body: {error}", hint=self.hint) from None
         for name in self.open_fields:
-            require_plain(getattr(message, name), f"$.{name}", self.name)
+            value = getattr(message, name)
+            if (
+                type(value) is not dict
+                or len(value) > ITEMS_MAX
+                or not _SCALARS.issuperset(map(type, value.values()))
+            ):
+                require_plain(value, f"$.{name}", self.name)
         return message
 
     @property
@@ -142,7 +148,7 @@ def operation_of(message: Message) -> Operation:
 
 def unknown(name: str, known: Any) -> UnknownOperation:
     """Return the refusal of an operation name that is not in `known`, naming the nearest."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:128], list(known), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "ksi discover lists all operations"
     return UnknownOperation(f"there is no operation {name!r}"[:200], hint=hint)
 
@@ -181,10 +187,10 @@ def require_plain(value: Any, path: str, what: str, depth: int = 1) -> None:
         return
     if kind is float:
         if not math.isfinite(value):
-            raise Invalid(f"{what}: {value} is not a number JSON can hold - at `{path}`")
+            raise Invalid(f"{what}: {value} is not a number JSON can hold - at `{path[:200]}`")
         return
     if kind is not dict and kind is not list:
-        raise Invalid(f"{what}: a {kind.__name__} is not a plain value - at `{path}`")
+        raise Invalid(f"{what}: a {kind.__name__} is not a plain value - at `{path[:200]}`")
     if depth > NESTING_MAX:
         raise Invalid(f"{what}: nested deeper than {NESTING_MAX} - at `{path[:200]}`")
     if len(value) > ITEMS_MAX:
@@ -196,7 +202,8 @@ def require_plain(value: Any, path: str, what: str, depth: int = 1) -> None:
     if kind is dict:
         for key, item in value.items():
             if type(key) is not str:
-                raise Invalid(f"{what}: the key {key!r} is no string - at `{path[:200]}`")
+                shown = repr(key)[:200]
+                raise Invalid(f"{what}: the key {shown} is no string - at `{path[:200]}`")
             if type(item) not in _SCALARS:
                 require_plain(item, f"{path}.{key}", what, depth + 1)
     else:

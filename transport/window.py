@@ -1,14 +1,16 @@
 """The client's half of effectively-once delivery to one owner. No I/O: bytes in, bytes out.
 
-Commands are numbered from 1 for each client *instance*. The owner carries out number n only after
-n - 1; a number it has carried out before is answered with the stored reply. So what may have been
-lost is simply sent again, in order, and `acked` tells the owner which replies it may forget.
+Commands of a client *instance* are numbered without a gap. The owner carries out number n only
+after n - 1; a number it has carried out before is answered with the stored reply. So what may have
+been lost is simply sent again, in order, and `acked` tells the owner which replies it may forget.
 
 - Nothing is sent beyond `WINDOW_COMMANDS_MAX` commands or `WINDOW_BYTES_MAX` bytes unanswered.
 - A transient refusal means that its number and all later ones did not happen: they wait
   `retry_after_s` and go again. A command whose deadline has passed goes with no time left, and
   the owner answers it with the stored reply or with `expired`: its number is settled either way.
 - A frame from another store than before settles everything with `restored`: it is never resent.
+- A window that starts anew, as another instance, counts on: an answer does not say which instance
+  it is for, and a late one to the former must not pass for one to this.
 
 Source: sessions as in TigerBeetle, with a window of replies in place of one; DESIGN 4.
 """
@@ -38,8 +40,8 @@ class Pending:
     """One request on its way. `future` is whatever its caller waits on."""
 
     __slots__ = (
-        "body", "correlation_id", "deadline_s", "future", "number", "operation", "refused", "sent",
-        "traceparent",
+        "body", "correlation_id", "deadline_s", "doubtful", "future", "number", "operation",
+        "refused", "sent", "traceparent",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +60,7 @@ class Pending:
         self.correlation_id = correlation_id
         self.traceparent = traceparent
         self.sent = False
+        self.doubtful = False  # it was sent, and what became of that is not known
         self.refused: KsiError | None = None  # the transient refusal it waits behind
         self.future: Any = None
 
@@ -83,6 +86,8 @@ class Window:
 
     def __init__(self, instance: bytes | None = None) -> None:
         self.cut = 0
+        self._last = 0
+        self._last_query = 0
         self._reset(instance)
 
     def _reset(self, instance: bytes | None) -> None:
@@ -96,11 +101,8 @@ class Window:
         self.subscribed: list[wire.Answer] = []  # answers to SUBSCRIBE, likewise
         self.welcome: wire.Welcome | None = None
         self.farewell = False
-        self._last = 0
-        self._last_query = 0
         self._unsent: list[Pending] = []  # commands, in order
         self._unsent_queries: list[Pending] = []
-        self._again = False  # a command among the unsent has been sent before
 
     @property
     def acked(self) -> int:
@@ -122,11 +124,14 @@ class Window:
         self._unsent.append(pending)
         return pending
 
-    def resume(self, number: int, operation: str, body: bytes) -> Pending:
-        """Take up a command numbered in an earlier life of this instance; in order of number."""
+    def resume(self, number: int, operation: str, body: bytes, *, again: bool) -> Pending:
+        """Take up a command that has its number already; in order of number.
+
+        `again`: an earlier life of this instance may have sent it.
+        """
         self._last = number - 1
         pending = self.add_command(operation, body, None)
-        self._again = True
+        pending.sent = again
         return pending
 
     def add_query(self, operation: str, body: bytes, deadline_s: float | None) -> Pending:
@@ -161,11 +166,10 @@ class Window:
             return
         if self._unsent:
             unsent, self._unsent = self._unsent, []
-            again, self._again = self._again, False
-            yield from self._frames_of(Kind.COMMANDS, unsent, again, now_s)
+            yield from self._frames_of(Kind.COMMANDS, unsent, now_s)
         if self._unsent_queries:
             unsent, self._unsent_queries = self._unsent_queries, []
-            yield from self._frames_of(Kind.QUERIES, unsent, False, now_s)
+            yield from self._frames_of(Kind.QUERIES, unsent, now_s)
 
     def control(self, kind: Kind, items: list[Any]) -> bytes:
         """Return a frame of another kind: HELLO, SUBSCRIBE, CREDIT, GOODBYE ..."""
@@ -177,6 +181,8 @@ class Window:
 
     def lost(self) -> None:
         """The connection was lost, and with it perhaps any frame: all unanswered go again."""
+        for pending in self.commands.values():
+            pending.doubtful = pending.doubtful or (pending.sent and pending.refused is None)
         self._resend_from(0)
         self._unsent_queries = list(self.queries.values())
 
@@ -222,60 +228,52 @@ class Window:
             if number < 0:
                 self.subscribed.append(answer)
                 continue
-            if answer.error is None:
-                pending = waiting.pop(number, None)
-                if pending is not None:
-                    outcomes.append((pending, answer.body, None))
-                    if waiting is self.commands:
-                        self.command_bytes -= len(pending.body)
+            pending = waiting.get(number)
+            if pending is None:  # settled already, or it is for a former instance
                 continue
-            error = from_wire(answer.error)
-            if not error.conclusive and waiting is self.commands:
-                self._hold(number, error, now_s)
+            error = None if answer.error is None else from_wire(answer.error)
+            if error is not None and not error.conclusive and waiting is self.commands:
+                self._hold(pending, error, now_s)
                 continue
             if isinstance(error, Evicted):
                 outcomes += self._start_anew(error)
                 break
-            pending = waiting.pop(number, None)
-            if pending is not None:
-                outcomes.append((pending, None, error))
-                if waiting is self.commands:
-                    self.command_bytes -= len(pending.body)
+            del waiting[number]
+            outcomes.append((pending, answer.body, error))
+            if waiting is self.commands:
+                self.command_bytes -= len(pending.body)
         return outcomes
 
-    def _hold(self, number: int, error: KsiError, now_s: float) -> None:
-        """Number `number` was refused for now: it and all after it go again a little later."""
-        held = self.commands.get(number)
-        if held is not None:
-            held.refused = error
+    def _hold(self, pending: Pending, error: KsiError, now_s: float) -> None:
+        """A command was refused for now: it and all after it go again a little later."""
+        if not pending.doubtful:  # Else it says nothing of what was sent before.
+            pending.refused = error
         self.not_before_s = now_s + float(error.details.get("retry_after_s") or RETRY_S)
-        self._resend_from(number)
+        self._resend_from(pending.number)
 
     def _resend_from(self, number: int) -> None:
-        """Mark all commands from `number` on as unsent."""
+        """Mark all commands from `number` on as unsent, beside those that are so already."""
+        if self._unsent:  # A refusal may come late, after the connection it came by was lost.
+            number = min(number, self._unsent[0].number)
         self._unsent = [each for each in self.commands.values() if each.number >= number]
-        self._again = True
 
     def _start_anew(self, error: KsiError) -> list[Outcome]:
         """Settle everything with `error` and go on as a new instance."""
         return [(pending, None, error) for pending in self.give_up()]
 
-    def _frames_of(
-        self, kind: Kind, unsent: list[Pending], again: bool, now_s: float
-    ) -> Iterator[bytes]:
+    def _frames_of(self, kind: Kind, unsent: list[Pending], now_s: float) -> Iterator[bytes]:
         acked = self.acked
         start, room = 0, _FRAME_ROOM
         for end, pending in enumerate(unsent):
             cost = len(pending.body) + 256
             if cost > room and end > start:
-                yield self._pack(kind, unsent[start:end], acked, again, now_s)
+                yield self._pack(kind, unsent[start:end], acked, now_s)
                 start, room = end, _FRAME_ROOM
             room -= cost
-        yield self._pack(kind, unsent[start:], acked, again, now_s)
+        yield self._pack(kind, unsent[start:], acked, now_s)
 
-    def _pack(
-        self, kind: Kind, batch: list[Pending], acked: int, again: bool, now_s: float
-    ) -> bytes:
+    def _pack(self, kind: Kind, batch: list[Pending], acked: int, now_s: float) -> bytes:
+        again = kind is Kind.COMMANDS and any(pending.sent for pending in batch)
         for pending in batch:
             pending.sent = True
             pending.refused = None

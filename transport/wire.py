@@ -10,11 +10,17 @@ byte strings of their own, so that one bad body spoils one request, not the fram
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
 VERSION: Final = 1
+NUMBER_MAX: Final = (1 << 63) - 1  # The largest that fits every integer on its way.
+INSTANCE_BYTES: Final = 16
+
+Number = Annotated[int, msgspec.Meta(ge=1, le=NUMBER_MAX)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=NUMBER_MAX)]
+Instance = Annotated[bytes, msgspec.Meta(min_length=INSTANCE_BYTES, max_length=INSTANCE_BYTES)]
 
 
 class Kind(IntEnum):
@@ -39,7 +45,7 @@ class Kind(IntEnum):
 class Request(msgspec.Struct, array_like=True, frozen=True):
     """One command or query. `remaining_ms` is the time left for it, None for ever."""
 
-    number: int
+    number: Number
     operation: str
     body: bytes
     remaining_ms: int | None = None
@@ -56,12 +62,12 @@ class Frame(msgspec.Struct, array_like=True, frozen=True):
     in it has been sent before.
     """
 
-    version: int
+    version: Literal[1]
     kind: int
     store: str
-    cut: int
-    instance: bytes
-    acked: int
+    cut: Count
+    instance: Instance
+    acked: Count
     again: bool
     items: list[Any]
 
@@ -69,12 +75,12 @@ class Frame(msgspec.Struct, array_like=True, frozen=True):
 class CommandsFrame(msgspec.Struct, array_like=True, frozen=True):
     """`Frame` with items that are requests: COMMANDS and QUERIES."""
 
-    version: int
-    kind: int
+    version: Literal[1]
+    kind: Annotated[int, msgspec.Meta(ge=2, le=3)]
     store: str
-    cut: int
-    instance: bytes
-    acked: int
+    cut: Count
+    instance: Instance
+    acked: Count
     again: bool
     items: list[Request]
 
@@ -82,9 +88,9 @@ class CommandsFrame(msgspec.Struct, array_like=True, frozen=True):
 class Subscribe(msgspec.Struct, array_like=True, frozen=True):
     """Ask for what is announced under topics that match `pattern` (`*` one word, `>` the rest)."""
 
-    number: int
+    number: Number
     pattern: str
-    credit: int
+    credit: Count
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True):

@@ -586,7 +586,7 @@ def _contribute(
             )
     events = _entry_events(session_id, session, command, name, given)
     if tables.participants.get((session_id, name)) is None:
-        events = (*events, Joined(session_id, name, given.now))
+        events = (Joined(session_id, name, given.now), *events)
     reply = Appended(
         session_id=session_id, seq=session.seq + 1, epoch=session.epoch, timestamp=given.now
     )
@@ -924,7 +924,8 @@ def _view(session_id: str, session: Session) -> SessionView:
 
 def _history(query: GetHistory, tables: SessionTables) -> History:
     session = _known(tables, query.session_id)
-    after = max(0, session.seq - query.limit) if query.after is None else query.after
+    after = session.seq - query.limit if query.after is None else min(query.after, session.seq)
+    after = max(0, after)
     last = min(session.seq, after + query.limit)
     entries: list[dict[str, Any]] = []
     if after < last:

@@ -169,13 +169,13 @@ def steps(shape: tuple[type, ...]) -> st.SearchStrategy[Any]:
             st.tuples(st.just("undo")),
             st.tuples(
                 st.just("range"),
-                bounds(shape),
+                st.just(()) | bounds(shape),
                 st.none() | bounds(shape),
-                bounds(shape),
+                st.just(()) | bounds(shape),
                 st.booleans(),
             ),
         ),
-        max_size=30,
+        max_size=20,
     )
 
 
@@ -210,6 +210,9 @@ def test_a_table_behaves_like_a_sorted_dict(
     settled: dict[Any, Item] = {}
     sees_batch = kit.reader is kit.writer
 
+    for key, row in data.draw(st.dictionaries(SHAPES[shape], rows, max_size=12)).items():
+        kit.writer.put(key, row)
+        model[key] = row
     for step in data.draw(steps(shape)):
         seen = model if sees_batch else settled
         match step:
@@ -250,6 +253,48 @@ def test_a_row_put_in_a_batch_is_seen_in_it(make: Callable[[TableSpec], Kit]) ->
     assert kit.writer.get("b") is None
     assert list(kit.writer.range()) == [("a", Item("two", 2))]
     assert kit.writer.count() == 1
+
+
+@every_kit
+def test_a_row_that_is_deleted_is_gone_whatever_was_read_since_it_was_put(
+    make: Callable[[TableSpec], Kit],
+) -> None:
+    kit = make(TableSpec(Item, cache_rows=2))
+    for reads in range(8):
+        for name in "abcdef":
+            kit.writer.put(name, Item(name, reads))
+        kit.settle()
+        for name in ("a" + "bcdefbcd")[:reads]:
+            kit.writer.get(name)
+        kit.writer.delete("a")
+        assert kit.writer.get("a") is None
+        kit.settle()
+        assert kit.reader.get("a") is None
+
+
+@every_kit
+def test_a_range_ends_where_it_should_in_both_directions(make: Callable[[TableSpec], Kit]) -> None:
+    kit = make(TableSpec(Item, (str, int)))
+    keys = [(name, number) for name in ("a", "ab", "b") for number in range(3)]
+    for key in reversed(keys):
+        kit.writer.put(key, Item("x", 1))
+    kit.settle()
+
+    def found(*bounds: Any, **more: Any) -> list[Any]:
+        forward = [key for key, _ in kit.reader.range(*bounds, **more)]
+        backward = [key for key, _ in kit.reader.range(*bounds, **more, reverse=True)]
+        assert forward == backward[::-1]
+        return forward
+
+    assert found() == keys
+    assert found(("a", 1), ("b", 1)) == keys[1:7]
+    assert found(("a", 9), ("b",)) == keys[3:6]
+    assert found(("ab",)) == keys[3:]
+    assert found(prefix=("a",)) == keys[:3]
+    assert found(("a", 1), prefix=("a",)) == keys[1:3]
+    assert found((), ("ab", 1), prefix=("ab",)) == keys[3:4]
+    assert found(prefix=("ab", 2)) == keys[5:6]
+    assert found(("c",)) == found((), ("a",)) == found(prefix=("aa",)) == []
 
 
 @every_kit

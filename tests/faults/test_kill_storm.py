@@ -18,9 +18,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ksi.transport import AsyncClient
-
 from system import System
+
+from ksi.transport import AsyncClient
 
 CLIENTS = 4
 CALLERS = 16

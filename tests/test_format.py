@@ -1,0 +1,40 @@
+"""The version of the layout: a newer one is refused untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_store import content
+
+from ksi.storage.errors import Corrupt, NewerFormat
+from ksi.storage.format import FORMAT, check_format
+
+
+def test_a_new_directory_is_marked_once(tmp_path: Path) -> None:
+    var = tmp_path / "new" / "var"
+    check_format(var)
+    assert (var / "FORMAT").read_text() == f"ksi {FORMAT}\n"
+    before = (var / "FORMAT").stat()
+
+    check_format(var)
+
+    assert (var / "FORMAT").stat().st_ino == before.st_ino
+
+
+def test_a_newer_format_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+    (tmp_path / "FORMAT").write_text("ksi 2\n")
+    before = content(tmp_path)
+
+    with pytest.raises(NewerFormat) as caught:
+        check_format(tmp_path)
+
+    assert content(tmp_path) == before
+    assert caught.value.details == {"found": 2, "known": FORMAT}
+
+
+@pytest.mark.parametrize("text", ["", "ksi", "ksi one", "elephants 1", "ksi -1", "\x00" * 8])
+def test_a_file_that_names_no_version_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "FORMAT").write_text(text)
+    with pytest.raises(Corrupt):
+        check_format(tmp_path)
