@@ -21,6 +21,7 @@ Source: DESIGN 5; group commit as in Redis `appendfsync always`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, Final, NamedTuple, Protocol, get_args, get_type_hints
 
 import msgspec
@@ -205,10 +206,13 @@ class CommitLoop:
                 hint="this is a defect of KSI: ksi logs shows the traceback",
             )
             self.store.begin()
-            self.delivery.client(work.sender.name, work.instance).acknowledge(work.acked)
             record = self._refusal(work, error)
             self.delivery.settle(record, given.now)
-            self._commit([record], given)
+            try:
+                self._commit([record], given)
+            except StorageFull as full:
+                self._undo()
+                return Outcome([self._refused(work, full)], [], [])
         if not works:
             self.log.error("a tick failed", exc_info=cause)
         return outcome
@@ -378,10 +382,13 @@ def _extend(together: Outcome, more: Outcome) -> None:
     together.sends.extend(more.sends)
 
 
+_hints = cache(partial(get_type_hints, include_extras=True))  # A millisecond of every start.
+
+
 def bind(declared: type[Tables], tables: Mapping[str, Any], logs: Log | None = None) -> Any:
     """Return an instance of the declared tables over `tables`, by their names."""
     bound = declared()
-    for name, kind in get_type_hints(declared).items():
+    for name, kind in _hints(declared).items():
         setattr(bound, name, logs if kind is Log else tables[name])
     return bound
 
@@ -389,7 +396,7 @@ def bind(declared: type[Tables], tables: Mapping[str, Any], logs: Log | None = N
 def table_types(owner: Owner[Any]) -> dict[str, tuple[type, tuple[type, ...]]]:
     """Return row and key types of every table in the owner's store, the host's among them."""
     types = dict(HOST_TABLES)
-    for name, kind in get_type_hints(owner.tables, include_extras=True).items():
+    for name, kind in _hints(owner.tables).items():
         if kind is not Log:
             (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
             plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind

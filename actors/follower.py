@@ -12,8 +12,10 @@ written again from the journal.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -23,12 +25,13 @@ import msgspec
 import zmq
 
 from ksi.actors import log
+from ksi.actors.process import wait_for_room
 from ksi.actors.reading import OwnerReader, cursor_path, log_directory, reader_of
 from ksi.actors.stat import StatWriter
 from ksi.storage.atomic import make_directory, write_atomically
-from ksi.storage.files import Cursor, LogGap, LogWriter
-from ksi.storage.journal import Position
-from ksi.transport.errors import NotRunning
+from ksi.storage.files import BLOCKED, Cursor, LogGap, LogWriter
+from ksi.storage.journal import NO_ROOM, Position
+from ksi.transport.errors import NotRunning, StorageFull
 from ksi.transport.identity import bell_endpoint, run_directory
 from ksi.transport.limits import TICK_S
 from ksi.transport.mailbox import listen, raise_file_limit
@@ -94,7 +97,7 @@ class LogFollower:
 
     def close(self) -> None:
         """Write all there is, sync and close."""
-        with suppress(NotRunning):
+        with suppress(NotRunning, StorageFull):
             while self.turn():
                 pass
         self.sync()
@@ -108,7 +111,9 @@ class LogFollower:
             pass
         short = {}
         for key, size in sizes.items():
-            found_bytes = self._writer.size(key)
+            found_bytes = self._size(key)
+            if found_bytes is None:
+                continue
             if found_bytes > size:
                 self._log.warning("cut a file", log=key, bytes=found_bytes, committed_bytes=size)
                 self._writer.truncate(key, size)
@@ -126,6 +131,22 @@ class LogFollower:
             self._writer.write(key, offset, content)
         except LogGap:
             self._write_again({key: offset + len(content)})
+        except OSError as error:
+            self._skip(key, error)
+
+    def _size(self, key: str) -> int | None:
+        """Return how long a log is; None where something else is in its place."""
+        try:
+            return self._writer.size(key)
+        except OSError as error:
+            self._skip(key, error)
+            return None
+
+    def _skip(self, key: str, error: OSError) -> None:
+        """Go on without a file whose place is taken: its lines are in the journal until then."""
+        if error.errno not in BLOCKED:
+            raise error
+        self._log.error("something else is in the place of a file", log=key, error=str(error))
 
     def _write_again(self, sizes: dict[str, int]) -> None:
         """Write logs again up to these sizes, from what the journal still holds of them."""
@@ -170,7 +191,8 @@ def run_files(var: str) -> None:
     """Run the followers that write files until SIGTERM; then all that is committed is written."""
     root = Path(var)
     logger = log.configure(root, "files")
-    stat = StatWriter(run_directory(root) / "files.stat")
+    stat = wait_for_room(lambda: StatWriter(run_directory(root) / "files.stat"), logger)
+    os.nice(5)  # Owners go first: clients wait for them, and for this one nobody does.
     raise_file_limit()
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopping.append(number))
@@ -178,12 +200,13 @@ def run_files(var: str) -> None:
     context = zmq.Context()
     for owner in ("sessions", "registry"):
         bells.register(listen(context, bell_endpoint(root, owner)), zmq.POLLIN)
-    logs, page = LogFollower("sessions", root, logger), _identities(root)
+    logs = wait_for_room(lambda: LogFollower("sessions", root, logger), logger)
+    page = wait_for_room(lambda: _identities(root), logger)
     stat.state = "running"
     while not stopping:
         stat.begin_turn(time.monotonic())
-        busy = any([_turn(logs), _turn(page)])
-        more = not busy and logs.idle()
+        busy = any([_try(logs.turn), _try(page.turn)])
+        more = not busy and _try(logs.idle)
         stat.commits += busy
         stat.end_turn(time.monotonic())
         if not more and not busy:
@@ -193,17 +216,22 @@ def run_files(var: str) -> None:
         if busy:
             time.sleep(GROUP_S)
     stat.state = "draining"
-    _turn(page)
+    _try(page.turn)
     logs.close()
     stat.end_turn(time.monotonic())
     logger.info("closed")
 
 
-def _turn(follower: LogFollower | Page) -> bool:
+def _try(step: Callable[[], bool]) -> bool:
+    """Take a step that may find that it has to wait; then it has done nothing."""
     try:
-        return follower.turn()
-    except NotRunning:  # The owner has not been started yet: there is nothing to follow.
+        return step()
+    except (NotRunning, StorageFull):  # Nothing to follow yet, or no room: again a little later.
         return False
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            return False
+        raise
 
 
 def _identities(var: Path) -> Page:

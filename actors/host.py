@@ -79,8 +79,10 @@ class Host(pykka.ThreadingActor):
         self._stat = stat
         self._log = log
         self._subscriptions = Subscriptions()
-        self._waiting: deque[tuple[Kind, Work]] = deque()
+        self._commands: deque[Work] = deque()
+        self._queries: deque[tuple[int, Work]] = deque()  # each behind that many commands
         self._waiting_bytes = 0
+        self._came = self._done = 0  # commands
         self._ours: list[Record[Any]] = []
         self._time_s = store.meta.time_s
         self._turned_s = self._ticked_s = self._probed_s = time.monotonic()
@@ -128,18 +130,19 @@ class Host(pykka.ThreadingActor):
         for letter in post.letters:
             self._take_in(letter)
         self._ours += self._outbox.turn(started_s)
-        commands, queries = self._next_batch()
+        commands = self._next_batch()
         tick = started_s - self._ticked_s >= TICK_S
         if commands or self._ours or tick:
             self._carry_out(commands, started_s, tick)
-        if queries:
-            self._answer(queries)
+        self._done += len(commands)
+        if self._queries and self._queries[0][0] <= self._done:
+            self._answer()
         if started_s - self._probed_s >= _PROBE_S:
             self._probed_s = started_s
             for route in self._subscriptions.routes():
                 self._send(route, Kind.DELIVERIES, [])
         self._end_turn(commands, started_s)
-        if self._draining and not self._waiting:
+        if self._draining and not self._commands and not self._queries:
             self._stat.state = "draining"
             self.stop()
 
@@ -163,7 +166,7 @@ class Host(pykka.ThreadingActor):
         who = Sender(*sender)
         for request in frame.items:
             if (
-                len(self._waiting) >= MAILBOX_REQUESTS_MAX
+                len(self._commands) + len(self._queries) >= MAILBOX_REQUESTS_MAX
                 or self._waiting_bytes > MAILBOX_BYTES_MAX
             ):
                 full = Busy("the mailbox is full", limit=MAILBOX_REQUESTS_MAX, retry_after_s=0.05)
@@ -179,7 +182,11 @@ class Host(pykka.ThreadingActor):
                 None if left_ms is None else letter.arrived_s + left_ms / 1000,
                 letter.arrived_s,
             )
-            self._waiting.append((kind, work))
+            if kind is Kind.COMMANDS:
+                self._commands.append(work)
+                self._came += 1
+            else:
+                self._queries.append((self._came, work))
             self._waiting_bytes += len(request.body)
         return None
 
@@ -231,20 +238,19 @@ class Host(pykka.ThreadingActor):
             draining = Draining(f"{self._owner.name} is stopping")
             self._send(route, Kind.REPLIES, [_error(frame.items[0], draining)])
 
-    def _next_batch(self) -> tuple[list[Work], list[Work]]:
-        """Take the next requests from the queue: the commands and the queries among them."""
+    def _next_batch(self) -> list[Work]:
+        """Take the next commands from the queue."""
         commands: list[Work] = []
-        queries: list[Work] = []
-        waiting = self._waiting
+        waiting = self._commands
         room = BATCH_BYTES_MAX
         for _ in range(min(len(waiting), BATCH_COMMANDS_MAX)):
-            kind, work = waiting.popleft()
+            work = waiting.popleft()
             room -= len(work.request.body)
-            (commands if kind is Kind.COMMANDS else queries).append(work)
+            commands.append(work)
             if room < 0:
                 break
         self._waiting_bytes -= BATCH_BYTES_MAX - room
-        return commands, queries
+        return commands
 
     def _carry_out(self, commands: Sequence[Work], started_s: float, tick: bool) -> None:
         if tick:
@@ -268,23 +274,24 @@ class Host(pykka.ThreadingActor):
             self._stat.commands += len(commands)
             self._stat.record(time.monotonic() - commands[0].arrived_s)
 
-    def _answer(self, queries: Sequence[Work]) -> None:
+    def _answer(self) -> None:
         """Answer queries from one read transaction, after the commands that came before them.
 
-        What is too much for one turn is put back and answered in the next.
+        As many as one turn has time and room for: the commands behind them wait no longer.
         """
-        answers = self._reader.reader.read(lambda tables, _meta: self._answers(queries, tables))
+        answers = self._reader.reader.read(lambda tables, _meta: self._answers(tables))
+        for _ in answers:
+            _came, work = self._queries.popleft()
+            self._waiting_bytes -= len(work.request.body)
         self._send_all(answers)
         self._stat.queries += len(answers)
-        for work in reversed(queries[len(answers) :]):
-            self._waiting.appendleft((Kind.QUERIES, work))
-            self._waiting_bytes += len(work.request.body)
 
-    def _answers(self, queries: Sequence[Work], tables: Any) -> list[tuple[bytes, Kind, Any]]:
-        """Return the answers to the first of `queries`, as many as one turn has room for."""
+    def _answers(self, tables: Any) -> list[tuple[bytes, Kind, Any]]:
         answers: list[tuple[bytes, Kind, Any]] = []
         room, until_s = BATCH_BYTES_MAX, time.monotonic() + _ANSWER_S_MAX
-        for work in queries:
+        for came, work in self._queries:
+            if came > self._done:
+                break
             answer = self._answer_one(work, tables)
             answers.append((work.route, Kind.ANSWERS, answer))
             room -= len(answer.body or b"")
@@ -316,12 +323,15 @@ class Host(pykka.ThreadingActor):
 
     def _end_turn(self, commands: Sequence[Work], started_s: float) -> None:
         stat = self._stat
-        waiting = len(self._waiting)
+        waiting = len(self._commands) + len(self._queries)
         stat.mailbox = waiting
         stat.mailbox_peak = max(stat.mailbox_peak, waiting + len(commands))
         now_s = time.monotonic()
-        oldest_ms = (now_s - self._waiting[0][1].arrived_s) * 1000 if waiting else 0
-        stat.oldest_ms = int(oldest_ms)
+        oldest_s = min(
+            self._commands[0].arrived_s if self._commands else now_s,
+            self._queries[0][1].arrived_s if self._queries else now_s,
+        )
+        stat.oldest_ms = int((now_s - oldest_s) * 1000)
         stat.refusals += self._loop.refusals
         stat.internal_errors += self._loop.internal_errors
         self._loop.refusals = self._loop.internal_errors = 0

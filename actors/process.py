@@ -7,8 +7,10 @@ and the socket is bound last, so that whoever is answered is answered by the onl
 from __future__ import annotations
 
 import gc
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import msgspec
 import zmq
@@ -23,10 +25,14 @@ from ksi.actors.owners import load
 from ksi.actors.reading import reader_of
 from ksi.actors.stat import StatWriter
 from ksi.storage.journal import Batch
-from ksi.storage.store import Store
+from ksi.storage.store import Store, is_no_room
 from ksi.storage.tables import TableSpec
 from ksi.transport.identity import Directory, KeyRing, endpoint, run_directory
 from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
+
+T = TypeVar("T")
+
+_ROOM_WAIT_S: Final = 0.25  # How often a full disk is looked at by who needs room to start.
 
 
 def run_owner(name: str, var: str) -> None:
@@ -37,11 +43,21 @@ def run_owner(name: str, var: str) -> None:
     """
     root = Path(var)
     logger = log.configure(root, name)
-    stat = StatWriter(run_directory(root) / f"{name}.stat")
+    stat = wait_for_room(lambda: StatWriter(run_directory(root) / f"{name}.stat"), logger)
     raise_file_limit()
     owner = load(name)
-    store, loop = open_store(owner, root / "db" / name, logger)
-    stat.epoch = _count_start(store)
+
+    def start() -> tuple[Store, CommitLoop]:
+        stat.begin_turn(time.monotonic())  # To wait for room is not to hang.
+        store, loop = open_store(owner, root / "db" / name, logger)
+        try:
+            stat.epoch = _count_start(store)
+        except BaseException:
+            store.close()
+            raise
+        return store, loop
+
+    store, loop = wait_for_room(start, logger)
     context = zmq.Context()
     keys = KeyRing(root)
     certificate = keys.load(name)
@@ -60,6 +76,22 @@ def run_owner(name: str, var: str) -> None:
     context.term()
     store.close()  # Last: until then nobody else may open the store or bind the socket.
     logger.info("closed", journal_seq=store.meta.seq)
+
+
+def wait_for_room(start: Callable[[], T], logger: Any) -> T:
+    """Return `start()`, once there is room on the disk for what it does.
+
+    A process that ended for want of room would only be started again, until its supervisor gives
+    up on all of them, those included that need no more room.
+    """
+    while True:
+        try:
+            return start()
+        except Exception as error:
+            if not is_no_room(error):
+                raise
+            logger.error("there is no room to start; waiting for it", error=str(error))
+        time.sleep(_ROOM_WAIT_S)
 
 
 def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, CommitLoop]:

@@ -589,6 +589,7 @@ class Supervisor(pykka.ThreadingActor):
         try:
             reports.write_children(self._run, self._status())
         except OSError as error:
+            self._changed = True  # It is tried again in the next turn.
             self._log.error("the children cannot be published", error=str(error))
 
     def _rest_s(self, now_s: float) -> float:

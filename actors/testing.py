@@ -93,8 +93,8 @@ class TwinTable(MemoryTable[Any]):
                 self.put(key, row)
 
     def _remember(self, key: Key) -> None:
-        assert self._store.is_open, "a table is written outside a transaction"
         assert not self._store.is_frozen, "a decision or a query writes a table"
+        assert self._store.is_open, "a table is written outside a transaction"
         self._before.setdefault(key, self.get(key))
 
 
@@ -318,9 +318,9 @@ class Twin:
         twin.store.journal = [*self.store.journal]
         return twin
 
-    def error(self, event: str, **_fields: Any) -> None:
+    def error(self, event: str, exc_info: BaseException, **_fields: Any) -> None:
         """Take note of a defect: the loop's log."""
-        self.errors.append(event)
+        self.errors.append(f"{event}: {exc_info!r}")
 
     def _new_loop(self) -> CommitLoop:
         return CommitLoop(self.watched, self.store, self._ids, self)
@@ -415,7 +415,8 @@ class _Run:
         self._retry(replayed)
         sizes = dict(twin.owner.logs(bind(twin.owner.tables, twin.store.tables, twin.log), ""))
         written = {key: len(content) for key, content in twin.log.content.items()}
-        assert {key: size for key, size in sizes.items() if size} == written
+        shown = {key: size for key, size in sizes.items() if size}
+        assert shown == written, f"`logs` says {shown}, written is {written}"
         for announcement in twin.told:
             assert announcement.topic.split(".")[0] in twin.owner.domains, announcement
             encode(announcement.message)
@@ -507,11 +508,11 @@ def check_owner(
                 if step == steps // 2:
                     copied = run.twin.store.rows(), len(run.twin.store.journal)
                 run.step()
+            assert not run.twin.errors, run.twin.errors
             run.check_the_end()
             _require_snapshot(run.twin, *copied)
             _require_pure(run.twin)
             _require_declared(run.twin.watched.refused)
-            assert not run.twin.errors, run.twin.errors
         except Exception as error:
             raise AssertionError(f"{owner.name}, seed {seed}: {error}") from error
         done |= run.twin.watched.done

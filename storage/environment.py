@@ -72,9 +72,8 @@ class Environment:
         self._databases.update(opened)
 
     def _open_for_reading(self, name: str) -> None:
-        if (
-            not self.writable
-        ):  # The writer opens all it has at once; later it would wait for itself.
+        # The writer has opened all there is; to open one more it would wait for itself.
+        if not self.writable:
             with suppress(lmdb.NotFoundError), _lock:
                 self._databases[name] = self.lmdb.open_db(name.encode(), create=False)
                 return

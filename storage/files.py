@@ -7,11 +7,14 @@ synced now and then, not on every write: the journal has it all until the `synce
 Invariants:
 - what lies before the `written` mark is in the files (of this boot of the machine);
 - what lies before the `synced` mark is in the files whatever happens to the machine;
-- a write never leaves a hole: that is refused with `LogGap`.
+- a write never leaves a hole: that is refused with `LogGap`;
+- a file that somebody else has changed in length, replaced or removed is taken as it is found: what
+  is too long is cut, what is missing is a `LogGap`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import struct
@@ -28,6 +31,8 @@ from ksi.transport.limits import ID_PATTERN, OPEN_FILES_MAX
 
 _KEY: Final = re.compile(ID_PATTERN)
 _OPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+# There is something in the place of a log that is none: a symlink, a directory, another's file.
+BLOCKED: Final = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EACCES, errno.EPERM})
 
 
 class LogGap(Exception):
@@ -75,6 +80,7 @@ class LogWriter:
             LogGap: the file ends before `offset`; nothing was written.
             StorageFull: there is no room; part of it may have been written. Repeat it later.
             Invalid: `key` is no id.
+            OSError: one of `BLOCKED`, or the disk fails.
         """
         file = self._opened(key, create=True)
         assert file is not None
@@ -126,10 +132,14 @@ class LogWriter:
         os.close(self._directory)
 
     def _opened(self, key: str, *, create: bool) -> _File | None:
-        file = self._open.get(key)
-        if file is not None:
-            self._open.move_to_end(key)
-            return file
+        left = self._open.get(key)
+        if left is not None:
+            found = os.fstat(left.fd)
+            if found.st_nlink and found.st_size == left.size:
+                self._open.move_to_end(key)
+                return left
+            os.close(left.fd)
+            del self._open[key]
         name = log_name(key)
         try:
             fd = os.open(name, _OPEN, dir_fd=self._directory)
@@ -141,6 +151,9 @@ class LogWriter:
         while len(self._open) >= self._open_files_max:
             os.close(self._open.popitem(last=False)[1].fd)
         file = self._open[key] = _File(fd)
+        if left is not None and file.size > left.size:
+            os.ftruncate(fd, left.size)
+            file.size = left.size
         return file
 
 
@@ -161,8 +174,14 @@ def read_log(directory: Path, key: str, start: int, stop: int) -> bytes:
         fd = os.open(directory / log_name(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return b""
+    except OSError as error:
+        if error.errno in BLOCKED:
+            return b""
+        raise
     try:
         return os.pread(fd, stop - start, start)
+    except IsADirectoryError:
+        return b""
     finally:
         os.close(fd)
 

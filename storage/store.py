@@ -27,7 +27,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +39,7 @@ from ksi.storage.boot import this_boot
 from ksi.storage.environment import Environment, open_writer
 from ksi.storage.errors import Corrupt, UnknownOutcome
 from ksi.storage.journal import (
+    NO_ROOM,
     START,
     Batch,
     Journal,
@@ -269,10 +270,10 @@ class Store:
 
     def close(self) -> None:
         """Sync the view, mark it clean and let go of everything. An open batch is undone."""
-        self.abort()
-        self._lmdb.sync(True)
-        _write_state(self.directory, self._boot_id, clean=True)
-        self._closing.close()
+        with self._closing:
+            self.abort()
+            self._lmdb.sync(True)
+            _write_state(self.directory, self._boot_id, clean=True)
 
     def _replay(self, replay: Replay) -> None:
         """Apply what the journal has beyond the view; commit every `REPLAY_RECORDS`."""
@@ -390,6 +391,17 @@ def meta_in(txn: lmdb.Transaction[bytes], database: lmdb._Database) -> Meta:
     if value is None:
         raise Corrupt("the view has no meta row")
     return META_CODEC.decode(META_KEY, value)
+
+
+def is_no_room(error: BaseException | None) -> bool:
+    """Whether this error, or one that led to it, says that the disk is full."""
+    while error is not None:
+        if isinstance(error, StorageFull | lmdb.DiskError):
+            return True
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return True
+        error = error.__cause__
+    return False
 
 
 class _State(msgspec.Struct):
@@ -620,6 +632,6 @@ def _take_lock(directory: Path, wait_s: float) -> int:
         except BaseException:
             os.close(fd)
             raise
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # Who holds it is for messages only, and the disk may be full.
+            os.pwrite(fd, f"{os.getpid():<20}\n".encode(), 0)
         return fd

@@ -165,6 +165,7 @@ def test_a_client_the_owner_has_forgotten_goes_on_behind_what_it_has_acknowledge
     assert say(twin, work(6, instance=fresh, acked=3)) == [(6, "done")]
     assert numbers(twin) == [7]
     recovered = twin.recovered()
+    recovered.restart()
     retried = say(recovered, work(7, instance=fresh), work(8, instance=fresh))
     assert retried == [(7, "done"), (8, "done")]
     assert numbers(recovered) == [7, 8]
@@ -182,6 +183,8 @@ def test_no_more_than_a_window_may_be_unacknowledged(
     assert len(row.replies) == 4
     recovered = twin.recovered()
     assert recovered.run([work(6, again=True)]).answers == twin.run([work(6, again=True)]).answers
+    (row,) = [row for _, row in recovered.store.tables["ksi.clients"].range()]
+    assert len(row.replies) == 4
 
 
 # Refusals.
@@ -355,7 +358,8 @@ def test_a_defect_undoes_one_command_alone_and_is_logged(where: str) -> None:
     assert [what for _, what in said] == ["done", Internal, "done", "done"]
     assert numbers(twin) == [2, 4, 1]
     assert [entry["metadata"]["seq"] for entry in _entries(twin)] == [1, 2, 3]
-    assert twin.errors == ["a command failed"]
+    (error,) = twin.errors
+    assert error.startswith("a command failed: ZeroDivisionError('a defect in")
     assert twin.loop.internal_errors == 1
     assert say(twin, work(3, event=where, again=True)) == [(3, Internal)]
     assert say(twin.recovered(), work(3, event=where, again=True)) == [(3, Internal)]
@@ -365,6 +369,15 @@ def test_a_defect_undoes_one_command_alone_and_is_logged(where: str) -> None:
 def _entries(twin: Twin) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = twin.read("session:history", session_id="s").entries
     return entries
+
+
+def test_a_defect_that_finds_no_room_to_be_stored_takes_no_number() -> None:
+    twin = Twin(Brittle())
+    say(twin, work(1, "session:create", session_id="s"))
+    twin.store.fails = StorageFull("no room")
+    assert say(twin, work(2, event="decide")) == [(2, StorageFull)]
+    assert say(twin, work(2, event="decide", again=True)) == [(2, Internal)]
+    assert say(twin, work(3)) == [(3, "done")]
 
 
 def test_a_defect_in_a_tick_is_logged_and_holds_up_no_command(
@@ -377,7 +390,7 @@ def test_a_defect_in_a_tick_is_logged_and_holds_up_no_command(
 
     monkeypatch.setattr(registry, "_tick", fail)
     assert say(twin, work(1, "agent:register"), tick=True) == [(1, "done")]
-    assert twin.errors == ["a tick failed"]
+    assert twin.errors == ["a tick failed: ZeroDivisionError()"]
     assert twin.read("agent:list").agents
 
 

@@ -114,9 +114,7 @@ def test_a_symlink_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None
 
     with pytest.raises(OSError, match="symbolic"):
         writer.write("a", 0, b"x")
-    with pytest.raises(OSError, match="symbolic"):
-        read_log(logs, "a", 0, 10)
-
+    assert read_log(logs, "a", 0, 10) == b""
     assert (tmp_path / "secret").read_bytes() == b"secret"
     writer.close()
     (tmp_path / "link").symlink_to(logs)

@@ -43,6 +43,7 @@ class Wire:
         self.outbox = self.new_outbox()
         self.sent = 0  # how many of the registry's messages were given to the outbox
         self.answers_arrive = True
+        self.refused: list[str] = []  # what the sessions have refused
         self.late_s = 0.0  # by how much the clock of the outbox is ahead
 
     def new_outbox(self) -> Outbox:
@@ -93,6 +94,7 @@ class Wire:
             frames: dict[tuple[bytes, wire.Kind], list[Any]] = {}
             for route, kind, answer in self.sessions.run(works).answers:
                 frames.setdefault((route, kind), []).append(answer)
+                self.refused += _code(kind, answer)
             for (route, kind), items in frames.items():
                 said = wire.OwnerFrame(wire.VERSION, kind, "their store", 0, items)
                 if self.answers_arrive:
@@ -114,6 +116,14 @@ class Wire:
         ]:
             record = Record[Any](sender, bytes.fromhex(instance), 0, EVICTED, b"", [], [])
             self.sessions.run([], [record])
+
+
+def _code(kind: wire.Kind, answer: Any) -> list[str]:
+    """Return the code of the refusal in an answer, if it is one."""
+    if kind is not wire.Kind.REPLIES:
+        return []
+    error = msgspec.msgpack.decode(bytes(answer), type=wire.Answer).error
+    return [error[0]] if error else []
 
 
 @pytest.fixture
@@ -168,6 +178,20 @@ def test_messages_whose_outcome_was_forgotten_are_sent_again_and_none_is_left_ou
     between.until(between.delivered)
     assert 5 <= between.seen() <= 8
     between.beat(1)
+    between.until(between.delivered)
+
+
+def test_messages_whose_outcome_was_forgotten_stay_in_the_outbox_meanwhile(between: Wire) -> None:
+    between.beat(3)
+    between.until(lambda: between.seen() == 3, recorded=False)
+    between.forget_registry()
+    between.restart()
+    between.until(lambda: "evicted" in between.refused)
+    between.sessions.store.full = True
+    for _ in range(20):
+        between.turn()
+    assert between.rows().count() == 3
+    between.sessions.store.full = False
     between.until(between.delivered)
 
 

@@ -54,6 +54,7 @@ class AsyncClient:
         self._loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]
         self._scheduled: set[Link] = set()
         self._sweeping = False
+        self._woken = 0  # callers that were answered and have not asked again
         self._room: asyncio.Event | None = None
         self._quiet: asyncio.Event | None = None
         self._told_errors: list[KsiError] = []
@@ -238,6 +239,9 @@ class AsyncClient:
         if link not in self._scheduled:
             self._scheduled.add(link)
             self._loop.call_soon(self._flush, link)
+        self._woken -= 1
+        if self._woken == 0:  # Whoever was answered last has asked again: no more will come.
+            link.flush(time.monotonic())
         if not self._sweeping:
             self._sweeping = True
             self._loop.call_later(SWEEP_S, self._sweep)
@@ -304,6 +308,7 @@ class AsyncClient:
                 else:
                     future.set_exception(error)
         if outcomes:
+            self._woken = len(outcomes)
             if self._room is not None:
                 self._room.set()
             if self._quiet is not None and not self._caller.unanswered():

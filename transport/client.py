@@ -10,6 +10,7 @@ things. A client may be shared by threads; their calls then take turns. For many
 from __future__ import annotations
 
 import contextlib
+import select
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -273,7 +274,6 @@ class Client:
 
         Nor is the deadline waited for when there is nobody at the other end of `link`.
         """
-        self._take_all()
         while not done():
             now_s = time.monotonic()
             if now_s >= deadline_s or (link is not None and self._caller.is_alone(link, now_s)):
@@ -345,19 +345,25 @@ class Subscription:
             Unavailable: the client is closed.
         """
         deadline_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        client, subscribed = self._client, self._subscribed
+        client, link, subscribed = self._client, self._link, self._subscribed
         while True:
             with client._lock:  # Only for a moment: other threads want to ask.
-                slice_s = min(deadline_s, time.monotonic() + KEEPER_S)
-                client._wait(lambda: subscribed.arrived or subscribed.error, slice_s)
+                if not subscribed.arrived:
+                    client._take_all()
                 if subscribed.arrived:
-                    return self._link.next_delivery(subscribed)
+                    return link.next_delivery(subscribed)
+                descriptors = () if link.closed else link.descriptors()
             if subscribed.error is not None:
                 raise subscribed.error
             if client._closed.is_set():
                 raise Unavailable("this client is closed")
-            if time.monotonic() >= deadline_s:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
                 raise TimeoutError(f"nothing under {subscribed.pattern} in {timeout_s} s")
+            news = select.poll()  # Not of ZeroMQ: its sockets belong to who holds the lock.
+            for descriptor in descriptors:
+                news.register(descriptor, select.POLLIN)
+            news.poll(min(left_s, KEEPER_S) * 1000)
 
     def close(self) -> None:
         """End the subscription."""

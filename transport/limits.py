@@ -21,7 +21,7 @@ BATCH_BYTES_MAX: Final = 4 << 20  # One journal record; a sync of more than this
 LETTERS_MAX: Final = 256  # Frames taken from the socket in one turn: a few ms of decoding.
 REQUEST_FRAMES_MAX: Final = 256  # Frames of one connection waiting at an owner; then it must wait.
 CLIENT_FRAMES_MAX: Final = 1024  # Frames a client holds each way: one window, a command a frame.
-REPLY_FRAMES_MAX: Final = 64  # Frames queued to one connection that does not read, then dropped.
+REPLY_FRAMES_MAX: Final = 16  # Frames queued to one connection that does not read, then dropped.
 
 # Delivery
 WINDOW_COMMANDS_MAX: Final = 1024  # Unacknowledged commands of one client instance at one owner.
@@ -62,4 +62,4 @@ HEARTBEAT_MS: Final = 5000  # Over tcp only: a dead machine sends no FIN ...
 HEARTBEAT_MS_MAX: Final = 15_000  # ... and is given up after this.
 BACKLOG: Final = 512  # Connections waiting to be accepted: a fleet that starts at once.
 RECONNECT_MS: Final = 1  # ZeroMQ's default of 100 alone makes a restart take 142 ms.
-RECONNECT_MS_MAX: Final = 16  # A killed owner is back in 5; this bounds the idle retries.
+RECONNECT_MS_MAX: Final = 4  # What a restart costs beyond itself; 250 tries a second are cheap.

@@ -22,6 +22,9 @@ from ksi.transport.mailbox import read_monitor
 from ksi.transport.window import Outcome, Pending, Window
 from ksi.transport.wire import Kind, Subscribe
 
+_EVENTS: Final = int(zmq.EVENTS)  # Enums would be converted on every call.
+_POLLIN: Final = int(zmq.POLLIN)
+_NOW: Final = int(zmq.DONTWAIT)
 CREDIT: Final = 256  # Deliveries an owner may send ahead of their reader.
 SILENCE_S: Final = 1.0  # After this long without an answer what is unanswered is sent again.
 CROWDED_S: Final = 0.1  # An owner that takes nothing in is given this long before the next try.
@@ -86,7 +89,7 @@ class Link:
         try:
             self._send_unsent()
             for frame in self.window.frames(now_s):
-                self.dealer.send(frame, zmq.DONTWAIT)
+                self.dealer.send(frame, _NOW)
         except zmq.Again:
             self.window.lost()  # Part of it may have gone: the owner knows numbers it has seen.
             self.window.not_before_s = now_s + CROWDED_S
@@ -94,16 +97,14 @@ class Link:
     def take(self, now_s: float) -> list[Outcome]:
         """Receive all that has come; return what it settles."""
         outcomes: list[Outcome] = []
-        for change in read_monitor(self.monitor):
-            self._changed(change, now_s, outcomes)
-        receive = self.window.receive
-        while True:
-            try:
-                frame = self.dealer.recv(zmq.DONTWAIT)
-            except zmq.Again:
-                break
+        # Asked first: an exception for "nothing there" costs more than all else in here.
+        if int(self.monitor.getsockopt(_EVENTS)) & _POLLIN:
+            for change in read_monitor(self.monitor):
+                self._changed(change, now_s, outcomes)
+        receive, dealer = self.window.receive, self.dealer
+        while int(dealer.getsockopt(_EVENTS)) & _POLLIN:
             self.heard_s = now_s
-            outcomes += receive(frame, now_s)
+            outcomes += receive(dealer.recv(_NOW), now_s)
         if self.window.subscribed:
             self._answered()
         if self.window.deliveries:

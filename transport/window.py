@@ -192,7 +192,8 @@ class Window:
         Raises:
             msgspec.MsgspecError: the frame is not of this protocol.
         """
-        header = _decode_frame(frame)
+        answers = len(frame) > 2 and frame[2] in _ANSWER_KINDS
+        header: Any = _decode_replies(frame) if answers else _decode_frame(frame)
         if header.store != self.store:
             if self.store:
                 return self._start_anew(
@@ -205,10 +206,9 @@ class Window:
         if header.cut > self.cut:
             self.cut = header.cut
         kind = header.kind
-        if kind in _ANSWER_KINDS:
-            items = _decode_replies(frame).items
+        if answers:
             waiting = self.commands if kind == Kind.REPLIES else self.queries
-            return self._settle(items, waiting, now_s)
+            return self._settle(header.items, waiting, now_s)
         if kind == Kind.DELIVERIES:
             self.deliveries += msgspec.convert(header.items, list[wire.Delivery])
         elif kind == Kind.RESEND_FROM:
@@ -263,6 +263,9 @@ class Window:
 
     def _frames_of(self, kind: Kind, unsent: list[Pending], now_s: float) -> Iterator[bytes]:
         acked = self.acked
+        if sum([len(pending.body) + 256 for pending in unsent]) <= _FRAME_ROOM:
+            yield self._pack(kind, unsent, acked, now_s)
+            return
         start, room = 0, _FRAME_ROOM
         for end, pending in enumerate(unsent):
             cost = len(pending.body) + 256
