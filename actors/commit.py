@@ -21,7 +21,7 @@ Source: DESIGN 5; group commit as in Redis `appendfsync always`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, Final, NamedTuple, Protocol, get_args, get_type_hints
 
 import msgspec
@@ -382,7 +382,9 @@ def _extend(together: Outcome, more: Outcome) -> None:
     together.sends.extend(more.sends)
 
 
-_hints = cache(partial(get_type_hints, include_extras=True))  # A millisecond of every start.
+@cache
+def _hints(declared: Any) -> dict[str, Any]:
+    return get_type_hints(declared, include_extras=True)
 
 
 def bind(declared: type[Tables], tables: Mapping[str, Any], logs: Log | None = None) -> Any:
