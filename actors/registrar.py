@@ -54,11 +54,11 @@ class Registrar:
 
     def turn(self, now_s: float) -> None:
         """Receive what has come and send what can be sent."""
-        link = self._link
+        link, instance = self._link, self._link.window.instance
         refused = [(pending, error) for pending, _, error in link.take(now_s) if error is not None]
         for pending, error in refused:
             self._log.warning("the registry refused", what=pending.operation, error=str(error))
-        if any(error.code in ("restored", "evicted") for _, error in refused):
+        if link.window.instance != instance:  # It was restored, or has forgotten us.
             self._muster()
         while self._waiting and not link.window.full():
             agent_id = next(iter(self._waiting))

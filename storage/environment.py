@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
+from weakref import WeakSet
 
 import lmdb
 import lmdb._envid
@@ -52,6 +53,7 @@ class Environment:
         self.inherited = False
         self._identity = _identity(path)
         self._databases: dict[str, lmdb._Database] = {}
+        _all.add(self)
 
     def database(self, name: str) -> lmdb._Database:
         """Return the handle of a database.
@@ -93,6 +95,7 @@ class Environment:
 
 _lock = threading.RLock()
 _open: dict[Path, Environment] = {}
+_all: WeakSet[Environment] = WeakSet()
 
 
 def open_writer(path: Path, *, create: bool = False) -> Environment:
@@ -197,14 +200,10 @@ def _leave_inherited() -> None:
     """In a forked child: never touch what the parent opened, and let the child open its own."""
     global _lock  # noqa: PLW0603 - the parent's may be held by a thread we do not have
     _lock = threading.RLock()
-    if not _open:
+    if not _all:
         return
-    import ctypes
-
-    for environment in _open.values():
+    for environment in _all:
         environment.inherited = True
-        # A reference that even the end of the process does not drop.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment.lmdb))
     _open.clear()
     # py-lmdb refuses to open files that this process has open, and takes the parent's for such.
     keys_of: Callable[..., tuple[object, ...]] = lmdb._envid.env_keys

@@ -415,6 +415,16 @@ def test_who_spawned_an_agent_has_no_authority_over_what_comes_after_it(twin: Tw
         twin.ask("alice", "agent:terminate", agent_id="scout")
 
 
+def test_what_a_spawned_agent_says_of_itself_goes_before_what_it_was_spawned_with(
+    twin: Twin,
+) -> None:
+    spawn(twin, kind="explorer", capabilities=["search"], lease_s=5, metadata={"team": 1})
+    said = {"kind": "lead", "capabilities": [], "lease_s": 9, "metadata": {"team": 2}}
+    assert twin.ask("scout", "agent:register", **said).lease_s == 9
+    info = twin.read("agent:info", agent_id="scout", include=["metadata"])
+    assert (info.kind, info.capabilities, info.metadata) == ("lead", [], {"team": 2})
+
+
 def test_a_spawned_agent_the_supervisor_says_nothing_of_has_failed(twin: Twin) -> None:
     twin.ask("alice", "agent:spawn", agent_id="scout", argv=["run"])
     twin.pass_time(REPORT_S - 0.1)

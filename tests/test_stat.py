@@ -147,7 +147,7 @@ def test_a_reader_beside_a_busy_writer_sees_only_whole_records(path: Path) -> No
             stat = reading(path)
             assert stat.commands == stat.queries == stat.commits == stat.db_bytes
             seen.add(stat.commands)
-        assert len(seen) > 100
+        assert len(seen) > 10
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -457,6 +457,25 @@ def test_after_a_crash_of_the_machine_the_view_is_set_aside_and_built_from_the_j
         leave(again)
 
 
+@pytest.mark.parametrize("kept_pages", [0, 1, 2, 3, 7])
+def test_a_view_that_was_cut_off_is_built_anew_and_kills_nobody(
+    tmp_path: Path, kept_pages: int
+) -> None:
+    store = open_store(tmp_path)
+    for _ in range(5):
+        add(store, *KEYS)
+    state = state_of(store)
+    leave(store)
+    os.truncate(store.directory / "view" / "data.mdb", kept_pages * 4096)
+
+    def look() -> None:
+        again = open_store(tmp_path)
+        assert state_of(again) == state
+        again.close()
+
+    assert in_child(look) == 0
+
+
 def test_recovery_begins_at_the_newest_good_snapshot(tmp_path: Path) -> None:
     directory = tmp_path / "owner"
     store = open_store(directory)

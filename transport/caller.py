@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 import msgspec
 import zmq
 
-from ksi.transport.errors import Invalid, KsiError, NotRunning, Unavailable
+from ksi.transport.errors import Forbidden, Invalid, KsiError, NotRunning, Unavailable
 from ksi.transport.identity import Directory, KeyRing
 from ksi.transport.limits import WINDOW_COMMANDS_MAX
 from ksi.transport.link import Link
@@ -108,7 +108,11 @@ class Caller:
             raise Invalid("a client needs a name", hint="Client('alice'), or set KSI_AGENT")
         if not self.var.is_dir():
             raise NotRunning(f"there is no directory {self.var}", hint="ksi start")
-        self.certificate = KeyRing(self.var).enroll(self.name, role)
+        try:
+            self.certificate = KeyRing(self.var).enroll(self.name, role)
+        except OSError as error:
+            text = f"{self.name} cannot be enrolled in {self.var}: {error.strerror or error}"
+            raise Forbidden(text, hint="use another --var, or have its owner enrol it") from error
         self.links: dict[str, Link] = {}
         self._epochs: dict[str, int] = {}
         self._readers: dict[str, OwnerReader] = {}

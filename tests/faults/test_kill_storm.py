@@ -7,12 +7,12 @@ The seed is printed: `KSI_SEED=... bin/test tests/faults` repeats the choices.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,60 +20,23 @@ from typing import Any
 
 from system import System
 
-from ksi.transport import AsyncClient
-
 CLIENTS = 4
 CALLERS = 16
 SESSIONS = 200
 KILLS = 200
-Acked = list[tuple[str, int, str]]  # session, seq, token
-
-
-async def _append(var: Path, name: str, seed: int, stop: Any, acked: Acked) -> None:
-    chance = random.Random(seed)
-    async with AsyncClient(name, var=var) as client:
-        created = [
-            client.ask("session:create", title=f"storm {n}", timeout_s=60)
-            for n in range(SESSIONS // CLIENTS)
-        ]
-        sessions = [each["session_id"] for each in await asyncio.gather(*created)]
-
-        async def caller(number: int) -> None:
-            count = 0
-            while not stop.is_set():
-                count += 1
-                session, token = chance.choice(sessions), f"{name}-{number}-{count}"
-                reply = await client.ask(
-                    "session:append",
-                    session_id=session,
-                    event="note",
-                    data={"token": token},
-                    timeout_s=60,
-                )
-                acked.append((session, reply["seq"], token))
-
-        await asyncio.gather(*(caller(number) for number in range(CALLERS)))
-
-
-def _client(var: Path, name: str, seed: int, stop: Any, out: Path) -> None:
-    acked: Acked = []
-    asyncio.run(_append(var, name, seed, stop, acked))
-    out.write_text(json.dumps(acked))
+CLIENT = Path(__file__).parent.parent / "storm_client.py"
 
 
 def test_two_hundred_kills_lose_double_and_reorder_nothing(system: System, tmp_path: Path) -> None:
     seed = int(os.environ.get("KSI_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"KSI_SEED={seed}")
     chance = random.Random(seed)
-    spawn = multiprocessing.get_context("spawn")
-    stop = spawn.Event()
     outs = [tmp_path / f"acked-{n}.json" for n in range(CLIENTS)]
-    clients = [
-        spawn.Process(target=_client, args=(system.var, f"storm-{n}", seed + n, stop, out))
-        for n, out in enumerate(outs)
-    ]
-    for client in clients:
-        client.start()
+    clients = []
+    for n, out in enumerate(outs):
+        words = [system.var, f"storm-{n}", seed + n, CALLERS, SESSIONS // CLIENTS, out]
+        command = [sys.executable, str(CLIENT), *map(str, words)]
+        clients.append(subprocess.Popen(command, stdin=subprocess.PIPE))
 
     killed: Counter[str] = Counter()
     while killed.total() < KILLS:
@@ -83,10 +46,9 @@ def test_two_hundred_kills_lose_double_and_reorder_nothing(system: System, tmp_p
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
             killed[name] += 1
-    stop.set()
     for client in clients:
-        client.join(90)
-        assert client.exitcode == 0
+        client.communicate(timeout=90)
+        assert client.returncode == 0
 
     time.sleep(1.0)  # The promise: in the files within a second of the last acknowledgement.
     acked = [tuple(each) for out in outs for each in json.loads(out.read_text())]
