@@ -57,9 +57,17 @@ def paused_supervisor(system: System) -> Iterator[int]:
 
 
 def kill(system: System, name: str = "sessions") -> None:
-    """Kill a child and wait until the kernel has it gone."""
-    pid = system.kill(name)
-    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+    """Kill a child that runs, and wait until the kernel has it gone."""
+    pid = until(lambda: _is_alive(system.pid_of(name)) and system.pid_of(name))
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not _is_alive(pid))
+
+
+def _is_alive(pid: int | None) -> bool:
+    try:
+        return pid is not None and bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def entries(system: System, session_id: str) -> list[dict[str, Any]]:
