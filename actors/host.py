@@ -49,7 +49,7 @@ EXIT_UNKNOWN_OUTCOME: Final = 74  # EX_IOERR: a sync or commit failed, recovery 
 _STEP_S_MAX: Final = 4 * TICK_S  # Owner time goes no further at once: a stopped owner ages little.
 _REPLY_BYTES_MAX: Final = FRAME_BYTES_MAX - 1024
 _ANSWER_S_MAX: Final = 0.05  # Spent on queries in one turn: commands wait no longer for them.
-_PROBE_S: Final = 10.0  # How often subscribers are looked for that left without a word.
+_PROBE_S: Final = 2.0  # How often subscribers are looked for that left without a word.
 
 _decode_requests = msgspec.msgpack.Decoder(wire.CommandsFrame).decode
 _decode_frame = msgspec.msgpack.Decoder(wire.Frame).decode

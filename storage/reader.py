@@ -194,15 +194,17 @@ class Reader:
             if opened.environment is not environment or environment.inherited:
                 opened = self._open()
         instant = opened.instant
-        instant.txn = txn = opened.begin()
+        instant.txn = opened.begin()
         try:
-            meta = meta_in(txn, opened.meta_database)
+            meta = meta_in(instant.txn, opened.meta_database)
             if meta.superseded:
                 raise _Stale("it has been replaced")
             return fn(opened.tables, meta)
         finally:
-            txn.abort()
-            del instant.txn  # Only then is it reused, and a fork finds none to inherit.
+            # No other name holds it: it is reused at once, an exception that is kept does not
+            # keep its slot, and a fork finds none to inherit.
+            instant.txn.abort()
+            del instant.txn
             self._idle.append(opened)
 
     def _open(self) -> _Opened:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,3 +17,11 @@ def system(tmp_path: Path) -> Iterator[System]:
     running = System(tmp_path / "var")
     yield running
     running.end()
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A directory where syncs cost nothing; to the death of a process it makes no difference."""
+    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=shared, prefix="ksi-test-") as name:
+        yield Path(name)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import msgspec
 import pytest
 from crashing import fork_to, in_child, kill
@@ -220,7 +221,7 @@ def test_a_forked_child_reads_and_its_end_leaves_the_reads_of_its_parent_alone(
     leave(store)
     subprocess.run(
         [sys.executable, "-c", FORKED, tmp_path, store.directory / "view"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True, timeout=30,
     )  # fmt: skip
 
@@ -386,6 +387,18 @@ def test_a_refusal_of_a_query_passes_through_and_frees_the_state(tmp_path: Path)
     assert list(state(reader)) == ["a"]
     slots = store._lmdb.readers().splitlines()[1:]
     assert [line.split()[2] for line in slots] == ["-"]
+    store.close()
+
+
+def test_a_range_that_is_kept_holds_no_state_once_its_read_is_over(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    add(store, *"abc")
+    kept = Reader(tmp_path, SPECS).read(lambda tables, _: tables["totals"].range())
+
+    slots = store._lmdb.readers().splitlines()[1:]
+    assert [line.split()[2] for line in slots] == ["-"]
+    with pytest.raises(lmdb.Error):
+        next(kept)
     store.close()
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import msgspec
 import psutil
 import zmq
 from system import System
@@ -20,7 +20,8 @@ from ksi.actors.reading import reader_of
 from ksi.transport.identity import Certificate, Directory, KeyRing
 
 WAIT_S = 10.0
-pack = msgpack.packb
+pack = msgspec.msgpack.encode
+unpack = msgspec.msgpack.decode
 
 
 def until(true: Callable[[], Any], timeout_s: float = WAIT_S) -> Any:
@@ -35,12 +36,13 @@ def until(true: Callable[[], Any], timeout_s: float = WAIT_S) -> Any:
 @contextmanager
 def paused(system: System, name: str = "sessions") -> Iterator[int]:
     """Stop a child in its tracks, as a debugger or a starved machine would; then let it go on."""
-    pid = system.kill(name, signal.SIGSTOP)
+    pid = living(system, name)
+    os.kill(pid, signal.SIGSTOP)
     until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
     try:
         yield pid
     finally:
-        if psutil.pid_exists(pid):
+        if _is_alive(pid):
             os.kill(pid, signal.SIGCONT)
 
 
@@ -58,9 +60,29 @@ def paused_supervisor(system: System) -> Iterator[int]:
 
 def kill(system: System, name: str = "sessions") -> None:
     """Kill a child that runs, and wait until the kernel has it gone."""
-    pid = until(lambda: _is_alive(system.pid_of(name)) and system.pid_of(name))
+    pid = living(system, name)
     os.kill(pid, signal.SIGKILL)
     until(lambda: not _is_alive(pid))
+
+
+def kill_all(system: System) -> None:
+    """Kill the supervisor, and wait until all its children are gone with it."""
+    pids = [living(system, name) for name in ("registry", "sessions", "files")]
+    held = holder(system.var)
+    assert held is not None
+    os.kill(held.pid, signal.SIGKILL)
+    until(lambda: not any(_is_alive(pid) for pid in (held.pid, *pids)))
+
+
+def living(system: System, name: str = "sessions") -> int:
+    """Return the process of a child, waiting for it if it is being restarted."""
+
+    def find() -> int | None:
+        pid = system.pid_of(name)
+        return pid if _is_alive(pid) else None
+
+    pid: int = until(find)
+    return pid
 
 
 def _is_alive(pid: int | None) -> bool:
@@ -133,14 +155,14 @@ class Stranger:
             "version": 1, "kind": kind, "store": self.store, "cut": 0, "instance": self.instance,
             "acked": 0, "again": False,
         }  # fmt: skip
-        return bytes(pack([*(parts | header).values(), items]))
+        return pack([*(parts | header).values(), items])
 
     def send(self, kind: int, items: list[Any], **header: Any) -> None:
         self.socket.send(self.frame(kind, items, **header))
 
     def receive(self) -> tuple[int, list[Any]]:
         """Return kind and items of the next frame."""
-        _version, kind, self.store, _cut, items = msgpack.unpackb(self.socket.recv())
+        _version, kind, self.store, _cut, items = unpack(self.socket.recv())
         return kind, items
 
     def ask(self, kind: int, items: list[Any], **header: Any) -> tuple[int, list[Any]]:

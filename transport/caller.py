@@ -209,6 +209,7 @@ class Caller:
     def late(self, link: Link, pending: Pending) -> KsiError:
         """The caller of `pending` waits no longer: return what to tell it; its number goes on."""
         pending.future = None
+        pending.deadline_s = 0.0
         if pending.refused is not None:
             # Nothing has happened, and nothing will: it goes again with no time left.
             return pending.refused

@@ -125,7 +125,7 @@ class Link:
         for waiting in (self.window.commands, self.window.queries):
             for pending in waiting.values():
                 deadline_s = pending.deadline_s
-                if deadline_s is not None and deadline_s <= now_s and pending.future is not None:
+                if deadline_s and deadline_s <= now_s and pending.future is not None:
                     late.append(pending)
         return late
 

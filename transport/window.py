@@ -56,7 +56,7 @@ class Pending:
         self.number = number
         self.operation = operation
         self.body = body
-        self.deadline_s = deadline_s  # on the monotonic clock; None: no deadline
+        self.deadline_s = deadline_s  # on the monotonic clock; None: none; 0: its caller was told
         self.correlation_id = correlation_id
         self.traceparent = traceparent
         self.sent = False
