@@ -624,6 +624,7 @@ def test_frames_of_one_instance_over_two_connections_are_carried_out_once(
     until(lambda: len(entries(system, session)) == 10)
     assert unpack(second.recv())[1] == REPLIES
     assert not rows(system, "sessions", "ksi.clients", ("stranger", peer.instance.hex()))
+    second.close(0)
 
 
 def test_a_request_id_with_another_body_gets_the_first_reply(system: System) -> None:

@@ -18,16 +18,25 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 from system import System
 
 CLIENTS = 4
 CALLERS = 16
 SESSIONS = 200
-KILLS = 200
 CLIENT = Path(__file__).parent.parent / "storm_client.py"
 
 
 def test_two_hundred_kills_lose_double_and_reorder_nothing(system: System, tmp_path: Path) -> None:
+    _storm(system, tmp_path, 200)
+
+
+@pytest.mark.soak
+def test_a_thousand_kills_lose_double_and_reorder_nothing(system: System, tmp_path: Path) -> None:
+    _storm(system, tmp_path, 1000)
+
+
+def _storm(system: System, tmp_path: Path, kills: int) -> None:
     seed = int(os.environ.get("KSI_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"KSI_SEED={seed}")
     chance = random.Random(seed)
@@ -39,7 +48,7 @@ def test_two_hundred_kills_lose_double_and_reorder_nothing(system: System, tmp_p
         clients.append(subprocess.Popen(command, stdin=subprocess.PIPE))
 
     killed: Counter[str] = Counter()
-    while killed.total() < KILLS:
+    while killed.total() < kills:
         time.sleep(chance.uniform(0.02, 0.25))
         name = chance.choices(["sessions", "registry", "files"], [5, 1, 2])[0]
         pid = system.pid_of(name)
