@@ -171,6 +171,8 @@ def test_a_stored_answer_outlives_its_owner_until_goodbye(system: System) -> Non
         first = peer.ask(COMMANDS, [CREATE])
         for _ in range(3):
             kill(system)
+            peer.socket.close(0)
+            peer.socket = peer.connected(peer.certificate.public, peer.certificate.secret)
             assert peer.ask(COMMANDS, [CREATE], again=True) == first
         peer.ask(GOODBYE, [])
         assert peer.ask(COMMANDS, [CREATE]) != first
@@ -315,6 +317,11 @@ def mounted(path: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+def remounted(disk: Path, how: str) -> bool:
+    command = ["mount", "-o", f"remount,{how}", str(disk)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def test_a_var_that_cannot_be_written_is_refused_with_the_reason(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "16m") as disk:
         var = disk / "var"
@@ -323,14 +330,14 @@ def test_a_var_that_cannot_be_written_is_refused_with_the_reason(tmp_path: Path)
             session = alice.ask("session:create")["session_id"]
             note(alice, session, 1)
         running.stop()
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        until(lambda: remounted(disk, "ro"))  # Once the last process has closed its log.
         try:
             with pytest.raises(Invalid, match="cannot be used: Read-only"):
                 start_background(var)
             with pytest.raises(Forbidden, match="cannot be enrolled"):
                 Client("newcomer", var=var)
         finally:
-            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+            assert remounted(disk, "rw")
         running.start()
         try:
             assert noted(running, session) == [1]
