@@ -57,7 +57,6 @@ from ksi.transport.limits import (
     FRAME_BYTES_MAX,
     ITEMS_MAX,
     NESTING_MAX,
-    REPLY_FRAMES_MAX,
     WINDOW_COMMANDS_MAX,
 )
 
@@ -502,7 +501,7 @@ def test_clients_that_stop_reading_cost_their_queues_and_nobody_waits_for_them(
             time.sleep(0.05)
 
     assert slowest_s < 1.0
-    assert grown_mb < (count + 1) * (REPLY_FRAMES_MAX + 8)  # MiB: a frame has one at the most.
+    assert grown_mb < count * 32  # Sixteen frames of a megabyte each, and what is being made.
 
 
 def spawn(code: str, system: System, *arguments: str) -> subprocess.Popen[str]:
@@ -572,8 +571,9 @@ def test_one_who_asks_for_too_much_is_answered_in_parts_and_others_meanwhile(
         large = {"text": "x" * 900_000}
         for _ in range(40):
             witness.tell("session:append", session_id=session, event="n", data=large)
+        witness.tell("session:append", session_id=session, event="last")
         witness.flush(30.0)
-        page = pack({"session_id": session, "after": 38, "limit": 1})
+        page = pack({"session_id": session, "after": 40})
         peer.send(QUERIES, [[number, "session:history", page] for number in range(1, 65)])
         slowest_s = 0.0
         for _ in range(10):
@@ -588,8 +588,7 @@ def test_one_who_asks_for_too_much_is_answered_in_parts_and_others_meanwhile(
 def test_subscribers_that_left_without_a_word_are_forgotten(system: System) -> None:
     """Else their patterns would be compared with each announcement for ever."""
     stat = run_directory(system.var) / "sessions.stat"
-    before = read_stat(stat)
-    assert before is not None
+    before = until(lambda: (now := read_stat(stat)) and now.mailbox == 0 and now)
     with Stranger(system.var, "leaver-2") as peer:
         for _ in range(20):
             gone = peer.connected(peer.certificate.public, peer.certificate.secret)
