@@ -76,7 +76,7 @@ class CommandsFrame(msgspec.Struct, array_like=True, frozen=True):
     """`Frame` with items that are requests: COMMANDS and QUERIES."""
 
     version: Literal[1]
-    kind: int
+    kind: Annotated[int, msgspec.Meta(ge=2, le=3)]
     store: str
     cut: Count
     instance: Instance
