@@ -27,7 +27,18 @@ import msgspec
 
 from ksi.actors import delivery
 from ksi.actors.delivery import HOST_TABLES, Batch, Delivery, Record
-from ksi.actors.owner import Decision, Event, Given, Keyed, Log, Owner, Sender, Tables, Tick
+from ksi.actors.owner import (
+    Decision,
+    Event,
+    Given,
+    Keyed,
+    Log,
+    Owner,
+    Send,
+    Sender,
+    Tables,
+    Tick,
+)
 from ksi.transport import wire
 from ksi.transport.errors import (
     Busy,
@@ -44,6 +55,11 @@ from ksi.transport.limits import OUTBOX_ROWS_MAX, WINDOW_COMMANDS_MAX
 from ksi.transport.message import CATALOGUE, encode, unknown
 
 _NO_REPLY: Final = encode({})
+_NO_FORM: Final = (
+    TypeError,
+    ValueError,
+    OverflowError,
+)  # An event, reply or row cannot be encoded.
 _encode_cut = msgspec.msgpack.encode
 _decode_answer = msgspec.msgpack.Decoder(wire.Answer).decode
 
@@ -146,9 +162,9 @@ class CommitLoop:
         except StorageFull as full:
             self._undo()
             return Outcome([self._refused(work, full) for work in works], [], [])
-        except (_Fault, TooLarge) as fault:
+        except (_Fault, TooLarge, *_NO_FORM) as fault:  # All of them before the journal is written.
             self._undo()
-            if len(works) + len(ours) + tick == 1:
+            if len(works) + bool(ours) + tick == 1:
                 return self._blame(works, fault, given)
         # One of them is at fault: each in a commit of its own, so that it undoes only itself.
         together = Outcome([], [], [])
@@ -313,7 +329,7 @@ class CommitLoop:
         if decision.events:
             outcome.events.extend(decision.events)
         if decision.sends:
-            sends = [(s.owner, s.operation, encode(s.command)) for s in decision.sends]
+            sends = _encoded(decision.sends)
         return Record(
             work.sender.name,
             work.instance,
@@ -346,8 +362,10 @@ class CommitLoop:
             decision = self._apply(Tick(), self._self, given)
         except Busy:  # The outbox is full: what is due waits for the next tick.
             return records
+        except KsiError as refusal:  # Time cannot be refused.
+            raise _Fault from refusal
         if decision.events or decision.sends:
-            sends = [(s.owner, s.operation, encode(s.command)) for s in decision.sends]
+            sends = _encoded(decision.sends)
             record = Record(
                 self.owner.name, b"", 0, delivery.TICK, b"", list(decision.events), sends
             )
@@ -366,6 +384,14 @@ class CommitLoop:
             ours = [each.name for each in CATALOGUE.values() if each.owner == self.owner.name]
             return unknown(operation, ours)
         return Invalid(f"{operation} is a query; it has no number", hint="send it as QUERIES")
+
+
+def _encoded(sends: Sequence[Send]) -> list[tuple[str, str, bytes]]:
+    """Return messages as records hold them. It is too late to refuse: the events are applied."""
+    try:
+        return [(each.owner, each.operation, encode(each.command)) for each in sends]
+    except KsiError as defect:
+        raise _Fault from defect
 
 
 def _forgotten(work: Work) -> Evicted:

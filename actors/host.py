@@ -49,7 +49,7 @@ EXIT_UNKNOWN_OUTCOME: Final = 74  # EX_IOERR: a sync or commit failed, recovery 
 _STEP_S_MAX: Final = 4 * TICK_S  # Owner time goes no further at once: a stopped owner ages little.
 _REPLY_BYTES_MAX: Final = FRAME_BYTES_MAX - 1024
 _ANSWER_S_MAX: Final = 0.05  # Spent on queries in one turn: commands wait no longer for them.
-_PROBE_S: Final = 2.0  # How often subscribers are looked for that left without a word.
+_PROBE_S: Final = 2.0  # How often is looked for subscribers and readers that were killed.
 
 _decode_requests = msgspec.msgpack.Decoder(wire.CommandsFrame).decode
 _decode_frame = msgspec.msgpack.Decoder(wire.Frame).decode
@@ -82,6 +82,7 @@ class Host(pykka.ThreadingActor):
         self._commands: deque[Work] = deque()
         self._queries: deque[tuple[int, Work]] = deque()  # each behind that many commands
         self._waiting_bytes = 0
+        self._said: list[tuple[bytes, Kind, Any]] = []  # at once; sent when all is taken in
         self._came = self._done = 0  # commands
         self._ours: list[Record[Any]] = []
         self._time_s = store.meta.time_s
@@ -129,6 +130,9 @@ class Host(pykka.ThreadingActor):
         self._turned_s = started_s
         for letter in post.letters:
             self._take_in(letter)
+        if self._said:
+            said, self._said = self._said, []
+            self._send_all(said)
         self._ours += self._outbox.turn(started_s)
         commands = self._next_batch()
         tick = started_s - self._ticked_s >= TICK_S
@@ -139,12 +143,17 @@ class Host(pykka.ThreadingActor):
             self._answer()
         if started_s - self._probed_s >= _PROBE_S:
             self._probed_s = started_s
-            for route in self._subscriptions.routes():
-                self._send(route, Kind.DELIVERIES, [])
+            self._probe()
         self._end_turn(commands, started_s)
         if self._draining and not self._commands and not self._queries:
             self._stat.state = "draining"
             self.stop()
+
+    def _probe(self) -> None:
+        """Find out who has left without a word: subscribers, and readers of the view."""
+        for route in self._subscriptions.routes():
+            self._send(route, Kind.DELIVERIES, [])
+        self._store.check_readers()
 
     def _take_in(self, letter: Letter) -> None:
         """Put the requests of a frame into the queue, or act on another kind at once."""
@@ -170,7 +179,9 @@ class Host(pykka.ThreadingActor):
                 or self._waiting_bytes > MAILBOX_BYTES_MAX
             ):
                 full = Busy("the mailbox is full", limit=MAILBOX_REQUESTS_MAX, retry_after_s=0.05)
-                return self._send(letter.route, kind_of_answer(kind), [_error(request, full)])
+                return self._said.append(
+                    (letter.route, kind_of_answer(kind), _error(request, full))
+                )
             left_ms = request.remaining_ms
             work = Work(
                 letter.route,
@@ -210,7 +221,8 @@ class Host(pykka.ThreadingActor):
                 for asked in msgspec.convert(frame.items, list[wire.Subscribe]):
                     refused = self._subscriptions.add(route, asked, letter.sender)
                     wired = refused.to_wire() if refused else None
-                    self._send(route, Kind.ANSWERS, [wire.Answer(-asked.number, b"", wired)])
+                    answer = wire.Answer(-asked.number, b"", wired)
+                    self._said.append((route, Kind.ANSWERS, answer))
             case Kind.UNSUBSCRIBE:
                 for number in msgspec.convert(frame.items, list[int]):
                     self._subscriptions.remove(route, number)
@@ -228,7 +240,7 @@ class Host(pykka.ThreadingActor):
         """The key was removed while the connection was open."""
         error = Forbidden("the key of this connection is not enrolled any more")
         self._stat.refusals += len(frame.items)
-        self._send(route, kind_of_answer(kind), [_error(each, error) for each in frame.items])
+        self._said += [(route, kind_of_answer(kind), _error(each, error)) for each in frame.items]
 
     def _put_off(self, route: bytes, kind: Kind, frame: wire.CommandsFrame) -> None:
         """Take nothing of a frame: it goes again, to our successor or not at all."""
@@ -236,7 +248,7 @@ class Host(pykka.ThreadingActor):
             self._send(route, kind_of_answer(kind), [])
         elif kind is Kind.COMMANDS and frame.items:
             draining = Draining(f"{self._owner.name} is stopping")
-            self._send(route, Kind.REPLIES, [_error(frame.items[0], draining)])
+            self._said.append((route, Kind.REPLIES, _error(frame.items[0], draining)))
 
     def _next_batch(self) -> list[Work]:
         """Take the next commands from the queue."""

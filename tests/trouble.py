@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def paused(system: System, name: str = "sessions") -> Iterator[int]:
     try:
         yield pid
     finally:
-        if _is_alive(pid):
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
 
 

@@ -49,6 +49,7 @@ from trouble import (
 )
 
 from ksi.actors.stat import read_stat
+from ksi.storage.environment import open_reader
 from ksi.transport import Client
 from ksi.transport.errors import Invalid, KsiError, NotOwner, TooLarge
 from ksi.transport.identity import KeyRing, endpoint, run_directory
@@ -549,6 +550,27 @@ def test_clients_that_die_in_the_middle_leave_whole_commands_or_none(system: Sys
         assert len(said) in range(100)
 
 
+READS = """
+import os, sys
+from pathlib import Path
+from ksi.actors.reading import reader_of
+reader = reader_of("sessions", Path(sys.argv[1])).reader
+reader.read(lambda tables, meta: print("reading", flush=True) or os.kill(os.getpid(), 9))
+"""
+
+
+def test_readers_that_were_killed_hold_nothing_back(system: System) -> None:
+    """A reader has a slot, of which there are 4,096, and keeps what it reads from being reused."""
+    killed = [spawn(READS, system) for _ in range(4)]
+    for process in killed:
+        assert process.wait(30) == -signal.SIGKILL
+        end(process)
+    slots = open_reader(next((system.var / "db" / "sessions").glob("*/view"))).lmdb
+
+    dead = [f" {process.pid} " for process in killed]
+    until(lambda: not any(pid in slots.readers() for pid in dead))
+
+
 def test_a_client_that_never_acknowledges_is_busy_beyond_its_window(system: System) -> None:
     for owner in OWNERS:
         with Stranger(system.var, "hoarder", owner) as peer:
@@ -594,7 +616,7 @@ def test_subscribers_that_left_without_a_word_are_forgotten(system: System) -> N
             gone = peer.connected(peer.certificate.public, peer.certificate.secret)
             patterns = [[number, f"session.gone-{number}.>", 1] for number in range(1, 51)]
             gone.send(peer.frame(SUBSCRIBE, patterns))
-            gone.recv()
+            assert len(unpack(gone.recv())[4]) == 50
             gone.close(0)
         assert peer.is_served()
 
