@@ -20,7 +20,8 @@ Source: DESIGN 5; group commit as in Redis `appendfsync always`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, NamedTuple, Protocol, get_args, get_type_hints
 
 import msgspec
@@ -34,6 +35,8 @@ from ksi.actors.owner import (
     Keyed,
     Log,
     Owner,
+    Query,
+    Reply,
     Send,
     Sender,
     Tables,
@@ -77,6 +80,9 @@ class Work(NamedTuple):
     arrived_s: float = 0.0
 
 
+Facts = Callable[[Query[Any]], Reply | KsiError | None]  # answers from other owners' states
+
+
 class Transactions(Protocol):
     """What the loop needs of a store; `storage.store.Store` and its twin in memory have it."""
 
@@ -105,12 +111,19 @@ class CommitLoop:
     """Carries out batches for one owner over one store."""
 
     def __init__(
-        self, owner: Owner[Any], store: Transactions, ids: Iterator[str], log: Any
+        self,
+        owner: Owner[Any],
+        store: Transactions,
+        ids: Iterator[str],
+        log: Any,
+        facts: Facts = lambda _query: None,
     ) -> None:
         self.owner = owner
         self.store = store
         self.ids = ids
         self.log = log
+        self._facts = facts
+        self._wants_facts = type(owner).fact is not Owner.fact
         self.tables = bind(owner.tables, store.tables)
         self.delivery = Delivery(store.tables)
         self.refusals = 0
@@ -304,6 +317,8 @@ class CommitLoop:
     def _apply(self, command: Any, sender: Sender, given: Given) -> Decision:
         """Decide, and apply what was decided. A refusal passes through; nothing was applied."""
         try:
+            if self._wants_facts and (wanted := self.owner.fact(command, sender)) is not None:
+                given = replace(given, fact=self._facts(wanted))
             decision = self.owner.decide(command, sender, self.tables, given)
         except KsiError:
             raise

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from ksi.transport.errors import KsiError
 from ksi.transport.message import Command, Event, Message, Query, Reply, Role
 
 Row = TypeVar("Row")
@@ -98,11 +99,14 @@ class Given:
         now: wall time in seconds since the epoch, for people.
         time_s: owner time in seconds: advances only while the owner runs; for deadlines.
         ids: fresh ids, each a UUID in its usual form.
+        fact: the answer of another owner's state to `Owner.fact`, or what it refused it with;
+            None if nothing was asked or that state cannot be read now.
     """
 
     now: float
     time_s: float
     ids: Iterator[str]
+    fact: Reply | KsiError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +173,14 @@ class Owner(ABC, Generic[T]):
     @abstractmethod
     def answer(self, query: Any, tables: T) -> Reply:
         """Return the reply to `query`, or raise a refusal."""
+
+    def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
+        """Return what `decide` wants to be given of another owner's state: a query to it.
+
+        It is answered from what that owner has committed, without a message, and may be out of
+        date when it is used: the other owner has the last word, through a `Send`.
+        """
+        return None
 
     def announce(self, event: Any) -> Iterable[Announcement]:
         """Return what subscribers are told of `event`."""

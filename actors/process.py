@@ -22,7 +22,7 @@ from ksi.actors.host import Host, fresh_ids
 from ksi.actors.outbox import Outbox
 from ksi.actors.owner import Owner
 from ksi.actors.owners import load
-from ksi.actors.reading import reader_of
+from ksi.actors.reading import Facts, reader_of
 from ksi.actors.stat import StatWriter
 from ksi.storage.journal import Batch
 from ksi.storage.store import Store, is_no_room
@@ -97,15 +97,16 @@ def wait_for_room(start: Callable[[], T], logger: Any) -> T:
 def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, CommitLoop]:
     """Open and recover the owner's store; return it with the commit loop over it."""
     loops: list[CommitLoop] = []
+    facts = Facts(directory.parent.parent)
 
     def replay(store: Store, batch: Batch) -> tuple[float, bytes]:
         if not loops:
-            loops.append(CommitLoop(owner, store, fresh_ids(), logger))
+            loops.append(CommitLoop(owner, store, fresh_ids(), logger, facts))
         return loops[0].replay(batch.payload)
 
     specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
     store = Store.open(directory, specs, replay=replay)
-    loop = loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger)
+    loop = loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger, facts)
     if store.meta.extra:
         loop.cut = msgspec.msgpack.decode(store.meta.extra, type=int)
     return store, loop

@@ -20,7 +20,8 @@ from ksi.storage.journal import Batch as StoredBatch
 from ksi.storage.journal import JournalReader, Position
 from ksi.storage.reader import Reader
 from ksi.storage.tables import TableSpec
-from ksi.transport.message import Query
+from ksi.transport.errors import KsiError
+from ksi.transport.message import Query, Reply, operation_of
 
 R = TypeVar("R")
 
@@ -101,6 +102,24 @@ class OwnerReader:
         """Return a reader of the journal of the store in use."""
         store, _position = self.reader.committed()
         return JournalReader(store)
+
+
+class Facts:
+    """Answers queries to any owner of `var` from its committed state, without a message."""
+
+    def __init__(self, var: Path) -> None:
+        self._var = var
+        self._readers: dict[str, OwnerReader] = {}
+
+    def __call__(self, query: Query[Reply]) -> Reply | KsiError | None:
+        """Return the reply, or the refusal; None if that state cannot be read now."""
+        asked = operation_of(query)
+        if asked.owner not in self._readers:
+            self._readers[asked.owner] = reader_of(asked.owner, self._var)
+        try:
+            return self._readers[asked.owner].answer(query)
+        except KsiError as refusal:
+            return refusal if isinstance(refusal, asked.refuses) else None
 
 
 def reader_of(owner: Owner[Any] | str, var: Path) -> OwnerReader:

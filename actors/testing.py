@@ -26,9 +26,19 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from ksi.actors.commit import CommitLoop, Outcome, Work, bind, table_types
+from ksi.actors.commit import CommitLoop, Facts, Outcome, Work, bind, table_types
 from ksi.actors.delivery import Batch, ClientRow, Record
-from ksi.actors.owner import Announcement, Decision, Event, Given, Line, Owner, Reply, Sender
+from ksi.actors.owner import (
+    Announcement,
+    Decision,
+    Event,
+    Given,
+    Line,
+    Owner,
+    Query,
+    Reply,
+    Sender,
+)
 from ksi.storage.tables import Key, MemoryTable, TableSpec
 from ksi.transport import wire
 from ksi.transport.errors import KsiError, StorageFull, from_wire
@@ -210,6 +220,10 @@ class Watched(Owner[Any]):
         )
         return decision
 
+    def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
+        """Return what the owner wants to know."""
+        return self._owner.fact(command, sender)
+
     def apply(self, event: Any, tables: Any) -> None:
         """Apply; the event must be as it was afterwards."""
         before = _pack(event)
@@ -241,6 +255,7 @@ class Twin:
 
     Attributes:
         now, time_s: wall time and owner time. `pass_time` moves both.
+        facts: answers from other owners' states; by default there are none.
         events: all that is committed; told: what was announced of it; sends: messages to others.
     """
 
@@ -251,6 +266,7 @@ class Twin:
         self.log = MemoryLog()
         self.now = START
         self.time_s = 0.0
+        self.facts: Facts = lambda _query: None
         self.events: list[Event] = []
         self.told: list[Announcement] = []
         self.sends: list[tuple[str, int, str, bytes]] = []
@@ -307,6 +323,7 @@ class Twin:
         """Return a twin that was rebuilt: from `rows`, or nothing, and the journal from `since`."""
         twin = Twin(self.owner)
         twin.now, twin.time_s = self.now, self.time_s
+        twin.facts = self.facts
         twin.log.content = self.log.content.copy()
         twin.loop.ids = self._ids
         if rows is not None:
@@ -323,7 +340,10 @@ class Twin:
         self.errors.append(f"{event}: {exc_info!r}")
 
     def _new_loop(self) -> CommitLoop:
-        return CommitLoop(self.watched, self.store, self._ids, self)
+        return CommitLoop(self.watched, self.store, self._ids, self, self._fact)
+
+    def _fact(self, query: Query[Any]) -> Reply | KsiError | None:
+        return self.facts(query)
 
 
 def _seeded_ids(chance: random.Random) -> Iterator[str]:

@@ -546,3 +546,37 @@ def test_a_command_decided_on_what_another_of_its_batch_has_done(twin: Twin) -> 
         work(4, "session:create", session_id="s"),
     )
     assert said == [(2, "done"), (3, NotOwner), (4, Conflict)]
+
+
+class Careful(Sessions):
+    """An owner that looks at another owner's state before it takes an append."""
+
+    def fact(self, command: Any, sender: Sender) -> Any:
+        return registry.Describe(agent_id=sender.name) if isinstance(command, Append) else None
+
+    def decide(self, command: Any, sender: Sender, tables: SessionTables, given: Given) -> Decision:
+        if isinstance(given.fact, KsiError):
+            raise Forbidden(f"{sender.name}: {given.fact}")
+        if isinstance(command, Append) and given.fact is None:
+            raise Busy("the registry cannot be read")
+        return super().decide(command, sender, tables, given)
+
+
+def test_a_decision_is_given_the_fact_it_wants_of_another_owners_state() -> None:
+    twin = Twin(Careful())
+    asked: list[Any] = []
+    facts: list[Any] = [None, NotFound("no such agent"), Reply()]
+
+    def answer(query: Any) -> Any:
+        asked.append(query)
+        return facts.pop(0)
+
+    twin.facts = answer
+    say(twin, work(1, "session:create", session_id="s"))
+
+    assert say(twin, work(2, event="a")) == [(2, Busy)]
+    assert say(twin, work(2, event="a")) == [(2, Forbidden)]
+    assert numbers(twin) == []
+    assert say(twin, work(3, event="a")) == [(3, "done")]
+    assert numbers(twin) == [3]
+    assert asked == [registry.Describe(agent_id="alice")] * 3
