@@ -104,7 +104,7 @@ def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, 
             loops.append(CommitLoop(owner, store, fresh_ids(), logger, facts))
         return loops[0].replay(batch.payload)
 
-    specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
+    specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
     store = Store.open(directory, specs, replay=replay)
     loop = loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger, facts)
     if store.meta.extra:

@@ -49,7 +49,7 @@ class OwnerReader:
     def __init__(self, owner: Owner[Any], var: Path) -> None:
         self.owner = owner
         self._decode = msgspec.msgpack.Decoder(Batch[owner.events]).decode  # type: ignore[name-defined]
-        specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
+        specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
         self.reader = Reader(
             var / "db" / owner.name,
             specs,
