@@ -35,6 +35,9 @@ FREE_TIMES: Final = 4  # Disk space is a problem at this many times the limit th
 COUNTED: Final = {
     "sessions": ("sessions", "sessions", None),
     "agents": ("registry", "agents", "gone"),
+    "waiting": ("completion", "queue", None),
+    "active": ("completion", "grants", None),
+    "workers": ("completion", "workers", None),
 }
 
 

@@ -75,6 +75,7 @@ RUN_NAME_BYTES_MAX: Final = 24  # Of a socket in `run/`, so that the path is kno
 
 # Time
 ASK_TIMEOUT_S: Final = 5.0  # What a caller waits when it does not say.
+OUTCOME_TIMEOUT_S: Final = 600.0  # What a requester waits for an outcome when it does not say.
 TICK_S: Final = 0.25  # How often an owner lets time pass: the precision of leases.
 HUNG_TURN_S: Final = 10.0  # No turn of its loop for this long and an owner is hung ...
 HUNG_COMMIT_S: Final = 60.0  # ... or this long inside a commit: slow disks are not hung owners.
