@@ -6,8 +6,8 @@ whatever was lost on the way: pushes, the connection, the owner, its own registr
 
 - A grant that is over (cancelled, timed out, given to another) has its provider cancelled.
 - Another worker under its name ends it. A lapsed lease does not: it registers again.
-- Told to stop, it takes no more, finishes what it holds within `grace_s`, hands the rest back and
-  leaves.
+- Told to stop, it takes no more, finishes within `grace_s` what it has begun, hands back the rest
+  and leaves.
 """
 
 from __future__ import annotations
