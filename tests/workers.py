@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from system import System
 from trouble import until
 
-from ksi.actors.delivery import Batch
+from ksi.actors.commit import batch_decoder
 from ksi.actors.owners import completion
 from ksi.actors.owners.completion import Ended, Granted, Queued, Requeued
 from ksi.actors.reading import reader_of
@@ -84,7 +83,7 @@ def state(client: Any, request_id: str) -> str:
 def happened(var: Path) -> list[Any]:
     """Return all events of the owner of completions, in order."""
     reader = reader_of(completion.OWNER, var)
-    decode = msgspec.msgpack.Decoder(Batch[completion.OWNER.events]).decode  # type: ignore[name-defined]
+    decode = batch_decoder(completion.OWNER.events)
     journal = reader.journal()
     _store, committed = reader.position()
     batches = [decode(each.payload) for each in journal.read(journal.start(), committed)]
