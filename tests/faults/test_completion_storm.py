@@ -89,12 +89,13 @@ async def agents_at_once(system: System) -> list[int]:
             reached.append(max(0, page["seq"] - AGENTS * EACH))
         last = f"a{AGENTS - 1}-{EACH - 1}"
         await clients[-1].outcome(last, timeout_s=PATIENCE_S)
-        until(lambda: not asyncio_free(system), PATIENCE_S)
+        until(lambda: not open_requests(system), PATIENCE_S)
         await asyncio.gather(*(client.close() for client in clients))
     return reached
 
 
-def asyncio_free(system: System) -> int:
+def open_requests(system: System) -> int:
+    """Return how many requests wait or run."""
     with system.client("looker") as looker:
         page = looker.read("completion:list", limit=1)
         return int(page["waiting"] + page["active"])
@@ -148,7 +149,7 @@ def storm(system: System, *, sessions: int, workers: int, each: int, blows: int)
             strike(system, running, what, chance)
         for worker in running.values():
             worker.send(signal.SIGCONT)
-        until(lambda: not asyncio_free(system), PATIENCE_S)
+        until(lambda: not open_requests(system), PATIENCE_S)
     finally:
         for worker in running.values():
             worker.kill()
@@ -188,7 +189,7 @@ async def submit_all(system: System, sessions: int, each: int) -> None:
             *(
                 alice.ask(
                     "completion:async", session_id=name, prompt=str(n), request_id=f"{name}-{n}",
-                    options={"delay_s": 0.03}, timeout_s=PATIENCE_S,
+                    options={"delay_s": 0.1}, timeout_s=PATIENCE_S,
                 )
                 for n in range(each)
                 for name in ids
