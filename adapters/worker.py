@@ -170,9 +170,7 @@ class Worker:
         """Renew the lease, stop what is over and start what is new."""
         slots = 0 if self._stop_s is not None else self._slots
         try:
-            renewed = await self._client.ask(
-                "worker:renew", epoch=self._epoch, slots=slots, timeout_s=self._patience_s
-            )
+            renewed = await self._client.ask("worker:renew", epoch=self._epoch, slots=slots)
         except (NotFound, Restored, Evicted):
             await self._register()
             return
@@ -190,7 +188,6 @@ class Worker:
             capabilities=list(self._providers),
             slots=0 if self._stop_s is not None else self._slots,
             lease_s=self._lease_s,
-            timeout_s=self._patience_s,
         )
         self._epoch = registered["epoch"]
 
@@ -200,7 +197,6 @@ class Worker:
                 "worker:grants",
                 worker=self.name,
                 request_ids=request_ids,
-                timeout_s=self._patience_s,
             )
             grants = msgspec.convert(page["grants"], list[Grant])
             for grant in grants:
@@ -239,7 +235,7 @@ class Worker:
         """Report until it is answered: reported twice, an attempt is over the second time."""
         while True:
             try:
-                await self._client.ask("worker:report", fields, timeout_s=self._patience_s)
+                await self._client.ask("worker:report", fields)
                 return
             except _OVER:
                 return
@@ -250,10 +246,6 @@ class Worker:
                 del fields["result"]
             except (*_SILENT, Restored, Evicted):
                 await asyncio.sleep(RETRY_S)
-
-    @property
-    def _patience_s(self) -> float:
-        return self._lease_s / RENEWALS
 
 
 def _words(error: Exception) -> str:

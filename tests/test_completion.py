@@ -12,7 +12,7 @@ from ksi.actors.owner import Query, Reply, Sender
 from ksi.actors.owners import completion
 from ksi.actors.owners.completion import OWNER
 from ksi.actors.owners.sessions import SessionView
-from ksi.actors.testing import Asked, Twin, check_owner
+from ksi.actors.testing import Asked, Twin, TwinTable, check_owner
 from ksi.transport.errors import (
     Busy,
     Conflict,
@@ -228,6 +228,31 @@ def test_large_prompts_come_in_pages(twin: Twin) -> None:
     assert len(twin.read("worker:grants", worker="w1", request_ids=left).grants) == 2
 
 
+def test_choosing_reads_no_more_rows_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows_read(waiting: int) -> int:
+        twin = Twin(OWNER)
+        register(twin)
+        for n in range(waiting):
+            submit(twin, f"s{n % 20}", requires=("gpu", None)[n % 2])
+        (request_id,) = held(twin)
+        count = 0
+        ranged = TwinTable.range
+
+        def counting(table: Any, *args: Any, **more: Any) -> Any:
+            nonlocal count
+            for each in ranged(table, *args, **more):
+                count += 1
+                yield each
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TwinTable, "range", counting)
+            report(twin, request_id)
+        assert len(held(twin)) == 1
+        return count
+
+    assert rows_read(400) == rows_read(1200) < 30
+
+
 # What becomes of a request.
 
 
@@ -329,6 +354,9 @@ def test_an_attempt_that_takes_too_long_fails_and_frees_its_session(twin: Twin) 
     assert status(twin, slow).status == "active"
     twin.pass_time(2.0)
     assert status(twin, slow).reason == "it took longer than 60 s"
+    assert [each.topic for each in twin.told].count("worker.w1.revoked") == 1
+    last = msgspec.msgpack.decode(twin.sends[-1][3])
+    assert (last["event"], last["agent_id"]) == ("completion:failed", "w1")
     assert list(held(twin)) == [following]
 
 

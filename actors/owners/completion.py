@@ -91,6 +91,7 @@ RETRY_AFTER_S: Final = 0.5  # What a requester is asked to wait where the queue 
 ANYTHING: Final = "*"  # What a request requires that any worker may take; every worker offers it.
 
 Status = Literal["queued", "active", "completed", "failed", "cancelled"]
+OURS: Final = "completion"  # Who ends what took too long, or too many workers.
 FINAL: Final = frozenset({"completed", "failed", "cancelled"})
 WORKERS: Final[frozenset[Role]] = frozenset({"worker", "operator"})
 
@@ -919,7 +920,8 @@ def _end(
     record: bool = True,
 ) -> Decision:
     """End an open request: once, for a request that has ended is not open any more."""
-    entry = {**(result or {}), "agent_id": by}
+    speaker = request.worker if by == OURS else by
+    entry = {**(result or {}), "agent_id": speaker}
     if reason is not None:
         entry["reason"] = reason
     size = _size(entry, "the result")
@@ -938,7 +940,7 @@ def _end(
         given.time_s,
     )
     name = _RECORDED[status]
-    sends = (_recorded(request.session_id, request_id, by, name, entry),) if record else ()
+    sends = (_recorded(request.session_id, request_id, speaker, name, entry),) if record else ()
     ended = msgspec.structs.replace(request, status=status, finished_at=given.now, reason=reason)
     return Decision((event,), _view(request_id, ended), sends, tick=True)
 
@@ -1023,7 +1025,7 @@ def _left(
         request = _known(tables, request_id)
         if lapsed and request.lapses + 1 >= LAPSES_MAX:
             why = f"given up: {LAPSES_MAX} workers vanished over it, at last {name}"
-            end = _end(request_id, request, "failed", given, by="completion", reason=why)
+            end = _end(request_id, request, "failed", given, by=OURS, reason=why)
             events += end.events
             sends += end.sends
         else:
@@ -1068,7 +1070,7 @@ def _time_out(tables: CompletionTables, given: Given) -> Decision:
     for (_, request_id), _row in islice(overdue, DUE_MAX):
         request = _known(tables, request_id)
         why = f"it took longer than {request.timeout_s:g} s"
-        ends.append(_end(request_id, request, "failed", given, by="completion", reason=why))
+        ends.append(_end(request_id, request, "failed", given, by=OURS, reason=why))
     return _together(ends)
 
 
