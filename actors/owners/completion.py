@@ -574,7 +574,10 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Lane(msgspec.Struct, frozen=True, array_like=True):
-    """One session as far as its queue goes; it has a row while it has requests."""
+    """One session as far as its queue goes; it has a row while it has requests.
+
+    What is `closed` is emptied before anything is granted again.
+    """
 
     waiting: int = 0
     active: str = ""
@@ -1377,7 +1380,7 @@ def _put_lane(tables: CompletionTables, session_id: str, before: Lane, after: La
 
 
 def _ready_of(lane: Lane) -> Head | None:
-    return None if lane.active or lane.closed else lane.head
+    return None if lane.active else lane.head
 
 
 def _queue_closed(event: QueueClosed, tables: CompletionTables) -> None:
