@@ -53,7 +53,7 @@ AGEING_S: Final = 30.0  # Waiting this long is worth one step of priority: nothi
 FINISHED_MAX: Final = 10_000  # Outcomes kept for those who ask; the record is the session's file.
 FINISHED_BYTES_MAX: Final = 256 << 20  # The same, for large results.
 FINISHED_S: Final = 86_400.0  # The same: nobody asks after a day.
-ENDED_MAX: Final = 1000  # Requests of a closed session ended in one decision: one journal record.
+ENDED_MAX: Final = 250  # Requests of a closed session ended in one decision: it is felt.
 
 # Disk
 RECORD_BYTES_MAX: Final = 4 * BATCH_BYTES_MAX  # Of the journal: events may outgrow their commands.
