@@ -111,10 +111,14 @@ class Bench:
         for number in range(10):
             await client.ask("session:create", session_id=f"full-{number}")
         for start in range(0, waiting, 500):
-            fields = {"prompt": "x" * 200, "requires": "nobody", "timeout_s": 30.0}
+            fields = {"prompt": "x" * 200, "requires": "nobody"}
             await asyncio.gather(
                 *(
-                    client.ask("completion:async", fields | {"session_id": f"full-{number % 10}"})
+                    client.ask(
+                        "completion:async",
+                        {**fields, "session_id": f"full-{number % 10}"},
+                        timeout_s=30.0,
+                    )
                     for number in range(start, min(start + 500, waiting))
                 )
             )

@@ -45,7 +45,7 @@ def choose(chance: random.Random) -> Asked:
     epoch = {"epoch": chance.randint(1, 8)}
     offers = {"capabilities": chance.choice(([], ["gpu"], ["gpu", "gpu", "cpu"]))}
     status, after = chance.choice(("queued", "active", "finished")), chance.choice((None, "x/1/2"))
-    timeout = {"timeout_s": chance.choice((0.2, 300.0))}
+    timeout = {"run_s": chance.choice((0.2, 300.0))}
     choices: list[Asked] = [
         *[Asked(agent, "completion:async", {**session, **prompt, **priority, **timeout})] * 3,
         *[Asked(agent, "completion:async", {**session, **prompt, **request})] * 8,
@@ -361,7 +361,7 @@ def test_who_may_cancel_is_the_requester_an_operator_and_the_owner_of_the_sessio
 
 def test_an_attempt_that_takes_too_long_fails_and_frees_its_session(twin: Twin) -> None:
     register(twin, lease_s=3600.0)
-    slow, following = submit(twin, timeout_s=60.0), submit(twin)
+    slow, following = submit(twin, run_s=60.0), submit(twin)
     twin.pass_time(59.0)
     assert status(twin, slow).status == "active"
     twin.pass_time(2.0)

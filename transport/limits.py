@@ -45,7 +45,7 @@ WORKERS_MAX: Final = 1024  # Each has a few rows that a grant rewrites.
 SLOTS_MAX: Final = 64  # Grants a worker may hold: what is requeued in one decision when it goes.
 OFFERS_MAX: Final = 16  # Capabilities of one worker: rows rewritten with each of its grants.
 WORKER_LEASE_S: Final = 15.0  # A worker silent this long is taken for dead, where it says nothing.
-REQUEST_TIMEOUT_S: Final = 300.0  # How long one attempt may run, where the request does not say.
+REQUEST_RUN_S: Final = 300.0  # How long one attempt may run, where the request does not say.
 LAPSES_MAX: Final = (
     5  # Workers that may vanish over one request before it is given up: it may be why.
 )
