@@ -64,6 +64,7 @@ _NO_FORM: Final = (
     ValueError,
     OverflowError,
 )  # An event, reply or row cannot be encoded.
+_TICKS_MAX: Final = 16  # In one commit: what is left waits for the next.
 _encode_cut = msgspec.msgpack.encode
 _decode_answer = msgspec.msgpack.Decoder(wire.Answer).decode
 
@@ -134,6 +135,7 @@ class CommitLoop:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = batch_decoder(owner.events)
         self._outcome = Outcome([], [], [])
+        self._asked_tick = False  # by a decision in this batch, or by a tick
 
     def replay(self, payload: bytes) -> tuple[float, bytes]:
         """Apply one journaled batch to the tables; return the owner time it was made at, and what
@@ -201,6 +203,7 @@ class CommitLoop:
         self.store.room()
         self.store.begin()
         self._outcome = outcome = Outcome([], [], [])
+        self._asked_tick = False
         records: list[Record[Any]] = []
         for work in works:
             record = self._carry_out(work, given, clock_s)
@@ -209,8 +212,7 @@ class CommitLoop:
         for record in ours:
             self.delivery.settle(record, given.now)
         records += ours
-        if tick:
-            records += self._tick(given)
+        records += self._ticks(given, tick)
         if records:
             self._commit(records, given)
         else:
@@ -305,7 +307,7 @@ class CommitLoop:
         if work.expires_s is not None and clock_s >= work.expires_s:
             raise Expired(f"the time for {request.operation} ran out before it was carried out")
         command: Any = declared.decode(request.body)
-        request_id: str | None = getattr(command, "request_id", None)
+        request_id: str | None = command.request_id if _has_request_id(declared.name) else None
         if request_id is not None:
             known = self.delivery.requests.get((work.sender.name, request.operation, request_id))
             if known is not None:
@@ -332,6 +334,7 @@ class CommitLoop:
                 self.owner.apply(event, self.tables)
         except Exception as defect:
             raise _Fault from defect
+        self._asked_tick |= decision.tick
         return decision
 
     def _record(
@@ -370,10 +373,22 @@ class CommitLoop:
         answer = wire.Answer(work.request.number, None, error.to_wire())
         return (work.route, wire.Kind.REPLIES, msgspec.Raw(self._encode(answer)))
 
+    def _ticks(self, given: Given, is_due: bool) -> list[Record[Any]]:
+        """Let time pass where it is due, and as often as it is asked for, within a bound."""
+        records: list[Record[Any]] = []
+        if is_due:
+            records = self.delivery.overdue(given.now)
+            for record in records:
+                self.delivery.settle(record, given.now)
+        for _ in range(_TICKS_MAX):
+            if not (is_due or self._asked_tick):
+                break
+            is_due = self._asked_tick = False
+            records += self._tick(given)
+        return records
+
     def _tick(self, given: Given) -> list[Record[Any]]:
-        records = self.delivery.overdue(given.now)
-        for record in records:
-            self.delivery.settle(record, given.now)
+        records: list[Record[Any]] = []
         try:
             decision = self._apply(Tick(), self._self, given)
         except Busy:  # The outbox is full: what is due waits for the next tick.
@@ -400,6 +415,16 @@ class CommitLoop:
             ours = [each.name for each in CATALOGUE.values() if each.owner == self.owner.name]
             return unknown(operation, ours)
         return Invalid(f"{operation} is a query; it has no number", hint="send it as QUERIES")
+
+
+@cache
+def _has_request_id(operation: str) -> bool:
+    """Whether a caller may give such a command an id of its own: an optional `request_id`.
+
+    Where one is required it is not the command's: it names a request for a completion.
+    """
+    fields = msgspec.structs.fields(CATALOGUE[operation].message)
+    return any(each.name == "request_id" and not each.required for each in fields)
 
 
 def _encoded(sends: Sequence[Send]) -> list[tuple[str, str, bytes]]:
@@ -446,12 +471,13 @@ def bind(declared: type[Tables], tables: Mapping[str, Any], logs: Log | None = N
     return bound
 
 
-def table_types(owner: Owner[Any]) -> dict[str, tuple[type, tuple[type, ...]]]:
-    """Return row and key types of every table in the owner's store, the host's among them."""
-    types = dict(HOST_TABLES)
+def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
+    """Return how each table in the owner's store is declared, the host's among them: the type of a
+    row, the types of a key, and where it says so how many rows to keep decoded."""
+    types: dict[str, tuple[Any, ...]] = dict(HOST_TABLES)
     for name, kind in _hints(owner.tables).items():
         if kind is not Log:
             (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
             plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
-            types[name] = (get_args(plain)[0], keyed.parts)
+            types[name] = (get_args(plain)[0], keyed.parts, keyed.cache_rows)
     return types

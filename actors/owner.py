@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from ksi.transport.errors import KsiError
+from ksi.transport.limits import CACHE_ROWS
 from ksi.transport.message import Command, Event, Message, Query, Reply, Role
 
 Row = TypeVar("Row")
@@ -120,11 +121,16 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens if this command is carried out: events in order, a reply, and messages."""
+    """What happens if this command is carried out: events in order, a reply, and messages.
+
+    With `tick` the owner's `Tick` follows in the same commit, after the rest of the batch: for what
+    is decided once for many commands, over what they have led to.
+    """
 
     events: tuple[Event, ...] = ()
     reply: Reply | None = None
     sends: tuple[Send, ...] = ()
+    tick: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +143,18 @@ class Announcement:
 
 
 class Tick(Command[None], frozen=True, kw_only=True):
-    """Time has passed. Sent by the host to its own owner, a few times a second."""
+    """Time has passed. Sent by the host to its own owner: a few times a second, and when asked."""
 
 
 class Keyed:
-    """The parts of a table's key: `Annotated[Table[Row], Keyed(str, int)]`. Default: one string."""
+    """The parts of a table's key: `Annotated[Table[Row], Keyed(str, int)]`. Default: one string.
 
-    def __init__(self, *parts: type) -> None:
+    `cache_rows` is how many decoded rows its writer keeps between batches: fewer of large ones.
+    """
+
+    def __init__(self, *parts: type, cache_rows: int = CACHE_ROWS) -> None:
         self.parts = parts
+        self.cache_rows = cache_rows
 
 
 class Tables:

@@ -39,8 +39,8 @@ def warm() -> None:
     """Work out what owners need of their types; the fork server does it once for all of them."""
     for owner in load_all().values():
         batch_decoder(owner.events)
-        for row, _keys in table_types(owner).values():
-            row_decoder(row)
+        for types in table_types(owner).values():
+            row_decoder(types[0])
 
 
 def run_owner(name: str, var: str) -> None:
@@ -112,7 +112,7 @@ def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, 
             loops.append(CommitLoop(owner, store, fresh_ids(), logger, facts))
         return loops[0].replay(batch.payload)
 
-    specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
+    specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
     store = Store.open(directory, specs, replay=replay)
     loop = loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger, facts)
     if store.meta.extra:

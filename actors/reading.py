@@ -46,7 +46,7 @@ class OwnerReader:
     def __init__(self, owner: Owner[Any], var: Path) -> None:
         self.owner = owner
         self._decode = batch_decoder(owner.events)
-        specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
+        specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
         self.reader = Reader(
             var / "db" / owner.name,
             specs,

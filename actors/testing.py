@@ -120,8 +120,8 @@ class MemoryStore:
 
     def __init__(self, owner: Owner[Any]) -> None:
         self.tables: Mapping[str, Any] = {
-            name: TwinTable(name, TableSpec(row, key), self)
-            for name, (row, key) in table_types(owner).items()
+            name: TwinTable(name, TableSpec(*types), self)
+            for name, types in table_types(owner).items()
         }
         self.journal: list[bytes] = []
         self.extra = b""

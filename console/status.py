@@ -54,7 +54,7 @@ def as_fields(system: System, problems: list[str]) -> dict[str, Any]:
         "children": [_agent_fields(child) for child in system.of("agent")],
         "sessions": system.counts["sessions"],
         "agents": system.counts["agents"],
-        "queue": None,
+        "queue": {name: system.counts[name] for name in ("waiting", "active", "workers")},
         "checkpoint": None,
         "disk": {"free_bytes": system.free_bytes, "total_bytes": system.disk_bytes},
         "problems": problems,

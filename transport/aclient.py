@@ -13,9 +13,10 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, overload
 
+from ksi.transport import outcomes
 from ksi.transport.caller import Caller, Known, Prepared, Ticket
 from ksi.transport.errors import KsiError, NotFound, Unavailable
-from ksi.transport.limits import ASK_TIMEOUT_S
+from ksi.transport.limits import ASK_TIMEOUT_S, OUTCOME_TIMEOUT_S
 from ksi.transport.link import Delivery, Link, Subscribed
 from ksi.transport.message import Command, Message, Query, Role
 from ksi.transport.window import Pending
@@ -195,6 +196,31 @@ class AsyncClient:
             subscription.close()
             raise
         return subscription
+
+    async def outcome(
+        self, request_id: str, *, timeout_s: float = OUTCOME_TIMEOUT_S
+    ) -> dict[str, Any]:
+        """Wait until a completion of this client has ended; return what `completion:status` says.
+
+        It does not matter whether it has ended before, or what is restarted meanwhile.
+
+        Raises:
+            NotFound: there is no such request, or its outcome is not kept any more.
+            Unavailable: it has not ended in time; it goes on.
+        """
+        deadline_s = self._caller.deadline_s(timeout_s)
+        async with await self.subscribe(outcomes.topic(self.name, request_id)) as news:
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                status = await self.ask(
+                    "completion:status", request_id=request_id, timeout_s=left_s
+                )
+                if outcomes.has_ended(status):
+                    return status
+                left_s = min(deadline_s - time.monotonic(), outcomes.RECHECK_S)
+                with contextlib.suppress(TimeoutError):
+                    while not outcomes.may_have_ended(await news.next(left_s)):
+                        pass
+        raise outcomes.still_open(request_id, timeout_s)
 
     async def close(self, timeout_s: float = _CLOSE_S) -> None:
         """Wait until all is acknowledged, say goodbye and close. Raises what `flush` raises."""
