@@ -24,7 +24,7 @@ import pykka
 from ksi.actors.commit import CommitLoop, Work
 from ksi.actors.delivery import GOODBYE, Record
 from ksi.actors.outbox import Outbox
-from ksi.actors.owner import Sender
+from ksi.actors.owner import Announcement, Event, Sender
 from ksi.actors.reading import OwnerReader
 from ksi.actors.stat import StatWriter
 from ksi.actors.subscriptions import Deliveries, Subscriptions
@@ -274,9 +274,8 @@ class Host(pykka.ThreadingActor):
         self._send_all(outcome.answers)
         if outcome.events:
             self._mailbox.ring()
-            if self._subscriptions:
-                told = [each for event in outcome.events for each in self._owner.announce(event)]
-                self._deliver(self._subscriptions.deliver(told))
+        if outcome.told and self._subscriptions:
+            self._deliver(self._subscriptions.deliver(self._announced(outcome.told)))
         if outcome.sends:
             for owner, number, operation, body in outcome.sends:
                 self._push(owner, number, operation, body)
@@ -285,6 +284,13 @@ class Host(pykka.ThreadingActor):
             self._stat.commits += 1
             self._stat.commands += len(commands)
             self._stat.record(time.monotonic() - commands[0].arrived_s)
+
+    def _announced(self, told: Sequence[Event | Announcement]) -> Iterator[Announcement]:
+        for each in told:
+            if type(each) is Announcement:
+                yield each
+            else:
+                yield from self._owner.announce(each)
 
     def _answer(self) -> None:
         """Answer queries from one read transaction, after the commands that came before them.

@@ -224,6 +224,13 @@ class Watched(Owner[Any]):
         """Return what the owner wants to know."""
         return self._owner.fact(command, sender)
 
+    def relay(self, signal: Any, sender: Sender, tables: Any) -> Announcement | None:
+        """Relay, with the tables locked."""
+        said: Announcement | None = self._watch(
+            signal, lambda: self._owner.relay(signal, sender, tables)
+        )
+        return said
+
     def apply(self, event: Any, tables: Any) -> None:
         """Apply; the event must be as it was afterwards."""
         before = _pack(event)
@@ -236,7 +243,8 @@ class Watched(Owner[Any]):
         return reply
 
     def _watch(self, message: Any, act: Callable[[], Any]) -> Any:
-        names = [each.name for each in CATALOGUE.values() if each.message is type(message)]
+        kind = type(message)
+        names = [each.name for each in CATALOGUE.values() if kind in (each.message, each.signal)]
         self._store.is_frozen = True
         try:
             result = act()
@@ -308,8 +316,9 @@ class Twin:
         outcome = self.loop.run(works, ours, self.now, self.time_s, self.time_s, tick=tick)
         self.events += outcome.events
         self.sends += outcome.sends
+        for each in outcome.told:
+            self.told += (each,) if type(each) is Announcement else self.owner.announce(each)
         for event in outcome.events:
-            self.told += self.owner.announce(event)
             for line in self.owner.lines(event):
                 self.log.add(line)
         return outcome
@@ -445,7 +454,7 @@ class _Run:
         works: list[Work] = []
         for _ in range(self.chance.choice((1, 1, 2, 8))):
             asked = self._choose(self.chance)
-            if CATALOGUE[asked.operation].kind == "query":
+            if not CATALOGUE[asked.operation].changes:
                 self._query(asked)
             else:
                 works.append(self._caller(asked.sender).next(asked))
@@ -461,6 +470,8 @@ class _Run:
         for work, (_route, _kind, answer) in zip(works, outcome.answers, strict=True):
             caller = self._callers[work.sender, work.instance[0]]
             caller.answers[work.request.number] = bytes(answer)
+            if CATALOGUE[work.request.operation].kind == "signal":
+                caller.acked = work.request.number  # It may be forgotten by the next life.
             refused += self._read(work, bytes(answer))
         if refused == len(works):
             require_alike(before, self.twin.store.rows(), "the tables after a refusal")
