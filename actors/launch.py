@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 Progress = Callable[[Mapping[str, Any]], None]
 
 TREE: Final = "ksi.actors.tree:tree"
-MODULES: Final = ("ksi.actors.process", "ksi.actors.follower", "structlog")  # what children need
+MODULES: Final = (
+    "ksi.actors.process:warm",
+    "ksi.actors.follower",
+    "structlog",
+)  # what children need
 
 _MAIN: Final = "from ksi.actors.launch import main; main()"
 

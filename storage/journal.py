@@ -5,6 +5,7 @@ record holds one batch. Only the last segment is written, only at its end, by on
 
 Invariants:
 - a batch is on disk when `append` returns: one write, one `fdatasync`, nothing else;
+- zeros behind the last record are nothing: space that was written ahead (`storage/prewrite.py`);
 - only the last record can be torn, since each was synced before the next was written; so a bad
   tail is cut, but a bad record with a valid one behind it is damage, which is reported and left;
 - a record is valid only where it was written: its checksum covers its place, so neither a stale
@@ -25,6 +26,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, NoReturn
@@ -32,8 +34,9 @@ from zlib import crc32
 
 from ksi.storage.atomic import sync_directory
 from ksi.storage.errors import Corrupt, UnknownOutcome
+from ksi.storage.prewrite import Prewriter
 from ksi.transport.errors import NotFound, StorageFull, TooLarge
-from ksi.transport.limits import RECORD_BYTES_MAX, SEGMENT_BYTES
+from ksi.transport.limits import PREWRITE_FROM_BYTES, RECORD_BYTES_MAX, SEGMENT_BYTES
 
 log = logging.getLogger("ksi.storage")
 
@@ -84,8 +87,12 @@ def resume(directory: Path, seq: int, position: Position) -> Position | None:
     beginning. None means that the journal does not go on from there.
     """
     try:
-        if segment_path(directory, position.segment).stat().st_size >= position.offset:
-            return position
+        with open(segment_path(directory, position.segment), "rb") as file:
+            before = max(0, position.offset - HEADER.size)
+            file.seek(before)
+            last = file.read(position.offset - before)
+            if len(last) == position.offset - before and (any(last) or not last):
+                return position  # A record ends there, and not only the zeros ahead of it.
     except FileNotFoundError:
         if segment_path(directory, seq + 1).exists():
             return Position(seq + 1, 0)
@@ -131,10 +138,12 @@ class Journal:
         self._directory = directory
         self._segment_bytes = segment_bytes
         self.syncs = 0
+        self._ahead: Prewriter | None = None
         segments = segments_in(directory)
         if not segments:
             self._fd = create_segment(directory, START.segment)
             self.end = START
+            self._prewrite_from = PREWRITE_FROM_BYTES
             return
         last = segments[-1]
         path = segment_path(directory, last)
@@ -145,6 +154,7 @@ class Journal:
         except BaseException:
             os.close(self._fd)
             raise
+        self._prewrite_from = self.end.offset + PREWRITE_FROM_BYTES
 
     def prepare(self, first_seq: int, payload_bytes: int) -> Position:
         """Return where a record of this size would end; starts a new segment when one is due.
@@ -176,6 +186,8 @@ class Journal:
         segment, offset = self.end
         checksum = _checksum(segment, offset, first_seq, records, payload)
         header = HEADER.pack(MAGIC, len(payload), checksum, first_seq, records)
+        if end.offset > self._prewrite_from:
+            self._claim(end.offset)
         try:
             if os.pwritev(self._fd, (header, payload), offset) != end.offset - offset:
                 raise OSError(errno.ENOSPC, "short write")
@@ -223,8 +235,25 @@ class Journal:
     def close(self) -> None:
         """Let go of the file. Nothing is pending: `append` has synced it."""
         if self._fd >= 0:
+            if self._end_prewriting():
+                with suppress(OSError):  # Left there, the zeros are nothing.
+                    os.ftruncate(self._fd, self.end.offset)
             os.close(self._fd)
             self._fd = -1
+
+    def _claim(self, end: int) -> None:
+        """Keep zeros ahead of the end from now on; none come below `end`."""
+        if self._ahead is None:
+            path = segment_path(self._directory, self.end.segment)
+            self._ahead = Prewriter(path, end, self._segment_bytes)
+        self._ahead.claim(end)
+
+    def _end_prewriting(self) -> bool:
+        """Write no more zeros; return whether there may be some."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
+        return ahead is not None
 
     def _rotate(self, first_seq: int) -> None:
         try:
@@ -233,7 +262,7 @@ class Journal:
             if error.errno in NO_ROOM:
                 raise _full(error) from error
             self._fail(error)
-        os.close(self._fd)
+        self.close()
         self._fd = fd
         self.end = Position(first_seq, 0)
 
@@ -241,6 +270,8 @@ class Journal:
         """Take back a record for which there was no room; anything else is unknown."""
         if error.errno not in NO_ROOM:
             self._fail(error)
+        self._end_prewriting()
+        self._prewrite_from = self.end.offset + PREWRITE_FROM_BYTES
         try:
             os.ftruncate(self._fd, self.end.offset)
             os.fdatasync(self._fd)
@@ -249,7 +280,10 @@ class Journal:
         raise _full(error) from error
 
     def _fail(self, error: OSError) -> NoReturn:
-        self.close()  # Every later append fails too: on a closed file.
+        self._end_prewriting()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1  # Every later append fails too.
         raise UnknownOutcome(f"journal {self._directory}: {error}") from error
 
     def _cut_torn_tail(self, path: Path, segment: int, offset: int) -> int:
@@ -259,8 +293,6 @@ class Journal:
             file.seek(offset)
             while (batch := _next(file, segment, offset)) is not None:
                 offset = batch.end.offset
-            if offset == size:
-                return offset
             if offset > size:
                 raise Corrupt(
                     f"journal {path}: {size} bytes long, but was known to reach {offset}",
@@ -268,6 +300,9 @@ class Journal:
                     file=str(path),
                     offset=size,
                 )
+            file.seek(offset)
+            if _is_nothing(file):
+                return offset
             file.seek(offset)
             survivor = _find_valid(file.read(), segment, offset)
         if survivor is not None:
@@ -320,7 +355,8 @@ def _read(directory: Path, start: Position, stop: Position) -> Iterator[Batch]:
                 yield batch
                 offset = batch.end.offset
                 expected = batch.first_seq + batch.records
-            if segment == stop.segment or offset != os.fstat(file.fileno()).st_size:
+            file.seek(offset)
+            if segment == stop.segment or not _is_nothing(file):
                 if (segment, offset) != stop:
                     raise Corrupt(
                         f"journal {path}: no valid record at byte {offset}, expected up to {stop}",
@@ -377,6 +413,15 @@ def _find_valid(tail: bytes, segment: int, offset: int) -> int | None:
                 return offset + at
         at = tail.find(MAGIC, at + 1)
     return None
+
+
+def _is_nothing(file: BinaryIO) -> bool:
+    """Whether only zeros follow. In blocks that stay in the cache: recovery waits for this."""
+    block, zeros = bytearray(_READ_BYTES), bytes(_READ_BYTES)
+    while (count := file.readinto(block)) == _READ_BYTES:  # type: ignore[attr-defined]
+        if block != zeros:
+            return False
+    return block[:count] == zeros[:count]
 
 
 def _gap(path: Path, offset: int, expected: int | None, found: int | None) -> Corrupt:

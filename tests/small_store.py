@@ -100,6 +100,7 @@ def state_of(store: Store) -> State:
 def leave(store: Store) -> None:
     """Let go of a store as the death of its process does: no sync, no clean mark."""
     store.abort()
+    store.journal._end_prewriting()  # The thread ends with its process; the zeros stay.
     store._closing.close()
 
 

@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 from crashing import fork_to, in_child, kill
+from trouble import until
 
+from ksi.storage import journal as storage_journal
+from ksi.storage import prewrite
 from ksi.storage.errors import Corrupt, UnknownOutcome
 from ksi.storage.journal import (
     HEADER,
@@ -79,7 +82,7 @@ def test_an_append_is_one_write_and_one_sync(
     calls.clear()
 
     for number in range(1, 4):
-        journal.append(number, b"x" * 100_000)
+        journal.append(number, b"x" * 50_000)
 
     assert calls == ["pwritev", "fdatasync"] * 3
     assert journal.syncs == 3
@@ -140,6 +143,91 @@ def test_a_tail_of_which_only_some_sectors_were_written_is_cut(tmp_path: Path, s
         assert payloads(journal)[:2] == [b"first", b"second"]
         assert len(payloads(journal)) == 2 + (bytes(torn) == whole)
         journal.close()
+
+
+def test_zeros_behind_the_last_record_are_nothing(tmp_path: Path) -> None:
+    path = filled(tmp_path, b"first", b"second")
+    end = path.stat().st_size
+    os.truncate(path, end + 5000)
+
+    journal = Journal(tmp_path)
+    assert journal.end.offset == end
+    journal.append(3, b"third")
+    assert path.stat().st_size == end + 5000
+    assert payloads(journal) == [b"first", b"second", b"third"]
+    journal.close()
+
+    with open(path, "r+b") as file:  # a record of which only the beginning was written
+        file.seek(journal.end.offset)
+        file.write(path.read_bytes()[: HEADER.size + 3])
+    journal = Journal(tmp_path)
+    assert path.stat().st_size == journal.end.offset
+    assert payloads(journal) == [b"first", b"second", b"third"]
+
+
+def test_zeros_at_the_end_of_a_segment_lead_on_to_the_next(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, segment_bytes=100)
+    for number in range(1, 9):
+        journal.append(number, b"x" * 40)
+    first = segment_path(tmp_path, journal.segments()[0])
+    os.truncate(first, first.stat().st_size + 3000)
+    assert len(payloads(journal)) == 8
+
+    with open(first, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(Corrupt):
+        payloads(journal)
+
+
+def test_a_journal_does_not_go_on_from_a_place_in_the_zeros(tmp_path: Path) -> None:
+    path = filled(tmp_path, b"first", b"second")
+    end = path.stat().st_size
+    os.truncate(path, end + 5000)
+
+    assert resume(tmp_path, 2, Position(1, end)) == Position(1, end)
+    assert resume(tmp_path, 9, Position(1, end + 1000)) is None
+    assert resume(tmp_path, 9, Position(1, end + 9000)) is None
+    assert resume(tmp_path, 0, START) == START
+
+
+def test_zeros_are_written_ahead_only_of_a_journal_that_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_journal, "PREWRITE_FROM_BYTES", 3000)
+    monkeypatch.setattr(prewrite, "PREWRITE_BYTES", 20_000)
+    monkeypatch.setattr(prewrite, "_ZEROS", bytes(1000))
+    journal = Journal(tmp_path)
+    path = segment_path(tmp_path, 1)
+    journal.append(1, b"a" * 2000)
+    journal.append(2, b"b" * 900)
+    assert path.stat().st_size == journal.end.offset
+
+    journal.append(3, b"c" * 100)
+    until(lambda: path.stat().st_size >= journal.end.offset + 20_000)
+    journal.append(4, b"d" * 100)
+    assert payloads(Journal(tmp_path)) == payloads(journal)
+    journal.close()
+    assert path.stat().st_size == journal.end.offset
+
+
+def test_zeros_never_hit_a_record_however_fast_the_journal_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_journal, "PREWRITE_FROM_BYTES", 0)
+    monkeypatch.setattr(prewrite, "PREWRITE_BYTES", 4000)
+    monkeypatch.setattr(prewrite, "_ZEROS", bytes(1500))
+    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
+    chance = random.Random(7)
+    expected = [chance.randbytes(chance.randint(0, 3000)) for _ in range(3000)]
+    journal = Journal(tmp_path, segment_bytes=500_000)
+
+    for number, payload in enumerate(expected, 1):
+        journal.append(number, payload)
+
+    assert len(journal.segments()) > 5
+    assert payloads(journal) == expected
+    journal.close()
+    assert payloads(Journal(tmp_path)) == expected
 
 
 def test_damage_before_a_valid_record_is_refused_and_nothing_is_changed(tmp_path: Path) -> None:

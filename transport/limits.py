@@ -38,6 +38,8 @@ OUTBOX_ROWS_MAX: Final = 100_000  # Messages waiting for another owner; beyond i
 # Disk
 RECORD_BYTES_MAX: Final = 4 * BATCH_BYTES_MAX  # Of the journal: events may outgrow their commands.
 SEGMENT_BYTES: Final = 64 << 20  # A journal segment: small enough to drop, large enough to be few.
+PREWRITE_BYTES: Final = 4 << 20  # Zeros ahead of a journal's end: a quarter second at full load.
+PREWRITE_FROM_BYTES: Final = 256 << 10  # Written by one process before it begins: most never do.
 SNAPSHOT_JOURNAL_BYTES: Final = 256 << 20  # At least one snapshot for this much journal.
 MAP_BYTES: Final = 64 << 30  # LMDB map: address space only, the same for every opener.
 MAP_USE_MAX: Final = 0.8  # Above this part of the map new work is refused, deletes go on.
@@ -50,6 +52,7 @@ FREE_PART_MIN: Final = 0.05  # ... or below this part of the disk, whichever is 
 ROOM_CHECK_S: Final = 0.1  # How old an answer to "is there room" may be.
 LOCK_WAIT_S: Final = 30.0  # A killed predecessor may still be inside a sync of a slow disk.
 OPEN_FILES_MAX: Final = 256  # Session files a follower keeps open.
+FILE_SYNCS_MAX: Final = 128  # With more files to sync, one sync of the file system takes less time.
 SOCKET_PATH_BYTES_MAX: Final = 107  # `sun_path` less its NUL.
 RUN_NAME_BYTES_MAX: Final = 24  # Of a socket in `run/`, so that the path is known to fit or not.
 

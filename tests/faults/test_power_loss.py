@@ -24,6 +24,8 @@ import msgspec
 import pytest
 from small_store import add, leave, open_store, state_of
 
+from ksi.storage import journal as storage_journal
+from ksi.storage import prewrite
 from ksi.storage.errors import Corrupt
 from ksi.storage.journal import START, Journal
 from ksi.storage.store import Store, read_current
@@ -252,8 +254,9 @@ def use_a_store(owner: Path, recorder: Recorder) -> None:
         ended(store)
 
 
+@pytest.mark.parametrize("zeros_ahead", [False, True])
 def test_nothing_acknowledged_is_lost_in_any_state_a_power_cut_leaves(
-    in_memory: Path, monkeypatch: pytest.MonkeyPatch
+    zeros_ahead: bool, in_memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)
@@ -262,11 +265,16 @@ def test_nothing_acknowledged_is_lost_in_any_state_a_power_cut_leaves(
     owner.mkdir()
     with monkeypatch.context() as patched:
         recorder = Recorder(owner, patched)
+        if zeros_ahead:
+            patched.setattr(storage_journal, "PREWRITE_FROM_BYTES", 0)
+            patched.setattr(prewrite, "PREWRITE_BYTES", 2000)
+            patched.setattr(prewrite, "_ZEROS", bytes(700))
         use_a_store(owner, recorder)
     events, torn = recorder.events, 0
+    written = [at for at, event in enumerate(events, 1) if event[0] == "write"]
 
     for _ in range(STATES):
-        until = chance.randint(0, len(events))
+        until = chance.choice([chance.randint(0, len(events)), chance.choice(written)])
         acknowledged = disk_after(events[:until], chance, cut)
         existed = read_current(cut) is not None
         before = sum(path.stat().st_size for path in cut.glob("*/*.log"))
