@@ -130,8 +130,7 @@ class Decision:
     sends: tuple[Send, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Announcement:
+class Announcement(msgspec.Struct, frozen=True, gc=False):
     """Something subscribers of `topic` are told. May be lost by them, and they know how many.
 
     Told of an event once that is on disk, of a signal at once, with the message as it came.

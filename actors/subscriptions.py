@@ -13,7 +13,7 @@ Patterns are words between dots; `*` stands for one word, `>` for one or more at
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -22,13 +22,15 @@ from ksi.transport import wire
 from ksi.transport.errors import Invalid, KsiError, Quota
 from ksi.transport.limits import CREDIT_MAX, PATTERN_CHARS_MAX, RUN_BYTES_MAX, SUBSCRIPTIONS_MAX
 
-Deliveries = dict[bytes, list[wire.Run]]
+Run = tuple[int, int, int, bytes]  # number, seq, gap, said: as `wire.Run`, that encoded already
+Deliveries = dict[bytes, list[Run]]
 
 _TOPICS_MAX: Final = (
     4096  # Topics whose patterns are remembered; found anew, a topic costs 1 us each.
 )
 _encode = msgspec.msgpack.Encoder().encode
 _decode_said = msgspec.msgpack.Decoder(list[wire.Said]).decode
+_NOTHING_SAID: Final = _encode([])
 
 
 class _Chunk:
@@ -40,7 +42,7 @@ class _Chunk:
         self.said: list[wire.Said] = []
         self.count = 0
         self.room = RUN_BYTES_MAX
-        self._encoded: dict[int, Any] = {}
+        self._encoded: dict[int, bytes] = {}
 
     def add(self, topic: str, sender: str, body: bytes) -> None:
         last = self.said[-1] if self.said else None
@@ -51,11 +53,11 @@ class _Chunk:
         self.count += 1
         self.room -= len(body)
 
-    def first(self, count: int) -> Any:
+    def first(self, count: int) -> bytes:
         """Return the first `count` messages as they travel."""
         encoded = self._encoded.get(count)
         if encoded is None:
-            encoded = self._encoded[count] = msgspec.Raw(_encode(list(self._cut(count))))
+            encoded = self._encoded[count] = _encode(list(self._cut(count)))
         return encoded
 
     def _cut(self, count: int) -> Iterator[wire.Said]:
@@ -78,7 +80,7 @@ class _Subscription:
         self.seq = 0
         self.gap = 0
 
-    def deliver(self, chunk: _Chunk) -> wire.Run | None:
+    def deliver(self, chunk: _Chunk) -> Run | None:
         first_seq = self.seq + 1
         self.seq += chunk.count
         room = min(self.credit - self.sent, chunk.count)
@@ -87,7 +89,7 @@ class _Subscription:
             return None
         gap, self.gap = self.gap, chunk.count - room
         self.sent += room
-        return wire.Run(self.number, first_seq, gap, chunk.first(room))
+        return self.number, first_seq, gap, chunk.first(room)
 
 
 class _Group:
@@ -168,17 +170,17 @@ class Subscriptions:
         if not subscription.gap:
             return {}
         gap, subscription.gap = subscription.gap, 0
-        return {route: [wire.Run(number, subscription.seq, gap, [])]}
+        return {route: [(number, subscription.seq, gap, _NOTHING_SAID)]}
 
-    def missed(self, route: bytes, runs: Iterable[wire.Run]) -> None:
+    def missed(self, route: bytes, runs: Iterable[Run]) -> None:
         """These could not be sent: they count as missed, and no longer against the credit."""
         held = self._by_route.get(route, {})
-        for run in runs:
-            subscription = held.get(run.number)
+        for number, _seq, gap, said in runs:
+            subscription = held.get(number)
             if subscription is not None:
-                count = _count(run.said)
+                count = sum(len(each.bodies) for each in _decode_said(said))
                 subscription.sent -= count
-                subscription.gap += run.gap + count
+                subscription.gap += gap + count
 
     def deliver(self, announcements: Iterable[Announcement]) -> Deliveries:
         """Return what each connection is to be sent; each message is encoded once."""
@@ -218,11 +220,6 @@ class Subscriptions:
         if not group.members:
             del self._groups[".".join(group.pattern)]
             self._topics.clear()
-
-
-def _count(said: Any) -> int:
-    """Return how many messages are in the encoded run `said`."""
-    return sum(len(each.bodies) for each in _decode_said(said)) if said else 0
 
 
 def matches(pattern: tuple[str, ...], words: tuple[str, ...]) -> bool:

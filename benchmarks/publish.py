@@ -3,6 +3,7 @@
 Loss-free on all sides: one publisher keeps at most a window ahead of the slowest subscriber, every
 subscriber counts what it gets, and a round is over when all of them have all of it. Raw PUB/SUB
 sends one message a frame, without keys; Redis gets its commands in pipelines. Bodies are 300 bytes.
+Then what a reader that is stopped costs another one, and whether it learns how much it has missed.
 
     python -m benchmarks.publish
 """
@@ -13,6 +14,8 @@ import argparse
 import asyncio
 import importlib
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +33,7 @@ from benchmarks.measuring import (
     System,
     Target,
     measuring,
+    percentile,
     ratios,
     redis_server,
     say,
@@ -41,6 +45,7 @@ from ksi.transport import AsyncClient
 TARGETS: Final = {1: Target("≥", 1), 10: Target("≥", 3), 100: Target("≥", 5)}
 MESSAGES: Final = {1: 100_000, 10: 30_000, 100: 4_000}  # of a round: about a second of raw PUB/SUB
 AHEAD: Final = 2048  # Messages the publisher is ahead of the slowest subscriber, at the most.
+STOPPED_MESSAGES: Final = 20_000
 PROCESSES: Final = 2  # The subscribers share them: a core each for them, the bus and its publisher.
 BODY_BYTES: Final = 300
 TOPIC: Final = "news.today"
@@ -262,6 +267,79 @@ async def compare(subscribers: int, sides: list[Side], options: Options, report:
         )
 
 
+def be_stopped(place: str, total: int, counts: Counts) -> None:
+    """Subscribe, be stopped from outside, and go on until everything was heard or missed."""
+
+    async def hear() -> None:
+        async with (
+            AsyncClient("stopped", var=place) as client,
+            await client.subscribe(TOPIC) as news,
+        ):
+            counts[0] = counts[1] = 0
+            while counts[0] + counts[1] < total:
+                for each in await news.take(WAIT_S):
+                    counts[0] += bool(each.topic)
+                    counts[1] += each.gap
+
+    asyncio.run(hear())
+
+
+async def times_s(client: AsyncClient, news: Any, count: int) -> list[float]:
+    """Publish one by one; return how long each took from the call to its delivery."""
+    taken_s = []
+    for _ in range(count):
+        begun_s = time.perf_counter()
+        await client.tell("message:publish", topic=TOPIC, message={"text": TEXT})
+        delivery = await news.next(WAIT_S)
+        taken_s.append(time.perf_counter() - begun_s)
+        assert delivery.gap == 0, delivery
+    return taken_s
+
+
+async def stopped_reader(options: Options, system: System, report: Report) -> None:
+    """Compare the time to another reader with and without one that is stopped."""
+    single = 200 if options.quick else 3000
+    flood = 1000 if options.quick else STOPPED_MESSAGES
+    alone: list[list[float]] = []
+    beside: list[list[float]] = []
+    lost = 0
+    for number in range(options.rounds + 1):
+        say(f"a stopped reader, round {number} of {options.rounds}")
+        async with (
+            system.async_client("speaker") as speaker,
+            system.async_client("listener") as listener,
+            await listener.subscribe(TOPIC, credit=2 * AHEAD) as news,
+        ):
+            alone.append(await times_s(speaker, news, single))
+            counts, total = RawArray("q", [-1, -1]), flood + single
+            reader = _SPAWN.Process(target=be_stopped, args=(str(system.var), total, counts))
+            reader.start()
+            wait_until(lambda: min(counts) >= 0, "the reader has subscribed")  # noqa: B023
+            assert reader.pid is not None
+            os.kill(reader.pid, signal.SIGSTOP)
+            published = 0
+            while published < flood:
+                await times_s(speaker, news, min(500, flood - published))
+                published += min(500, flood - published)
+            beside.append(await times_s(speaker, news, single))
+            os.kill(reader.pid, signal.SIGCONT)
+            reader.join(WAIT_S)
+            lost += total - sum(counts)
+            assert reader.exitcode == 0, "the reader has not learnt of all"
+    assert lost == 0
+    for name, part in (("p50", 0.5), ("p99", 0.99)):
+        without = [percentile(each, part) * 1e6 for each in alone[1:]]
+        with_it = [percentile(each, part) * 1e6 for each in beside[1:]]
+        report.add(
+            f"publish to delivery, {name} us, beside a stopped reader / without it",
+            f"{spread(with_it):.0f}",
+            f"{spread(without):.0f}",
+            ratio=ratios(with_it, without),
+            target=Target("≤", 1.1) if name == "p99" else None,
+        )
+    report.add(f"{flood} messages to a stopped reader: silently lost", f"{lost}")
+
+
 def sides_of(system: System, redis: Redis | None, directory: Path) -> list[Side]:
     raw = f"ipc://{directory / 'raw'}"
     sides = [
@@ -289,6 +367,7 @@ def main() -> None:
             for subscribers in options.more.subscribers:
                 sides = sides_of(system, redis, options.directory)
                 asyncio.run(compare(subscribers, sides, options, report))
+            asyncio.run(stopped_reader(options, system, report))
         report.show()
 
 

@@ -711,7 +711,7 @@ def _require_room_for_pattern(agent_id: str, tables: BusTables) -> None:
 
 def _require_map(message: Any) -> None:
     """Refuse a message that is no map, by its first byte: it is passed on as it is."""
-    first = memoryview(message)[0]
+    first = bytes(message)[0]
     if not (0x80 <= first <= 0x8F or first in (0xDE, 0xDF)):
         raise Invalid("message:publish: Expected `object` - at `$.message`")
 
