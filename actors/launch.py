@@ -214,8 +214,8 @@ def _supervise(
     names = [spec.name for spec in tree.specs(var, load().config) if spec.kind == "owner"]
     publics = {name: keys.enroll(name, "owner").public for name in (NAME, *names)}
     places = {name: Address(endpoint(var, name), key.decode()) for name, key in publics.items()}
-    commands = {each.name: each.owner for each in CATALOGUE.values() if each.kind == "command"}
-    queries = {each.name: each.owner for each in CATALOGUE.values() if each.kind == "query"}
+    commands = {each.name: each.owner for each in CATALOGUE.values() if each.changes}
+    queries = {each.name: each.owner for each in CATALOGUE.values() if not each.changes}
     raise_file_limit()
     context = zmq.Context()
     mailbox = Mailbox(context, places[NAME].endpoint, certificate, keys)

@@ -7,6 +7,7 @@ To read it, a *query* is answered from one committed state, by the owner or in a
 
     decide(command, sender, tables, given) -> Decision      reads tables, writes nothing
     apply(event, tables)                                    writes tables, live and in replay
+    relay(signal, sender, tables) -> Announcement           reads tables; nothing is kept
     answer(query, tables) -> reply                          reads tables, in any process
 
 Nothing here does I/O, knows the time or draws a random number: what a decision needs from outside
@@ -27,6 +28,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import msgspec
 
 from ksi.transport.errors import KsiError
 from ksi.transport.limits import CACHE_ROWS
@@ -133,12 +136,14 @@ class Decision:
     tick: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Announcement:
-    """Something subscribers of `topic` are told once the event is on disk. May be lost by them."""
+class Announcement(msgspec.Struct, frozen=True, gc=False):
+    """Something subscribers of `topic` are told. May be lost by them, and they know how many.
+
+    Told of an event once that is on disk, of a signal at once, with the message as it came.
+    """
 
     topic: str
-    message: dict[str, Any]
+    message: dict[str, Any] | msgspec.Raw
     sender: str = ""
 
 
@@ -189,6 +194,14 @@ class Owner(ABC, Generic[T]):
 
         It is answered from what that owner has committed, without a message, and may be out of
         date when it is used: the other owner has the last word, through a `Send`.
+        """
+        return None
+
+    def relay(self, signal: Any, sender: Sender, tables: T) -> Announcement | None:
+        """Return what subscribers are told of `signal`, or raise a refusal.
+
+        None: it concerns what is kept, and is to be decided like any command. Fields of it whose
+        values are left open are `msgspec.Raw`.
         """
         return None
 

@@ -22,7 +22,7 @@ from ksi.transport.errors import KsiError
 
 SUBCOMMANDS: Final = (
     "start", "stop", "restart", "status", "ps", "logs",
-    "ask", "read", "send", "discover", "help",
+    "ask", "read", "send", "subscribe", "discover", "help",
     "agents", "sessions", "queue", "worker",
     "config", "completion", "demo", "version",
 )  # fmt: skip

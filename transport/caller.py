@@ -136,8 +136,8 @@ class Caller:
             if declared.name in _FENCED and getattr(what, "epoch", 0) is None:
                 epoch = self._epochs.get(getattr(what, "session_id", ""))
                 what = msgspec.structs.replace(what, epoch=epoch)
-            kind = declared.kind == "command"
-            return Prepared(declared.name, declared.owner, kind, encode(what), declared.reply)
+            changes = declared.changes
+            return Prepared(declared.name, declared.owner, changes, encode(what), declared.reply)
         owner = self.directory.commands.get(what)
         is_command = owner is not None
         if owner is None:
@@ -265,8 +265,8 @@ class Caller:
             reader = self._reader(operation_of(what).owner)
             return reader.answer(cast("Query[Any]", what))
         declared = CATALOGUE.get(what) or self._declared(what)
-        if declared.kind == "command":
-            raise Invalid(f"{what} is a command", hint=f"ask it: client.ask({what!r}, ...)")
+        if declared.changes:
+            raise Invalid(f"{what} is a {declared.kind}", hint=f"ask it: client.ask({what!r}, ...)")
         reader = self._reader(declared.owner)
         if fields is not None:
             named = {**fields, **named}

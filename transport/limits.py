@@ -30,7 +30,9 @@ CLIENT_ROWS_MAX: Final = 100_000  # Remembered client instances an owner; 200 by
 CLIENT_IDLE_S_MAX: Final = 30 * 86_400.0  # An instance silent this long is forgotten.
 REQUEST_ID_S_MAX: Final = 30 * 86_400.0  # How long a caller's `request_id` is remembered.
 SUBSCRIPTIONS_MAX: Final = 256  # Patterns one connection may hold at one owner.
-CREDIT_MAX: Final = 4096  # Deliveries in flight to one subscription before they are counted as gap.
+PATTERN_CHARS_MAX: Final = 512  # Topics and patterns: some words, not a text.
+CREDIT_MAX: Final = 4096  # Messages in flight to one subscription before they are counted as gap.
+RUN_BYTES_MAX: Final = 256 << 10  # Messages that are encoded as one run: some fit into a frame.
 OUTBOX_ROWS_MAX: Final = 100_000  # Messages waiting for another owner; beyond it `busy`.
 
 # Completions

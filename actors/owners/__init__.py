@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from ksi.actors.owner import Owner
 
-OWNERS: Final = ("registry", "sessions", "completion")  # in the order they start
+OWNERS: Final = ("registry", "sessions", "completion", "bus")  # in the order they start
 
 
 def load(name: str) -> Owner[Any]:
