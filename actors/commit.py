@@ -32,6 +32,7 @@ from ksi.actors.owner import (
     Decision,
     Event,
     Given,
+    Index,
     Keyed,
     Log,
     Owner,
@@ -431,19 +432,30 @@ def _hints(declared: type[Tables]) -> dict[str, Any]:
     return _HINTS[declared]
 
 
-def bind(declared: type[Tables], tables: Mapping[str, Any], logs: Log | None = None) -> Any:
+def bind(
+    declared: type[Tables],
+    tables: Mapping[str, Any],
+    logs: Log | None = None,
+    index: Index | None = None,
+) -> Any:
     """Return an instance of the declared tables over `tables`, by their names."""
     bound = declared()
+    beside = {Log: logs, Index: index}
     for name, kind in _hints(declared).items():
-        setattr(bound, name, logs if kind is Log else tables[name])
+        setattr(bound, name, beside[kind] if kind in beside else tables[name])
     return bound
+
+
+def reads_index(declared: type[Tables]) -> bool:
+    """Return whether there is an index among the declared tables."""
+    return Index in _hints(declared).values()
 
 
 def table_types(owner: Owner[Any]) -> dict[str, tuple[type, tuple[type, ...]]]:
     """Return row and key types of every table in the owner's store, the host's among them."""
     types = dict(HOST_TABLES)
     for name, kind in _hints(owner.tables).items():
-        if kind is not Log:
+        if kind not in (Log, Index):
             (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
             plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
             types[name] = (get_args(plain)[0], keyed.parts)

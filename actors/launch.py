@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 Progress = Callable[[Mapping[str, Any]], None]
 
 TREE: Final = "ksi.actors.tree:tree"
-MODULES: Final = ("ksi.actors.process", "ksi.actors.follower", "structlog")  # what children need
+MODULES: Final = (  # what children need
+    "ksi.actors.process", "ksi.actors.follower", "ksi.actors.indexing", "structlog",
+)  # fmt: skip
 
 _MAIN: Final = "from ksi.actors.launch import main; main()"
 

@@ -50,6 +50,9 @@ FREE_PART_MIN: Final = 0.05  # ... or below this part of the disk, whichever is 
 ROOM_CHECK_S: Final = 0.1  # How old an answer to "is there room" may be.
 LOCK_WAIT_S: Final = 30.0  # A killed predecessor may still be inside a sync of a slow disk.
 OPEN_FILES_MAX: Final = 256  # Session files a follower keeps open.
+INDEX_DAYS_OPEN_MAX: Final = 64  # Databases of the index kept open: a rebuild meets days at random.
+INDEX_QUERY_S_MAX: Final = 2.0  # One look into a database: its owner answers nobody else meanwhile.
+INDEX_WAIT_S: Final = 2.0  # What a database of the index is waited for while others use it.
 SOCKET_PATH_BYTES_MAX: Final = 107  # `sun_path` less its NUL.
 RUN_NAME_BYTES_MAX: Final = 24  # Of a socket in `run/`, so that the path is known to fit or not.
 

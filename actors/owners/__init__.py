@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from ksi.actors.owner import Owner
 
-OWNERS: Final = ("registry", "sessions")  # in the order they start
+OWNERS: Final = ("registry", "sessions", "index")  # in the order they start
 
 
 def load(name: str) -> Owner[Any]:
