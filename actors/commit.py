@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, Final, NamedTuple, Protocol, get_args, get_type_hints
 
 import msgspec
@@ -132,7 +133,7 @@ class CommitLoop:
         self.cut = 0
         self._self = Sender(owner.name, "owner")
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(Batch[owner.events]).decode  # type: ignore[name-defined]
+        self._decode = batch_decoder(owner.events)
         self._outcome = Outcome([], [], [])
 
     def replay(self, payload: bytes) -> tuple[float, bytes]:
@@ -421,6 +422,12 @@ def _extend(together: Outcome, more: Outcome) -> None:
     together.answers.extend(more.answers)
     together.events.extend(more.events)
     together.sends.extend(more.sends)
+
+
+@cache
+def batch_decoder(events: Any) -> Callable[[bytes], Batch[Any]]:
+    """Return what decodes journaled batches of these events. Made once: it takes a while."""
+    return msgspec.msgpack.Decoder(Batch[events]).decode
 
 
 _HINTS: Final[dict[type[Tables], dict[str, Any]]] = {}  # finding them takes half a millisecond

@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 Progress = Callable[[Mapping[str, Any]], None]
 
 TREE: Final = "ksi.actors.tree:tree"
-MODULES: Final = (  # what children need
-    "ksi.actors.process", "ksi.actors.follower", "ksi.actors.indexing", "structlog",
-)  # fmt: skip
+MODULES: Final = (
+    "ksi.actors.process:warm",
+    "ksi.actors.follower",
+    "ksi.actors.indexing",
+    "structlog",
+)  # what children need
 
 _MAIN: Final = "from ksi.actors.launch import main; main()"
 

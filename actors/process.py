@@ -16,17 +16,17 @@ import msgspec
 import zmq
 
 from ksi.actors import log
-from ksi.actors.commit import CommitLoop, table_types
+from ksi.actors.commit import CommitLoop, batch_decoder, table_types
 from ksi.actors.delivery import Counter
 from ksi.actors.host import Host, fresh_ids
 from ksi.actors.outbox import Outbox
 from ksi.actors.owner import Owner
-from ksi.actors.owners import load
+from ksi.actors.owners import load, load_all
 from ksi.actors.reading import Facts, reader_of
 from ksi.actors.stat import StatWriter
 from ksi.storage.journal import Batch
 from ksi.storage.store import Store, is_no_room
-from ksi.storage.tables import TableSpec
+from ksi.storage.tables import TableSpec, row_decoder
 from ksi.transport.identity import Directory, KeyRing, endpoint, run_directory
 from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
 
@@ -34,6 +34,14 @@ T = TypeVar("T")
 Beside = Callable[[Path, Any], Callable[[], None]]
 
 _ROOM_WAIT_S: Final = 0.25  # How often a full disk is looked at by who needs room to start.
+
+
+def warm() -> None:
+    """Work out what owners need of their types; the fork server does it once for all of them."""
+    for owner in load_all().values():
+        batch_decoder(owner.events)
+        for row, _keys in table_types(owner).values():
+            row_decoder(row)
 
 
 def run_owner(name: str, var: str, beside: Beside | None = None) -> None:

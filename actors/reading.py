@@ -10,10 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import msgspec
-
-from ksi.actors.commit import bind, reads_index, table_types
-from ksi.actors.delivery import Batch
+from ksi.actors.commit import batch_decoder, bind, reads_index, table_types
 from ksi.actors.owner import Index, Owner
 from ksi.actors.owners import load
 from ksi.storage.journal import Batch as StoredBatch
@@ -48,7 +45,7 @@ class OwnerReader:
 
     def __init__(self, owner: Owner[Any], var: Path) -> None:
         self.owner = owner
-        self._decode = msgspec.msgpack.Decoder(Batch[owner.events]).decode  # type: ignore[name-defined]
+        self._decode = batch_decoder(owner.events)
         specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
         self.reader = Reader(
             var / "db" / owner.name,

@@ -26,8 +26,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from ksi.actors.commit import CommitLoop, Facts, Outcome, Work, bind, table_types
-from ksi.actors.delivery import Batch, ClientRow, Record
+from ksi.actors.commit import CommitLoop, Facts, Outcome, Work, batch_decoder, bind, table_types
+from ksi.actors.delivery import ClientRow, Record
 from ksi.actors.owner import (
     Announcement,
     Decision,
@@ -610,7 +610,7 @@ def _require_pure(twin: Twin) -> None:
     owner, log = twin.owner, MemoryLog()
     stores = MemoryStore(owner), MemoryStore(owner)
     bound = [bind(owner.tables, store.tables) for store in stores]
-    decode = msgspec.msgpack.Decoder(Batch[owner.events]).decode  # type: ignore[name-defined]
+    decode = batch_decoder(owner.events)
     for store in stores:
         store.begin()
     batches = [decode(payload) for payload in twin.store.journal]

@@ -91,7 +91,7 @@ def resume(directory: Path, seq: int, position: Position) -> Position | None:
             before = max(0, position.offset - HEADER.size)
             file.seek(before)
             last = file.read(position.offset - before)
-            if len(last) == position.offset - before and (not _is_nothing(last) or not last):
+            if len(last) == position.offset - before and (any(last) or not last):
                 return position  # A record ends there, and not only the zeros ahead of it.
     except FileNotFoundError:
         if segment_path(directory, seq + 1).exists():
@@ -301,10 +301,10 @@ class Journal:
                     offset=size,
                 )
             file.seek(offset)
-            tail = file.read()
-            if _is_nothing(tail):
+            if _is_nothing(file):
                 return offset
-            survivor = _find_valid(tail, segment, offset)
+            file.seek(offset)
+            survivor = _find_valid(file.read(), segment, offset)
         if survivor is not None:
             raise Corrupt(
                 f"journal {path}: damaged at byte {offset}, but byte {survivor} holds a valid "
@@ -356,7 +356,7 @@ def _read(directory: Path, start: Position, stop: Position) -> Iterator[Batch]:
                 offset = batch.end.offset
                 expected = batch.first_seq + batch.records
             file.seek(offset)
-            if segment == stop.segment or not _is_nothing(file.read()):
+            if segment == stop.segment or not _is_nothing(file):
                 if (segment, offset) != stop:
                     raise Corrupt(
                         f"journal {path}: no valid record at byte {offset}, expected up to {stop}",
@@ -415,8 +415,13 @@ def _find_valid(tail: bytes, segment: int, offset: int) -> int | None:
     return None
 
 
-def _is_nothing(tail: bytes) -> bool:
-    return tail == bytes(len(tail))  # Of 4 MiB in half a millisecond; `any` takes a hundred times.
+def _is_nothing(file: BinaryIO) -> bool:
+    """Whether only zeros follow. In blocks that stay in the cache: recovery waits for this."""
+    block, zeros = bytearray(_READ_BYTES), bytes(_READ_BYTES)
+    while (count := file.readinto(block)) == _READ_BYTES:  # type: ignore[attr-defined]
+        if block != zeros:
+            return False
+    return block[:count] == zeros[:count]
 
 
 def _gap(path: Path, offset: int, expected: int | None, found: int | None) -> Corrupt:

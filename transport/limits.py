@@ -53,6 +53,7 @@ OPEN_FILES_MAX: Final = 256  # Session files a follower keeps open.
 INDEX_DAYS_OPEN_MAX: Final = 64  # Databases of the index kept open: a rebuild meets days at random.
 INDEX_QUERY_S_MAX: Final = 2.0  # One look into a database: its owner answers nobody else meanwhile.
 INDEX_WAIT_S: Final = 2.0  # What a database of the index is waited for while others use it.
+FILE_SYNCS_MAX: Final = 128  # With more files to sync, one sync of the file system takes less time.
 SOCKET_PATH_BYTES_MAX: Final = 107  # `sun_path` less its NUL.
 RUN_NAME_BYTES_MAX: Final = 24  # Of a socket in `run/`, so that the path is known to fit or not.
 

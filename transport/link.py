@@ -178,6 +178,7 @@ class Link:
     def _changed(self, change: str, now_s: float, outcomes: list[Outcome]) -> None:
         if change == "up":
             self.up, self.denied, self.heard_s = True, False, now_s
+            self.window.not_before_s = 0.0  # It was the former one that was to be given time.
             for subscribed in self.subscribed.values():
                 self._ask(subscribed)
         elif change == "down":
