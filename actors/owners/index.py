@@ -335,7 +335,7 @@ def _entries(tables: IndexTables, query: Any, *, where: dict[str, Any], **wanted
                 **{flag: bool(row[flag]) for flag in _FLAGS},
             }
         )
-        for row in rows
+        for row in rows[: query.limit]
     ]
     return Entries(entries=entries, next=_next(query, rows))
 
@@ -354,7 +354,7 @@ def _roles(query: FindRoles, tables: IndexTables) -> RoleHistory:
             file_path=row["file_path"],
             line_number=row["line_number"],
         )
-        for row in rows
+        for row in rows[: query.limit]
         if query.agent_id in (taken := msgspec.json.decode(row["agent_roles"]))
     ]
     return RoleHistory(agent_id=query.agent_id, roles=roles, next=_next(query, rows))
@@ -364,7 +364,8 @@ def _rows(
     tables: IndexTables, query: Any, *, where: dict[str, Any], **wanted: Any
 ) -> list[dict[str, Any]]:
     where = {column: value for column, value in where.items() if value is not None}
-    return tables.index.rows(where=where, after=_place(query.after), limit=query.limit, **wanted)
+    after = _place(query.after)
+    return tables.index.rows(where=where, after=after, limit=query.limit + 1, **wanted)
 
 
 def _place(after: str | None) -> tuple[float, str] | None:
@@ -380,7 +381,11 @@ def _place(after: str | None) -> tuple[float, str] | None:
 
 
 def _next(query: Any, rows: list[dict[str, Any]]) -> str | None:
-    return f"{rows[-1]['timestamp']!r} {rows[-1]['id']}" if len(rows) == query.limit else None
+    """Return the place of the last row of a page that one more follows."""
+    if len(rows) <= query.limit:
+        return None
+    last = rows[query.limit - 1]
+    return f"{last['timestamp']!r} {last['id']}"
 
 
 def _status(tables: IndexTables) -> IndexStatus:
