@@ -313,7 +313,7 @@ class IndexFollower:
         return 0 if order is None else int(order.number)
 
     def _begin(self, reason: str) -> None:
-        self._log.warning("building the index again", reason=reason)
+        self._log.warning("building the index", reason=reason)
         self._verification = None
         order = self._ordered("rebuild")
         self._rebuild = Rebuild(self._source, self._describe, reason, order)
