@@ -74,6 +74,17 @@ class Index:
         number = self.operator.ask("index:rebuild")["number"]
         until(lambda: self.status()["rebuilt"] >= number, 30.0)
 
+    def verify(self) -> dict[str, Any]:
+        """Order a verification and return what it found."""
+        number = self.operator.ask("index:verify")["number"]
+
+        def verified() -> Any:
+            found = self.status().get("verified")
+            return found if found and found["number"] == number else None
+
+        found: dict[str, Any] = until(verified)
+        return found
+
     def dump(self) -> list[str]:
         """Return all of it, once it has caught up."""
         until(self.has_caught_up, 30.0)
@@ -249,7 +260,8 @@ def test_while_files_are_not_written_no_row_speaks_of_them(index: Index) -> None
     said = index.said
     with paused(index.system, "files"):
         index.say(random.Random(4), 100)
-        until(lambda: index.status()["behind_bytes"])
+        index.verify()  # By then it has looked for what is new.
+        assert index.status()["behind_bytes"]
         index.said, said = said, index.said
         index.require_right()
     index.said = said
@@ -285,13 +297,7 @@ def test_a_verification_that_is_ordered_tells_of_a_file_that_was_edited(index: I
     content = file.read_bytes()
     file.write_bytes(content.replace(b"xx", b"yy", 1))
 
-    number = index.operator.ask("index:verify")["number"]
-
-    def verified() -> Any:
-        found = index.status()["verified"]
-        return found if found and found["number"] == number else None
-
-    found = until(verified)
+    found = index.verify()
     assert (found["rows"], found["differences"]) == (index.said, 1)
     assert found["found"][0].startswith("s1.jsonl was changed by hand")
     file.write_bytes(content)
