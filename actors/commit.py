@@ -37,6 +37,7 @@ from ksi.actors.owner import (
     Decision,
     Event,
     Given,
+    Index,
     Keyed,
     Log,
     Owner,
@@ -501,12 +502,23 @@ def _hints(declared: type[Tables]) -> dict[str, Any]:
     return _HINTS[declared]
 
 
-def bind(declared: type[Tables], tables: Mapping[str, Any], logs: Log | None = None) -> Any:
+def bind(
+    declared: type[Tables],
+    tables: Mapping[str, Any],
+    logs: Log | None = None,
+    index: Index | None = None,
+) -> Any:
     """Return an instance of the declared tables over `tables`, by their names."""
     bound = declared()
+    beside = {Log: logs, Index: index}
     for name, kind in _hints(declared).items():
-        setattr(bound, name, logs if kind is Log else tables[name])
+        setattr(bound, name, beside[kind] if kind in beside else tables[name])
     return bound
+
+
+def reads_index(declared: type[Tables]) -> bool:
+    """Return whether there is an index among the declared tables."""
+    return Index in _hints(declared).values()
 
 
 def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
@@ -514,7 +526,7 @@ def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
     row, the types of a key, and where it says so how many rows to keep decoded."""
     types: dict[str, tuple[Any, ...]] = dict(HOST_TABLES)
     for name, kind in _hints(owner.tables).items():
-        if kind is not Log:
+        if kind not in (Log, Index):
             (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
             plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
             types[name] = (get_args(plain)[0], keyed.parts, keyed.cache_rows)

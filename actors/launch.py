@@ -34,6 +34,7 @@ TREE: Final = "ksi.actors.tree:tree"
 MODULES: Final = (
     "ksi.actors.process:warm",
     "ksi.actors.follower",
+    "ksi.actors.indexing",
     "structlog",
 )  # what children need
 

@@ -78,6 +78,23 @@ class Log(Protocol):
         """Return the bytes [start, stop) of `key`."""
 
 
+class Index(Protocol):
+    """Where entries of another owner's log are, in databases that a follower writes.
+
+    `apply` does not write it, and nothing in it is of its own: it is built again at any time.
+    Reading gives what the follower has come to.
+    """
+
+    def rows(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return rows of the index in the order of time, by column."""
+
+    def participants(self, session_id: str) -> list[str]:
+        """Return who takes part in a session, by name."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how far the follower has come and what it does now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """Bytes that an event adds to the log of `key`, at `offset`: the same each time it is asked."""
@@ -219,6 +236,6 @@ class Owner(ABC, Generic[T]):
 
 
 __all__ = [
-    "Announcement", "Command", "Decision", "Event", "Given", "Key", "Keyed", "Line", "Log", "Owner",
-    "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
+    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Key", "Keyed", "Line", "Log",
+    "Owner", "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
 ]  # fmt: skip
