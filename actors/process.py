@@ -75,7 +75,8 @@ def run_owner(name: str, var: str) -> None:
         place = Directory.read(root).owners[other]
         return connect(context, place.endpoint, place.key.encode(), certificate)
 
-    mailbox = Mailbox(context, endpoint(root, name), certificate, keys)
+    tcp = Directory.read(root).owners[name].tcp
+    mailbox = Mailbox(context, endpoint(root, name), certificate, keys, tcp=tcp or None)
     outbox = Outbox(store.id, to_owner, logger)
     logger.info("open", store=store.id, journal_seq=store.meta.seq)
     gc.collect()
