@@ -95,7 +95,8 @@ class TransportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     tcp_host: Annotated[str, msgspec.Meta(max_length=255, extra={
         "reason": "an IP address or an interface of this machine, 0.0.0.0 for all; empty: no tcp",
-        "danger": "whoever reaches it can knock, and only who has an enrolled key gets in",
+        "danger": "only enrolled keys are let in, but who has one of role agent or operator can "
+        "run programs on this machine (agent:spawn); a worker cannot",
         "unit": "address",
     })] = ""
     tcp_port: Annotated[int, _key(

@@ -464,7 +464,7 @@ def _bound(socket: _Socket) -> None:
 
 
 def require_free(endpoints: Mapping[str, str]) -> dict[str, str]:
-    """Bind these tcp addresses for a moment, and return them in numbers.
+    """Bind each of these tcp addresses for a moment, and return them in numbers.
 
     Raises:
         Conflict: one of them is taken.
@@ -476,10 +476,10 @@ def require_free(endpoints: Mapping[str, str]) -> dict[str, str]:
     context: _Context = zmq.Context()
     try:
         for name, endpoint in endpoints.items():
-            socket = context.socket(zmq.ROUTER)
-            _over_tcp(socket, endpoint)
-            socket.bind(endpoint)
-            bound[name] = _bound_to(socket)
+            with context.socket(zmq.ROUTER) as socket:
+                _over_tcp(socket, endpoint)
+                socket.bind(endpoint)
+                bound[name] = _bound_to(socket)
         return bound
     except zmq.ZMQError as error:
         if error.errno == zmq.EADDRINUSE:
@@ -492,7 +492,7 @@ def require_free(endpoints: Mapping[str, str]) -> dict[str, str]:
             hint="transport.tcp_host is an IP address or an interface of this machine",
         ) from None
     finally:
-        context.destroy(linger=0)  # Waits until they are free again.
+        context.term()  # Waits until they are free again.
 
 
 def _bound_to(socket: _Socket) -> str:
