@@ -14,6 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -27,7 +28,7 @@ from ksi.storage.atomic import make_directory, sync_directory, write_all
 from ksi.storage.boot import this_boot
 from ksi.storage.journal import NO_ROOM, START, Position
 from ksi.transport.errors import Invalid, StorageFull
-from ksi.transport.limits import ID_PATTERN, OPEN_FILES_MAX
+from ksi.transport.limits import FILE_SYNCS_MAX, ID_PATTERN, OPEN_FILES_MAX
 
 _KEY: Final = re.compile(ID_PATTERN)
 _OPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -70,7 +71,8 @@ class LogWriter:
         self._directory = os.open(directory, flags)
         self._open_files_max = open_files_max
         self._open: OrderedDict[str, _File] = OrderedDict()  # least recently used first
-        self._unsynced: set[str] = set()
+        self._unsynced: set[str] = set()  # none of them when there are too many
+        self._many_unsynced = False
         self._created = False
 
     def write(self, key: str, offset: int, content: bytes) -> None:
@@ -86,7 +88,7 @@ class LogWriter:
         assert file is not None
         if offset > file.size:
             raise LogGap(key, file.size, offset)
-        self._unsynced.add(key)
+        self._note_unsynced(key)
         try:
             write_all(file.fd, content, offset)
         except OSError as error:
@@ -102,6 +104,9 @@ class LogWriter:
         Raises:
             OSError: it may not be; go back to the last synced mark.
         """
+        if self._many_unsynced:
+            _sync_file_system(self._directory)
+            self._many_unsynced = self._created = False
         for key in list(self._unsynced):
             file = self._opened(key, create=False)
             if file is not None:
@@ -122,7 +127,7 @@ class LogWriter:
         if file is not None and file.size > size:
             os.ftruncate(file.fd, size)
             file.size = size
-            self._unsynced.add(key)
+            self._note_unsynced(key)
 
     def close(self) -> None:
         """Sync and close all files."""
@@ -130,6 +135,13 @@ class LogWriter:
         while self._open:
             os.close(self._open.popitem()[1].fd)
         os.close(self._directory)
+
+    def _note_unsynced(self, key: str) -> None:
+        if not self._many_unsynced:
+            self._unsynced.add(key)
+            if len(self._unsynced) > FILE_SYNCS_MAX:
+                self._unsynced.clear()
+                self._many_unsynced = True
 
     def _opened(self, key: str, *, create: bool) -> _File | None:
         left = self._open.get(key)
@@ -155,6 +167,13 @@ class LogWriter:
             os.ftruncate(fd, left.size)
             file.size = left.size
         return file
+
+
+def _sync_file_system(fd: int) -> None:
+    """Make durable all that was written to the file system of `fd`, in one go: syncfs(2)."""
+    if ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def log_name(key: str) -> str:

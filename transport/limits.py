@@ -50,6 +50,7 @@ FREE_PART_MIN: Final = 0.05  # ... or below this part of the disk, whichever is 
 ROOM_CHECK_S: Final = 0.1  # How old an answer to "is there room" may be.
 LOCK_WAIT_S: Final = 30.0  # A killed predecessor may still be inside a sync of a slow disk.
 OPEN_FILES_MAX: Final = 256  # Session files a follower keeps open.
+FILE_SYNCS_MAX: Final = 128  # With more files to sync, one sync of the file system takes less time.
 SOCKET_PATH_BYTES_MAX: Final = 107  # `sun_path` less its NUL.
 RUN_NAME_BYTES_MAX: Final = 24  # Of a socket in `run/`, so that the path is known to fit or not.
 
