@@ -436,6 +436,22 @@ def test_without_a_key_nobody_becomes_anybody(system: System, afar: Path) -> Non
     assert KeyRing(afar).names() == ["alice"]
 
 
+@pytest.mark.parametrize("damage", ["", "{", '{"owners": 7}'])
+def test_a_directory_damaged_on_its_way_says_how_to_get_another(afar: Path, damage: str) -> None:
+    (afar / "remote.json").write_text(damage)
+
+    with Client("alice", var=afar) as alice, pytest.raises(Invalid, match="unreadable") as told:
+        alice.ask("session:create")
+    assert "ksi agents enroll" in str(told.value.hint)
+
+
+def test_a_key_that_others_may_read_is_not_used(afar: Path) -> None:
+    (afar / "keys" / "alice.key_secret").chmod(0o644)
+
+    with pytest.raises(Forbidden, match="open to other users"):
+        Client("alice", var=afar)
+
+
 def test_a_key_that_was_never_enrolled_is_turned_away(afar: Path) -> None:
     KeyRing(afar).carry(Certificate("bob", "operator", *zmq.curve_keypair()))
     with Client("bob", var=afar) as bob:
@@ -557,6 +573,8 @@ def test_a_network_that_swallows_everything_leaves_a_ticket_that_settles(
             note(alice, session, timeout_s=0.5)
         with pytest.raises(Unavailable, match="tcp://"):
             alice.ask("session:get", session_id=session, timeout_s=0.5)
+        with Client("alice", var=afar) as fresh, pytest.raises(Unavailable, match="tcp://"):
+            fresh.ask("session:get", session_id=session, timeout_s=0.5)
         wire.swallows = False
         wire.cut()
         assert silence.value.ticket is not None

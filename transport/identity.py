@@ -260,6 +260,7 @@ class Directory(msgspec.Struct, frozen=True):
 
         Raises:
             NotRunning: there is none.
+            Invalid: what was carried from another machine is damaged.
             Forbidden: it is not ours alone.
         """
         path = var / REMOTE_NAME if is_remote(var) else run_directory(var) / _DIRECTORY_NAME
@@ -268,7 +269,11 @@ class Directory(msgspec.Struct, frozen=True):
         except FileNotFoundError:
             raise NotRunning(f"nothing runs on {var}", hint="ksi start") from None
         except msgspec.MsgspecError as error:
-            raise NotRunning(f"{path} is unreadable: {error}", hint="ksi restart") from None
+            text = f"{path} is unreadable: {error}"
+            if is_remote(var):
+                hint = "on the machine of the system: ksi agents enroll NAME --to DIR"
+                raise Invalid(text, hint=hint) from None
+            raise NotRunning(text, hint="ksi restart") from None
 
     def write(self, var: Path) -> None:
         """Publish it in one step: a reader sees the former one or this one."""
