@@ -215,6 +215,7 @@ def test_one_directory_takes_several_keys_and_a_newer_one_in_place_of_a_former(
     assert KeyRing(afar).load("alice") != former
     with pytest.raises(Invalid, match="alice, bob: say whose"):
         Client(var=afar)
+    assert main(["ask", "session:create", "--var", str(afar), "--as", "bob"]) == 0
     for name in ("alice", "bob"):
         with Client(name, var=afar) as client:
             assert client.ask("session:create")["owner"] == name
@@ -266,6 +267,9 @@ def test_a_system_on_all_addresses_must_be_told_its_name(
         assert main([*enroll, "--to", str(tmp_path / "d")]) == Invalid.exit_code
         assert "--host" in capsys.readouterr().err
         assert main([*enroll, "--host", "localhost"]) == 2  # says nothing without --to
+        for host in ("tcp://x", "a b", "x:1", "\n"):
+            assert main([*enroll, "--to", str(tmp_path / "d"), "--host", host]) == 2
+        assert not (tmp_path / "d").exists()
         afar = carried(open_to_all, tmp_path / "d", "alice", "--host", "localhost")
         with Client(var=afar) as alice:
             assert alice.ask("session:create")["owner"] == "alice"

@@ -306,7 +306,8 @@ class Caller:
         names = ring.names()
         name = name or os.environ.get("KSI_AGENT") or (names[0] if len(names) == 1 else None)
         if name is None:
-            raise Invalid(f"{self.var} holds the keys of {', '.join(names) or 'nobody'}: say whose")
+            held = f"the keys of {', '.join(names)}: say whose" if names else "no key"
+            raise Invalid(f"{self.var} holds {held}", hint="Client('alice'), or set KSI_AGENT")
         certificate = ring.load(name)
         if certificate is None:
             hint = f"on the machine of the system: ksi agents enroll {name} --to DIR"

@@ -46,6 +46,7 @@ BELL_SUFFIX: Final = ".bell"  # The doorbell of an owner is beside its socket.
 _SETTLED_NS: Final = 20_000_000  # Two changes within one tick of the file clock look like one.
 _DIRECTORY_NAME: Final = "endpoints.json"
 _WILDCARDS: Final = frozenset({"0.0.0.0", "[::]"})  # "all addresses": where none can connect
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,253}|\[?[0-9A-Fa-f:.]{2,45}(%\w+)?\]?")
 _FILE_BYTES_MAX: Final = 1 << 20
 _ID: Final = re.compile(ID_PATTERN)
 _USER_ID: Final = re.compile(r"[0-9a-f]{64}")
@@ -419,6 +420,8 @@ def _is_pair(certificate: Certificate) -> bool:
 
 def _seen_from_afar(tcp: str, host: str) -> str:
     bound, _, port = tcp.removeprefix("tcp://").rpartition(":")
+    if host and not _HOST.fullmatch(host):
+        raise Invalid(f"{host[:200]!r} is no name or address of a machine")
     if not host and bound in _WILDCARDS:
         hint = "--host says under which name or address the other machine finds this one"
         raise Invalid(f"this system listens on all addresses ({bound})", hint=hint)
