@@ -43,7 +43,8 @@ class AsyncClient:
     """An agent's way to the system. Use it from one event loop.
 
     Args:
-        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`.
+        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`, or the
+            only key in a directory that was carried from another machine.
         var: the runtime directory. Default: `KSI_VAR`, or `./var`.
         role: the role to enrol with, if the name is new.
 
@@ -159,8 +160,11 @@ class AsyncClient:
     ) -> Any:
         """Answer a query from the owner's committed state, in this process: no message, no wait.
 
-        It works while the owner is busy, stopped or dead.
+        It works while the owner is busy, stopped or dead. From another machine it is asked.
         """
+        if self._caller.remote:
+            self._caller.require_query(what)
+            return await self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]
         return self._caller.read_local(what, fields, named)
 
     async def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:

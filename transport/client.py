@@ -56,7 +56,8 @@ class Client:
     """An agent's way to the system.
 
     Args:
-        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`.
+        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`, or the
+            only key in a directory that was carried from another machine.
         var: the runtime directory. Default: `KSI_VAR`, or `./var`.
         role: the role to enrol with, if the name is new.
 
@@ -178,8 +179,11 @@ class Client:
     ) -> Any:
         """Answer a query from the owner's committed state, in this process: no message, no wait.
 
-        It works while the owner is busy, stopped or dead.
+        It works while the owner is busy, stopped or dead. From another machine it is asked.
         """
+        if self._caller.remote:
+            self._caller.require_query(what)
+            return self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]
         return self._caller.read_local(what, fields, named)
 
     def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
@@ -337,6 +341,8 @@ class Client:
             link = self._caller.link(owner)
             self._poller.register(link.dealer, zmq.POLLIN)
             self._poller.register(link.monitor, zmq.POLLIN)
+            if self._caller.remote:
+                self._keep()  # Its monitor tells of every attempt to connect, and must be read.
         return link
 
     def _send(self, prepared: Prepared, deadline_s: float | None) -> tuple[Link, Pending]:

@@ -94,3 +94,5 @@ HEARTBEAT_MS_MAX: Final = 15_000  # ... and is given up after this.
 BACKLOG: Final = 512  # Connections waiting to be accepted: a fleet that starts at once.
 RECONNECT_MS: Final = 1  # ZeroMQ's default of 100 alone makes a restart take 142 ms.
 RECONNECT_MS_MAX: Final = 4  # What a restart costs beyond itself; 250 tries a second are cheap.
+TCP_RECONNECT_MS_MAX: Final = 128  # The same over a network, where they are not.
+TCP_CONNECT_MS: Final = 3000  # One attempt; the kernel would wait ever longer between its packets.
