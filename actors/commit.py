@@ -325,6 +325,8 @@ class CommitLoop:
             raise
         except Exception as defect:
             raise _Fault from defect
+        if decision.sends:
+            decision = replace(decision, sends=tuple(self._to_send(decision.sends)))
         if decision.sends and self.delivery.outbox.count() >= OUTBOX_ROWS_MAX:
             raise Busy(f"{OUTBOX_ROWS_MAX} messages wait for other owners")
         try:
@@ -333,6 +335,12 @@ class CommitLoop:
         except Exception as defect:
             raise _Fault from defect
         return decision
+
+    def _to_send(self, sends: Sequence[Send]) -> Iterator[Send]:
+        """Leave out what is asked for already by a message that waits."""
+        for send in sends:
+            if not (send.unless_waiting and self.delivery.waits(*_encoded((send,)))):
+                yield send
 
     def _record(
         self, work: Work, body: bytes, decision: Decision, request_id: str | None = None
@@ -403,7 +411,7 @@ class CommitLoop:
 
 
 def _encoded(sends: Sequence[Send]) -> list[tuple[str, str, bytes]]:
-    """Return messages as records hold them. It is too late to refuse: the events are applied."""
+    """Return messages as records hold them. One without a form is a defect of its owner."""
     try:
         return [(each.owner, each.operation, encode(each.command)) for each in sends]
     except KsiError as defect:
