@@ -281,6 +281,19 @@ def test_a_start_that_is_stopped_says_so(system: System) -> None:
     assert ("stop", "a") in system.trace()
 
 
+def test_a_temporary_directory_too_deep_for_sockets_keeps_nothing_from_starting(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path.joinpath("d" * 60, "e" * 60)
+    deep.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(deep))
+    system.start({"name": "a"})
+    with system.operator() as client:
+        said = ["sh", "-c", "echo $TMPDIR"]
+        client.ask("child:start", {"name": "worker", "argv": said, "restart": "temporary"})
+    assert until(lambda: log.output(system.var, "worker").read_text()) == f"{deep}\n"
+
+
 def test_settings_that_are_wrong_are_refused_before_anything_starts(system: System) -> None:
     with pytest.raises(Invalid, match="there is no setting"):
         system.start({"name": "a"}, intensty=3)
