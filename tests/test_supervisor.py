@@ -676,6 +676,10 @@ def test_the_registry_is_told_what_becomes_of_agents(system: System) -> None:
         for name, words in (("worker", "nowhere"), ("other", "nowhere")):
             with pytest.raises(Invalid):
                 client.ask("child:start", {"name": name, "argv": [words]})
+        with pytest.raises(Invalid, match="env"):
+            client.ask("child:start", {"name": "odd", "argv": ["sleep"], "env": {"a-b": ""}})
+        with pytest.raises(Conflict, match="name of an owner"):
+            client.ask("child:start", {"name": "registry", "argv": ["sleep"]})
         with pytest.raises(NotFound):
             client.ask("child:stop", {"name": "unknown"})
         client.ask("child:start", {"name": "last", "argv": ["sleep", "60"]})
@@ -705,6 +709,7 @@ def test_the_registry_is_told_what_becomes_of_agents(system: System) -> None:
     assert [(fate, words.startswith(missing)) for fate, _, words, _ in of("other")] == [
         ("failed", True)
     ]
+    assert [fate for fate, *_ in of("odd")] == [fate for fate, *_ in of("registry")] == ["failed"]
     assert of("unknown") == [("exited", None, None, False)]
     assert of("last")[-1] == ("exited", None, "signal_15_(SIGTERM)", False)
 
