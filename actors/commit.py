@@ -50,13 +50,12 @@ from ksi.transport.errors import (
     Expired,
     Forbidden,
     Internal,
-    Invalid,
     KsiError,
     StorageFull,
     TooLarge,
 )
 from ksi.transport.limits import OUTBOX_ROWS_MAX, WINDOW_COMMANDS_MAX
-from ksi.transport.message import CATALOGUE, encode, unknown
+from ksi.transport.message import CATALOGUE, encode, not_taken
 
 _NO_REPLY: Final = encode({})
 _NO_FORM: Final = (
@@ -296,7 +295,7 @@ class CommitLoop:
         request = work.request
         declared = CATALOGUE.get(request.operation)
         if declared is None or declared.owner != self.owner.name or declared.kind != "command":
-            raise self._not_ours(request.operation)
+            raise not_taken(request.operation, self.owner.name, "command")
         if work.sender.role not in declared.roles:
             raise Forbidden(
                 f"{request.operation} is for {' and '.join(sorted(declared.roles))}, "
@@ -401,13 +400,6 @@ class CommitLoop:
     def _undo(self) -> None:
         self.store.abort()
         self.delivery.undo()
-
-    def _not_ours(self, operation: str) -> KsiError:
-        declared = CATALOGUE.get(operation)
-        if declared is None or declared.owner != self.owner.name:
-            ours = [each.name for each in CATALOGUE.values() if each.owner == self.owner.name]
-            return unknown(operation, ours)
-        return Invalid(f"{operation} is a query; it has no number", hint="send it as QUERIES")
 
 
 def _encoded(sends: Sequence[Send]) -> list[tuple[str, str, bytes]]:
