@@ -556,6 +556,19 @@ def test_a_hangup_takes_up_settings_and_leaves_children_running(system: System) 
     assert time.monotonic() - began_s < 2.0
 
 
+def test_hangups_leave_no_files_open(system: System) -> None:
+    system.start({"name": "a"})
+
+    def hang_up(times: int) -> int:
+        """Return how many files the supervisor has open after so many hangups in all."""
+        system.signal(signal.SIGHUP)
+        until(lambda: system.said().count("settings reloaded") == times)
+        return psutil.Process(system.pid).num_fds()
+
+    first = hang_up(1)
+    assert [hang_up(times) for times in range(2, 6)] == [first] * 4
+
+
 def test_a_hangup_with_settings_that_are_wrong_changes_nothing(system: System) -> None:
     system.start({"name": "a"})
     (system.var / "ksi.toml").write_text("[supervisor]\nshutdwn_s = 0.2\n")
