@@ -105,6 +105,8 @@ class Host(pykka.ThreadingActor):
             self._push(owner, number, row.operation, row.body, again=True)
         self._stat.state = "running"
         self._stat.store_id = self._store.id
+        self._stat.journal_seq = self._store.meta.seq
+        self._stat.end_turn(time.monotonic())  # Whoever asks is told so from now on.
         self._mailbox.timeout_s = TICK_S
 
     def on_receive(self, message: Any) -> None:
