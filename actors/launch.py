@@ -203,11 +203,23 @@ def _supervise(
 
     from ksi.actors import reports
     from ksi.actors.supervisor import EXIT_DEFECT, NAME, Supervisor
-    from ksi.transport.identity import Address, Directory, KeyRing, endpoint, make_run_directory
+    from ksi.transport.identity import (
+        Address,
+        Directory,
+        KeyRing,
+        endpoint,
+        hold_run_directory,
+        make_run_directory,
+        remove_run_directory,
+        sweep_run_directories,
+    )
     from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
     from ksi.transport.message import CATALOGUE
 
     run = make_run_directory(var)
+    in_use = hold_run_directory(run)
+    if run.parent != var:
+        sweep_run_directories(run.parent)
     reports.clear_exit(run)
     keys = KeyRing(var)
     certificate = keys.enroll(NAME, "owner")
@@ -239,6 +251,9 @@ def _supervise(
     )
     context.term()
     Directory.remove(var)
+    if codes == [0]:  # Else it says why not.
+        remove_run_directory(var)
+    os.close(in_use)
     return codes[0] if codes else EXIT_DEFECT
 
 

@@ -9,9 +9,11 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -292,6 +294,30 @@ def test_a_temporary_directory_too_deep_for_sockets_keeps_nothing_from_starting(
         said = ["sh", "-c", "echo $TMPDIR"]
         client.ask("child:start", {"name": "worker", "argv": said, "restart": "temporary"})
     assert until(lambda: log.output(system.var, "worker").read_text()) == f"{deep}\n"
+
+
+def test_a_run_directory_elsewhere_goes_with_an_orderly_stop_or_with_its_var(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", session := tempfile.mkdtemp())
+    deep = tmp_path / ("d" * 100)
+    first, second = System(deep / "first", monkeypatch), System(deep / "second", monkeypatch)
+    first.start({"name": "a"})
+    second.start({"name": "a"})
+    assert len(os.listdir(session)) == 2
+    first.stop()
+    second.signal(signal.SIGKILL)
+    assert second.ended()
+    assert os.listdir(session) == [run_directory(second.var).name]
+    shutil.rmtree(second.var)
+    first.start({"name": "a"})
+    shutil.rmtree(first.var)  # It lives on, and its directory with it.
+    second.start({"name": "a"})
+    assert len(os.listdir(session)) == 2
+    first.signal(signal.SIGKILL)
+    second.stop()
+    assert first.ended()
+    shutil.rmtree(session)
 
 
 def test_settings_that_are_wrong_are_refused_before_anything_starts(system: System) -> None:
