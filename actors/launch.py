@@ -79,6 +79,8 @@ def start_background(
                 continue
             os.waitpid(pid, 0)
             if "error" in line:
+                for _ in lines:  # Until the supervisor has ended, and whoever starts again may.
+                    pass
                 import ksi.storage.errors  # noqa: F401 - so that its classes are known
 
                 raise from_wire(line["error"])
@@ -258,7 +260,10 @@ def _supervise(
 
 
 def _told_to(descriptor: int) -> Progress:
-    """Return what writes lines to a pipe and closes it behind the last."""
+    """Return what writes lines to a pipe and closes it when all are ready.
+
+    Behind an error it stays open as long as this process lives: who reads it waits for that.
+    """
     os.set_inheritable(descriptor, False)
     pipe = os.fdopen(descriptor, "w")
 
@@ -268,7 +273,7 @@ def _told_to(descriptor: int) -> Progress:
         with contextlib.suppress(OSError):  # nobody reads any more: go on without
             pipe.write(json.dumps(line) + "\n")
             pipe.flush()
-        if "child" not in line:
+        if "ready" in line:
             with contextlib.suppress(OSError):
                 pipe.close()
 

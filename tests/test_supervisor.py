@@ -262,6 +262,15 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(system: System) -> None:
     assert (ended.exit_code, "before it was ready" in ended.reason) == (1, True)
 
 
+def test_after_a_start_that_failed_the_next_may_begin_at_once(system: System) -> None:
+    with pytest.raises(Internal, match="ended before it was ready"):
+        system.start(
+            {"name": "a", "role": "stubborn"}, {"name": "b", "role": "broken"}, shutdown_s=0.7
+        )
+    assert lock.holder(system.var) is None
+    system.start({"name": "a"})
+
+
 def test_a_child_that_is_never_ready_fails_the_start(system: System) -> None:
     with pytest.raises(Internal, match=r"a ended before it was ready \(killed: not ready for"):
         system.start({"name": "a", "role": "silent"}, start_s=0.5)
@@ -279,7 +288,7 @@ def test_a_start_that_is_stopped_says_so(system: System) -> None:
         with pytest.raises(Draining, match="stopped while starting: SIGTERM"):
             system.start({"name": "a"}, {"name": "b", "role": "silent"}, shutdown_s=0.2)
         stopping.result()
-    until(lambda: lock.holder(system.var) is None)
+    assert lock.holder(system.var) is None
     assert ("stop", "a") in system.trace()
 
 
