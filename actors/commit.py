@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple, Protocol, get_args, get_type_hints
 import msgspec
 
 from ksi.actors import delivery
-from ksi.actors.delivery import HOST_TABLES, Batch, Delivery, Record
+from ksi.actors.delivery import HOST_TABLES, SENT, Batch, Delivery, Record
 from ksi.actors.owner import (
     Decision,
     Event,
@@ -133,6 +133,7 @@ class CommitLoop:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = batch_decoder(owner.events)
         self._outcome = Outcome([], [], [])
+        self._sent: dict[str, Record[Any]] = {}  # by owner: what found no room to be recorded
 
     def replay(self, payload: bytes) -> tuple[float, bytes]:
         """Apply one journaled batch to the tables; return the owner time it was made at, and what
@@ -170,10 +171,14 @@ class CommitLoop:
             UnknownOutcome: the outcome is unknown; end the process.
         """
         given = Given(now, time_s, self.ids)
+        if self._sent:
+            ours, self._sent = [*self._sent.values(), *ours], {}
         try:
             return self._run(works, ours, given, clock_s, tick)
         except StorageFull as full:
             self._undo()
+            # Nobody says it again. The rows of clients that left go in the end without a goodbye.
+            self._sent = {record.sender: record for record in ours if record.operation == SENT}
             return Outcome([self._refused(work, full) for work in works], [], [])
         except (_Fault, TooLarge, *_NO_FORM) as fault:  # All of them before the journal is written.
             self._undo()

@@ -457,6 +457,23 @@ def test_a_message_is_left_out_while_an_equal_one_waits() -> None:
     assert twin.recovered().store.rows()["ksi.outbox"] == twin.store.rows()["ksi.outbox"]
 
 
+def test_what_was_answered_while_there_was_no_room_leaves_the_outbox_later() -> None:
+    twin = Twin(Registry())
+    outbox = twin.store.tables["ksi.outbox"]
+    say(twin, work(1, "agent:register"), work(2, "agent:heartbeat"))
+    say(twin, *(work(number, "agent:spawn", argv=["run"]) for number in (3, 4)))
+    twin.store.full = True
+    for owner, number in (("sessions", 1), ("supervisor", 1), ("supervisor", 2)):
+        twin.run([], [Record(owner, b"", number, SENT, b"", [], [])])
+    twin.store.full = False
+    assert outbox.count() == 3
+    twin.pass_time(1)
+    assert outbox.count() == 0
+    say(twin, work(5, "agent:heartbeat"))
+    assert outbox.count() == 1
+    assert twin.recovered().store.rows()["ksi.outbox"] == twin.store.rows()["ksi.outbox"]
+
+
 def test_a_message_that_was_undone_does_not_wait() -> None:
     twin = Twin(Registry())
     say(twin, work(1, "agent:register"))
