@@ -31,7 +31,7 @@ from typing import Any, Final, NamedTuple, Protocol, get_args, get_type_hints
 import msgspec
 
 from ksi.actors import delivery
-from ksi.actors.delivery import HOST_TABLES, Batch, Client, Delivery, Record
+from ksi.actors.delivery import HOST_TABLES, SENT, Batch, Client, Delivery, Record
 from ksi.actors.owner import (
     Announcement,
     Decision,
@@ -55,13 +55,12 @@ from ksi.transport.errors import (
     Expired,
     Forbidden,
     Internal,
-    Invalid,
     KsiError,
     StorageFull,
     TooLarge,
 )
 from ksi.transport.limits import OUTBOX_ROWS_MAX, WINDOW_COMMANDS_MAX
-from ksi.transport.message import CATALOGUE, Operation, encode, unknown
+from ksi.transport.message import CATALOGUE, Operation, encode, not_taken
 
 _NO_REPLY: Final = encode({})
 _NO_FORM: Final = (
@@ -142,6 +141,7 @@ class CommitLoop:
         self._decode = batch_decoder(owner.events)
         self._outcome = Outcome([], [], [], [])
         self._asked_tick = False  # by a decision in this batch, or by a tick
+        self._sent: dict[str, Record[Any]] = {}  # by owner: what found no room to be recorded
 
     def replay(self, payload: bytes) -> tuple[float, bytes]:
         """Apply one journaled batch to the tables; return the owner time it was made at, and what
@@ -179,10 +179,14 @@ class CommitLoop:
             UnknownOutcome: the outcome is unknown; end the process.
         """
         given = Given(now, time_s, self.ids)
+        if self._sent:
+            ours, self._sent = [*self._sent.values(), *ours], {}
         try:
             return self._run(works, ours, given, clock_s, tick)
         except StorageFull as full:
             self._undo()
+            # Nobody says it again. The rows of clients that left go in the end without a goodbye.
+            self._sent = {record.sender: record for record in ours if record.operation == SENT}
             return Outcome([self._refused(work, full) for work in works], [], [], [])
         except (_Fault, TooLarge, *_NO_FORM) as fault:  # All of them before the journal is written.
             self._undo()
@@ -329,7 +333,7 @@ class CommitLoop:
         request = work.request
         declared = CATALOGUE.get(request.operation)
         if declared is None or declared.owner != self.owner.name or not declared.changes:
-            raise self._not_ours(request.operation)
+            raise not_taken(request.operation, self.owner.name, "command")
         if work.sender.role not in declared.roles:
             raise Forbidden(
                 f"{request.operation} is for {' and '.join(sorted(declared.roles))}, "
@@ -363,6 +367,8 @@ class CommitLoop:
             raise
         except Exception as defect:
             raise _Fault from defect
+        if decision.sends:
+            decision = replace(decision, sends=tuple(self._to_send(decision.sends)))
         if decision.sends and self.delivery.outbox.count() >= OUTBOX_ROWS_MAX:
             raise Busy(f"{OUTBOX_ROWS_MAX} messages wait for other owners")
         try:
@@ -372,6 +378,12 @@ class CommitLoop:
             raise _Fault from defect
         self._asked_tick |= decision.tick
         return decision
+
+    def _to_send(self, sends: Sequence[Send]) -> Iterator[Send]:
+        """Leave out what is asked for already by a message that waits."""
+        for send in sends:
+            if not (send.unless_waiting and self.delivery.waits(*_encoded((send,)))):
+                yield send
 
     def _record(
         self, work: Work, body: bytes, decision: Decision, request_id: str | None = None
@@ -447,13 +459,6 @@ class CommitLoop:
         self.store.abort()
         self.delivery.undo()
 
-    def _not_ours(self, operation: str) -> KsiError:
-        declared = CATALOGUE.get(operation)
-        if declared is None or declared.owner != self.owner.name:
-            ours = [each.name for each in CATALOGUE.values() if each.owner == self.owner.name]
-            return unknown(operation, ours)
-        return Invalid(f"{operation} is a query; it has no number", hint="send it as QUERIES")
-
 
 @cache
 def _has_request_id(operation: str) -> bool:
@@ -466,7 +471,7 @@ def _has_request_id(operation: str) -> bool:
 
 
 def _encoded(sends: Sequence[Send]) -> list[tuple[str, str, bytes]]:
-    """Return messages as records hold them. It is too late to refuse: the events are applied."""
+    """Return messages as records hold them. One without a form is a defect of its owner."""
     try:
         return [(each.owner, each.operation, encode(each.command)) for each in sends]
     except KsiError as defect:

@@ -81,6 +81,8 @@ def start_background(
                 continue
             os.waitpid(pid, 0)
             if "error" in line:
+                for _ in lines:  # Until the supervisor has ended, and whoever starts again may.
+                    pass
                 import ksi.storage.errors  # noqa: F401 - so that its classes are known
 
                 raise from_wire(line["error"])
@@ -206,11 +208,23 @@ def _supervise(
 
     from ksi.actors import reports
     from ksi.actors.supervisor import EXIT_DEFECT, NAME, Supervisor
-    from ksi.transport.identity import Address, Directory, KeyRing, endpoint, make_run_directory
+    from ksi.transport.identity import (
+        Address,
+        Directory,
+        KeyRing,
+        endpoint,
+        hold_run_directory,
+        make_run_directory,
+        remove_run_directory,
+        sweep_run_directories,
+    )
     from ksi.transport.mailbox import Mailbox, connect, raise_file_limit, require_free
     from ksi.transport.message import CATALOGUE
 
     run = make_run_directory(var)
+    in_use = hold_run_directory(run)
+    if run.parent != var:
+        sweep_run_directories(run.parent)
     reports.clear_exit(run)
     settings = load().config
     keys = KeyRing(var)
@@ -248,6 +262,9 @@ def _supervise(
     )
     context.term()
     Directory.remove(var)
+    if codes == [0]:  # Else it says why not.
+        remove_run_directory(var)
+    os.close(in_use)
     return codes[0] if codes else EXIT_DEFECT
 
 
@@ -262,7 +279,10 @@ def _tcp_endpoints(transport: config.TransportSection, owners: Sequence[str]) ->
 
 
 def _told_to(descriptor: int) -> Progress:
-    """Return what writes lines to a pipe and closes it behind the last."""
+    """Return what writes lines to a pipe and closes it when all are ready.
+
+    Behind an error it stays open as long as this process lives: who reads it waits for that.
+    """
     os.set_inheritable(descriptor, False)
     pipe = os.fdopen(descriptor, "w")
 
@@ -272,7 +292,7 @@ def _told_to(descriptor: int) -> Progress:
         with contextlib.suppress(OSError):  # nobody reads any more: go on without
             pipe.write(json.dumps(line) + "\n")
             pipe.flush()
-        if "child" not in line:
+        if "ready" in line:
             with contextlib.suppress(OSError):
                 pipe.close()
 

@@ -132,11 +132,16 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """A command to another owner, sent after commit and effectively once."""
+    """A command to another owner, sent after commit and effectively once.
+
+    `unless_waiting`: left out while an equal one has not been answered. For what only says that
+    something is so now: the one that waits will say it later than this one would.
+    """
 
     owner: str
     operation: str
     command: Message
+    unless_waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,7 @@ class AsyncClient:
 
         A refusal is raised by the next `flush` or `close`.
         """
-        prepared = self._caller.prepare(what, fields, named)
+        prepared = self._caller.prepare_command(what, fields, named)
         pending = await self._send(prepared, None)
         pending.future = _TOLD
 

@@ -151,6 +151,16 @@ class Caller:
                 named["epoch"] = epoch
         return Prepared(what, owner, is_command, encode(named), None)
 
+    def prepare_command(
+        self, what: str | Message, fields: Mapping[str, Any] | None, named: dict[str, Any]
+    ) -> Prepared:
+        """Return the request for a command. Raises `Invalid` for a query, else as `prepare`."""
+        prepared = self.prepare(what, fields, named)
+        if not prepared.is_command:
+            text = f"{prepared.operation} is a query: without its answer it does nothing"
+            raise Invalid(text, hint=f"ask or read it: client.read({prepared.operation!r}, ...)")
+        return prepared
+
     def deadline_s(self, timeout_s: float) -> float:
         """Return when `timeout_s` from now is over. Raises `Invalid` if that is no time."""
         deadline_s = time.monotonic() + timeout_s
@@ -276,12 +286,15 @@ class Caller:
     ) -> Any:
         """Run a query here, on the owner's committed state. No message is sent."""
         if isinstance(what, Message):
-            reader = self._reader(operation_of(what).owner)
-            return reader.answer(cast("Query[Any]", what))
-        declared = CATALOGUE.get(what) or self._declared(what)
+            declared = operation_of(what)
+        else:
+            declared = CATALOGUE.get(what) or self._declared(what)
         if declared.changes:
-            raise Invalid(f"{what} is a {declared.kind}", hint=f"ask it: client.ask({what!r}, ...)")
+            name = declared.name
+            raise Invalid(f"{name} is a {declared.kind}", hint=f"ask it: client.ask({name!r}, ...)")
         reader = self._reader(declared.owner)
+        if isinstance(what, Message):
+            return reader.answer(cast("Query[Any]", what))
         if fields is not None:
             named = {**fields, **named}
         try:

@@ -146,9 +146,10 @@ class Client:
         A refusal is raised by the next `flush` or `close`.
 
         Raises:
+            Invalid: it is a query.
             Unavailable: the window is full and nothing in it is answered; it was not sent.
         """
-        prepared = self._caller.prepare(what, fields, named)
+        prepared = self._caller.prepare_command(what, fields, named)
         with self._lock:
             _link, pending = self._send(prepared, None)
             pending.future = _TOLD

@@ -16,10 +16,12 @@ Source: certificates as in ZPL (ZeroMQ RFC 4) and czmq's zcert; addresses: unix(
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import secrets
+import shutil
 import stat
 import struct
 import time
@@ -47,6 +49,7 @@ _SETTLED_NS: Final = 20_000_000  # Two changes within one tick of the file clock
 _DIRECTORY_NAME: Final = "endpoints.json"
 _WILDCARDS: Final = frozenset({"0.0.0.0", "[::]"})  # "all addresses": where none can connect
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,253}|\[?[0-9A-Fa-f:.]{2,45}(%\w+)?\]?")
+_VAR_NAME: Final = "var"  # In a short run directory: a link to the var it belongs to.
 _FILE_BYTES_MAX: Final = 1 << 20
 _ID: Final = re.compile(ID_PATTERN)
 _USER_ID: Final = re.compile(r"[0-9a-f]{64}")
@@ -342,7 +345,52 @@ def make_run_directory(var: Path) -> Path:
             _write(usual / "elsewhere", f"{_short_directory(usual.parent)}\n")
     directory = run_directory(var)
     _make_private(directory)
+    if directory != usual and _var_of(directory) != usual.parent:
+        (directory / _VAR_NAME).unlink(missing_ok=True)
+        os.symlink(usual.parent, directory / _VAR_NAME)
     return directory
+
+
+def hold_run_directory(directory: Path) -> int:
+    """Return a descriptor that keeps the directory from being swept, with its var gone or not."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
+
+
+def remove_run_directory(var: Path) -> None:
+    """Remove the short run directory of `var`, if it has one. For its holder, as the last thing.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    directory = run_directory(var)
+    if _var_of(directory) == _real(var):
+        shutil.rmtree(directory)
+
+
+def sweep_run_directories(parent: Path) -> None:
+    """Remove the short run directories in `parent` that are ours, dead, and whose var is gone."""
+    for directory in parent.glob("ksi-*"):
+        with suppress(OSError, Forbidden):
+            var = _var_of(directory)
+            if var is None or var.is_dir():
+                continue
+            _require_private(directory)
+            held = hold_run_directory(directory)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory)
+            finally:
+                os.close(held)
+
+
+def _var_of(directory: Path) -> Path | None:
+    """Return the var of which this is the short run directory; None if it does not say so."""
+    try:
+        return Path(os.readlink(directory / _VAR_NAME))
+    except OSError:
+        return None
 
 
 def endpoint(var: Path, name: str) -> str:

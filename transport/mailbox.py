@@ -139,6 +139,7 @@ class Mailbox:
         self._closed = False
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._zap = context.socket(zmq.ROUTER)
+        _make_routes_unforeseeable()
         self._router = context.socket(zmq.ROUTER)
         self._bell = context.socket(zmq.PUB)
         try:
@@ -454,6 +455,17 @@ def listen(context: _Context, bell_endpoint: str) -> _Socket:
     _bound(bell)
     bell.connect(bell_endpoint)
     return bell
+
+
+def _make_routes_unforeseeable() -> None:
+    """Keep the routing ids of the next ROUTER from being guessed; its context is in use already.
+
+    It counts them up from a number of `rand`, which ZeroMQ seeds with time and pid. Whoever claims
+    an id before it is given to somebody else aborts the process (libzmq 4.3, `socket_base.cpp`).
+    """
+    import ctypes  # Clients import this module, too.
+
+    ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4)))
 
 
 def _bound(socket: _Socket) -> None:
