@@ -7,6 +7,7 @@ To read it, a *query* is answered from one committed state, by the owner or in a
 
     decide(command, sender, tables, given) -> Decision      reads tables, writes nothing
     apply(event, tables)                                    writes tables, live and in replay
+    relay(signal, sender, tables) -> Announcement           reads tables; nothing is kept
     answer(query, tables) -> reply                          reads tables, in any process
 
 Nothing here does I/O, knows the time or draws a random number: what a decision needs from outside
@@ -27,6 +28,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import msgspec
 
 from ksi.transport.errors import KsiError
 from ksi.transport.limits import CACHE_ROWS
@@ -75,6 +78,23 @@ class Log(Protocol):
         """Return the bytes [start, stop) of `key`."""
 
 
+class Index(Protocol):
+    """Where entries of another owner's log are, in databases that a follower writes.
+
+    `apply` does not write it, and nothing in it is of its own: it is built again at any time.
+    Reading gives what the follower has come to.
+    """
+
+    def rows(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return rows of the index in the order of time, by column."""
+
+    def participants(self, session_id: str) -> list[str]:
+        """Return who takes part in a session, by name."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how far the follower has come and what it does now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """Bytes that an event adds to the log of `key`, at `offset`: the same each time it is asked."""
@@ -112,11 +132,16 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """A command to another owner, sent after commit and effectively once."""
+    """A command to another owner, sent after commit and effectively once.
+
+    `unless_waiting`: left out while an equal one has not been answered. For what only says that
+    something is so now: the one that waits will say it later than this one would.
+    """
 
     owner: str
     operation: str
     command: Message
+    unless_waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +158,14 @@ class Decision:
     tick: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Announcement:
-    """Something subscribers of `topic` are told once the event is on disk. May be lost by them."""
+class Announcement(msgspec.Struct, frozen=True, gc=False):
+    """Something subscribers of `topic` are told. May be lost by them, and they know how many.
+
+    Told of an event once that is on disk, of a signal at once, with the message as it came.
+    """
 
     topic: str
-    message: dict[str, Any]
+    message: dict[str, Any] | msgspec.Raw
     sender: str = ""
 
 
@@ -192,6 +219,14 @@ class Owner(ABC, Generic[T]):
         """
         return None
 
+    def relay(self, signal: Any, sender: Sender, tables: T) -> Announcement | None:
+        """Return what subscribers are told of `signal`, or raise a refusal.
+
+        None: it concerns what is kept, and is to be decided like any command. Fields of it whose
+        values are left open are `msgspec.Raw`.
+        """
+        return None
+
     def announce(self, event: Any) -> Iterable[Announcement]:
         """Return what subscribers are told of `event`."""
         return ()
@@ -206,6 +241,6 @@ class Owner(ABC, Generic[T]):
 
 
 __all__ = [
-    "Announcement", "Command", "Decision", "Event", "Given", "Key", "Keyed", "Line", "Log", "Owner",
-    "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
+    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Key", "Keyed", "Line", "Log",
+    "Owner", "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ here waits for another process, writes, or makes a directory.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -87,6 +88,7 @@ class System:
     stopping: bool
     gave_up: str | None  # why the last supervisor ended, if it said so
     children: tuple[Child, ...]
+    tcp: Mapping[str, str]  # owner to where it listens for other machines
     counts: Mapping[str, int | None]
     unreadable: Mapping[str, str]  # owner to why its state cannot be read
     free_bytes: int
@@ -143,6 +145,7 @@ def look(var: Path) -> System:
         frozen=held_by is not None and _is_frozen(_process_state(held_by.pid)),
         stopping=is_current and said is not None and said.stopping,
         gave_up=_why_ended(said, ended),
+        tcp=_tcp(run),
         children=tuple(_child(var, run, each, is_current) for each in listed),
         counts=counts,
         unreadable=unreadable,
@@ -260,6 +263,15 @@ def _run_directory(var: Path) -> Path:
         return run_directory(var)
     except KsiError:
         return usual
+
+
+def _tcp(run: Path) -> dict[str, str]:
+    """Return where owners listen for other machines."""
+    try:  # Not by way of `Directory`, which loads ZeroMQ.
+        places = json.loads((run / "endpoints.json").read_bytes())["owners"]
+        return {name: place["tcp"] for name, place in places.items() if place.get("tcp")}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def _process_state(pid: int) -> str:

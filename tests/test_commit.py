@@ -255,13 +255,13 @@ def test_a_transient_refusal_takes_no_number_and_holds_up_what_follows(
     twin = Twin(Registry())
     say(twin, work(1, "agent:register"))
     monkeypatch.setattr(commit, "OUTBOX_ROWS_MAX", 1)
-    said = say(twin, *(work(number, "agent:heartbeat") for number in (2, 3, 4)))
-    assert said == [(2, "done"), (3, Busy)]
+    spawn = [work(number, "agent:spawn", argv=["run"]) for number in (2, 3, 4)]
+    assert say(twin, *spawn) == [(2, "done"), (3, Busy)]
     assert len(twin.sends) == 1
-    sent = Record[Any]("sessions", b"", 1, SENT, b"", [], [])
+    sent = Record[Any]("supervisor", b"", 1, SENT, b"", [], [])
     twin.run([], [sent])
-    assert say(twin, work(4, "agent:heartbeat")) == [(3, "resend")]
-    assert say(twin, work(3, "agent:heartbeat", again=True)) == [(3, "done")]
+    assert say(twin, spawn[2]) == [(3, "resend")]
+    assert say(twin, spawn[1]._replace(again=True)) == [(3, "done")]
     assert len(twin.sends) == 2
 
 
@@ -432,22 +432,72 @@ def test_a_batch_too_large_for_the_journal_is_written_in_parts(twin: Twin) -> No
 def test_messages_to_other_owners_are_numbered_an_owner_and_kept_until_they_are_sent() -> None:
     twin = Twin(Registry())
     say(twin, work(1, "agent:register"))
-    say(twin, *(work(number, "agent:heartbeat") for number in (2, 3)))
-    say(twin, work(4, "agent:spawn", agent_id="scout", argv=["run"]))
+    say(twin, *(work(number, "agent:spawn", argv=["run"]) for number in (2, 3)))
+    say(twin, work(4, "agent:heartbeat"))
     twin.restart()
-    say(twin, work(5, "agent:heartbeat"))
+    say(twin, work(5, "agent:spawn", argv=["run"]))
     assert [(owner, number, operation) for owner, number, operation, _ in twin.sends] == [
-        ("sessions", 1, "session:heartbeat"),
-        ("sessions", 2, "session:heartbeat"),
         ("supervisor", 1, "child:start"),
-        ("sessions", 3, "session:heartbeat"),
+        ("supervisor", 2, "child:start"),
+        ("sessions", 1, "session:heartbeat"),
+        ("supervisor", 3, "child:start"),
     ]
     outbox = twin.store.tables["ksi.outbox"]
-    waiting = [("sessions", 1), ("sessions", 2), ("sessions", 3), ("supervisor", 1)]
+    waiting = [("sessions", 1), ("supervisor", 1), ("supervisor", 2), ("supervisor", 3)]
     assert [key for key, _ in outbox.range()] == waiting
-    twin.run([], [Record("sessions", b"", 2, SENT, b"", [], [])])
-    assert [key for key, _ in outbox.range()] == waiting[2:]
+    twin.run([], [Record("supervisor", b"", 2, SENT, b"", [], [])])
+    assert [key for key, _ in outbox.range()] == [waiting[0], waiting[3]]
     assert twin.recovered().store.rows()["ksi.outbox"] == twin.store.rows()["ksi.outbox"]
+
+
+def test_a_message_is_left_out_while_an_equal_one_waits() -> None:
+    """However long the sessions are down, as many beats wait for them as there are agents."""
+    twin = Twin(Registry())
+    outbox = twin.store.tables["ksi.outbox"]
+    say(twin, work(1, "agent:register"))
+    bob = Sender("bob", "agent")
+    say(twin, work(1, "agent:register", sender=bob))
+    for number in range(2, 200):
+        beats = [work(number, "agent:heartbeat", sender=who) for who in (ALICE, bob)]
+        assert say(twin, *beats) == [(number, "done")] * 2
+        if number == 100:
+            twin.restart()  # What waits is in rows.
+    assert [key for key, _ in outbox.range()] == [("sessions", 1), ("sessions", 2)]
+    twin.run([], [Record("sessions", b"", 1, SENT, b"", [], [])])
+    say(twin, work(200, "agent:heartbeat"), work(200, "agent:heartbeat", sender=bob))
+    assert [key for key, _ in outbox.range()] == [("sessions", 2), ("sessions", 3)]
+    assert twin.recovered().store.rows()["ksi.outbox"] == twin.store.rows()["ksi.outbox"]
+
+
+def test_what_was_answered_while_there_was_no_room_leaves_the_outbox_later() -> None:
+    twin = Twin(Registry())
+    outbox = twin.store.tables["ksi.outbox"]
+    say(twin, work(1, "agent:register"), work(2, "agent:heartbeat"))
+    say(twin, *(work(number, "agent:spawn", argv=["run"]) for number in (3, 4)))
+    twin.store.full = True
+    for owner, number in (("sessions", 1), ("supervisor", 1), ("supervisor", 2)):
+        twin.run([], [Record(owner, b"", number, SENT, b"", [], [])])
+    twin.store.full = False
+    assert outbox.count() == 3
+    twin.pass_time(1)
+    assert outbox.count() == 0
+    say(twin, work(5, "agent:heartbeat"))
+    assert outbox.count() == 1
+    assert twin.recovered().store.rows()["ksi.outbox"] == twin.store.rows()["ksi.outbox"]
+
+
+def test_a_message_that_was_undone_does_not_wait() -> None:
+    twin = Twin(Registry())
+    say(twin, work(1, "agent:register"))
+    say(twin, work(2, "agent:heartbeat"))
+    twin.run([], [Record("sessions", b"", 1, SENT, b"", [], [])])
+    twin.store.full = True
+    say(twin, work(3, "agent:heartbeat"))
+    twin.store.full = False
+    twin.store.fails = StorageFull("there is no room for the journal")
+    assert say(twin, work(3, "agent:heartbeat")) == [(3, StorageFull)]
+    say(twin, work(3, "agent:heartbeat"))
+    assert [key for key, _ in twin.store.tables["ksi.outbox"].range()] == [("sessions", 2)]
 
 
 def test_a_tick_that_finds_the_outbox_full_waits_for_the_next(

@@ -605,6 +605,8 @@ def test_stopped_it_is_still_read_and_status_answers_from_disk(nothing: Shell) -
     sessions = next(each for each in status.json["owners"] if each["name"] == "sessions")
     assert sessions["state"] == "STOPPED"
     assert sessions["journal_seq"] >= 1
+    (files,) = status.json["followers"]
+    assert files["journal_seq"] == sessions["journal_seq"]
     assert nothing("read", "session:get", "--session-id", "kept").code == 0
     assert nothing("ask", "session:get", "--session-id", "kept").code == 3
 

@@ -30,7 +30,9 @@ CLIENT_ROWS_MAX: Final = 100_000  # Remembered client instances an owner; 200 by
 CLIENT_IDLE_S_MAX: Final = 30 * 86_400.0  # An instance silent this long is forgotten.
 REQUEST_ID_S_MAX: Final = 30 * 86_400.0  # How long a caller's `request_id` is remembered.
 SUBSCRIPTIONS_MAX: Final = 256  # Patterns one connection may hold at one owner.
-CREDIT_MAX: Final = 4096  # Deliveries in flight to one subscription before they are counted as gap.
+PATTERN_CHARS_MAX: Final = 512  # Topics and patterns: some words, not a text.
+CREDIT_MAX: Final = 4096  # Messages in flight to one subscription before they are counted as gap.
+RUN_BYTES_MAX: Final = 256 << 10  # Messages that are encoded as one run: some fit into a frame.
 OUTBOX_ROWS_MAX: Final = 100_000  # Messages waiting for another owner; beyond it `busy`.
 
 # Completions
@@ -72,6 +74,9 @@ FREE_PART_MIN: Final = 0.05  # ... or below this part of the disk, whichever is 
 ROOM_CHECK_S: Final = 0.1  # How old an answer to "is there room" may be.
 LOCK_WAIT_S: Final = 30.0  # A killed predecessor may still be inside a sync of a slow disk.
 OPEN_FILES_MAX: Final = 256  # Session files a follower keeps open.
+INDEX_DAYS_OPEN_MAX: Final = 64  # Databases of the index kept open: a rebuild meets days at random.
+INDEX_QUERY_S_MAX: Final = 2.0  # One look into a database: its owner answers nobody else meanwhile.
+INDEX_WAIT_S: Final = 2.0  # What a database of the index is waited for while others use it.
 FILE_SYNCS_MAX: Final = 128  # With more files to sync, one sync of the file system takes less time.
 SOCKET_PATH_BYTES_MAX: Final = 107  # `sun_path` less its NUL.
 RUN_NAME_BYTES_MAX: Final = 24  # Of a socket in `run/`, so that the path is known to fit or not.
@@ -89,3 +94,5 @@ HEARTBEAT_MS_MAX: Final = 15_000  # ... and is given up after this.
 BACKLOG: Final = 512  # Connections waiting to be accepted: a fleet that starts at once.
 RECONNECT_MS: Final = 1  # ZeroMQ's default of 100 alone makes a restart take 142 ms.
 RECONNECT_MS_MAX: Final = 4  # What a restart costs beyond itself; 250 tries a second are cheap.
+TCP_RECONNECT_MS_MAX: Final = 128  # The same over a network, where they are not.
+TCP_CONNECT_MS: Final = 3000  # One attempt; the kernel would wait ever longer between its packets.

@@ -808,7 +808,8 @@ class _Metadata(msgspec.Struct, omit_defaults=True):
     agent_id: str
     seq: int
     epoch: int
-    pattern: str | None = None
+    pattern: str | None = None  # the one it shows, or the one its session is of
+    owner: str | None = None  # who owns the session, where that is not the one who speaks
 
 
 class _Line(msgspec.Struct, omit_defaults=True):
@@ -836,7 +837,14 @@ def _entry_events(
     data = entry.data
     pattern = None if _MARKS.isdisjoint(data) else detect_pattern(data)
     seq = session.seq + 1
-    metadata = _Metadata(session_id, agent_id, seq, session.epoch, pattern)
+    metadata = _Metadata(
+        session_id,
+        agent_id,
+        seq,
+        session.epoch,
+        pattern or (session.pattern if session.pattern in PATTERNS else None),
+        session.owner if session.owner != agent_id else None,
+    )
     line = _encode_line(_Line(entry.event, data, given.now, metadata, entry.correlation_id))
     if not line.isascii():
         line = _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", line.decode()).encode()
