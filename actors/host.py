@@ -85,6 +85,9 @@ class Host(pykka.ThreadingActor):
         self._said: list[tuple[bytes, Kind, Any]] = []  # at once; sent when all is taken in
         self._came = self._done = 0  # commands
         self._ours: list[Record[Any]] = []
+        self._sent: list[
+            Record[Any]
+        ] = []  # may wait for a commit there is anyway: lost, they recur
         self._time_s = store.meta.time_s
         self._turned_s = self._ticked_s = self._probed_s = time.monotonic()
         self._draining = False
@@ -135,7 +138,7 @@ class Host(pykka.ThreadingActor):
         if self._said:
             said, self._said = self._said, []
             self._send_all(said)
-        self._ours += self._outbox.turn(started_s)
+        self._sent += self._outbox.turn(started_s)
         commands = self._next_batch()
         tick = started_s - self._ticked_s >= TICK_S
         if commands or self._ours or tick:
@@ -269,7 +272,7 @@ class Host(pykka.ThreadingActor):
     def _carry_out(self, commands: Sequence[Work], started_s: float, tick: bool) -> None:
         if tick:
             self._ticked_s = started_s
-        ours, self._ours = self._ours, []
+        ours, self._ours, self._sent = [*self._sent, *self._ours], [], []
         now = round(time.time(), 6)
         self._stat.committing(started_s)
         outcome = self._loop.run(commands, ours, now, self._time_s, started_s, tick=tick)
@@ -281,7 +284,7 @@ class Host(pykka.ThreadingActor):
         if outcome.sends:
             for owner, number, operation, body in outcome.sends:
                 self._push(owner, number, operation, body)
-            self._ours += self._outbox.turn(started_s)
+            self._sent += self._outbox.turn(started_s)
         if commands:
             self._stat.commits += 1
             self._stat.commands += len(commands)

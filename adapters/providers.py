@@ -28,7 +28,7 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     data: dict[str, Any]
     options: dict[str, Any]
     requires: str | None
-    timeout_s: float
+    run_s: float
 
 
 class Provider(Protocol):
@@ -49,8 +49,8 @@ class Echo:
 
     async def complete(self, grant: Grant, say: Say) -> dict[str, Any]:
         delay_s = grant.options.get("delay_s", 0)
-        if not isinstance(delay_s, int | float) or not 0 <= delay_s <= grant.timeout_s:
-            raise ValueError(f"options.delay_s must be 0 to {grant.timeout_s:g}, not {delay_s!r}")
+        if not isinstance(delay_s, int | float) or not 0 <= delay_s <= grant.run_s:
+            raise ValueError(f"options.delay_s must be 0 to {grant.run_s:g}, not {delay_s!r}")
         if delay_s:
             await say({"delay_s": delay_s})
             await asyncio.sleep(delay_s)

@@ -51,9 +51,11 @@ class Bench:
         fields = {"session_id": f"s{number}", "prompt": "x" * 200, "requires": "bench", **more}
         return str((await self.requester.ask("completion:async", fields))["request_id"])
 
-    async def granted(self) -> dict[str, Any]:
-        """Return the next grant that is pushed, with its prompt."""
-        request_id = (await self.news.next(10.0)).message["request_id"]
+    async def pushed(self) -> str:
+        return str((await self.news.next(10.0)).message["request_id"])
+
+    async def granted(self, request_id: str) -> dict[str, Any]:
+        """Return a grant that was pushed, with its prompt."""
         page = await self.worker.ask(
             "worker:grants", worker="bench-worker", request_ids=[request_id]
         )
@@ -66,12 +68,15 @@ class Bench:
         reply = await self.worker.ask("worker:report", {**ours, "result": {"response": "y"}})
         assert reply["status"] == "completed", reply
 
+    async def work(self, request_id: str) -> None:
+        await self.report(await self.granted(request_id))
+
     async def one_by_one(self, requests: int) -> list[float]:
         taken_s = []
         for _ in range(requests):
             begun_s = time.perf_counter()
             submitted = asyncio.create_task(self.submit())
-            grant = await self.granted()
+            grant = await self.granted(await self.pushed())
             taken_s.append(time.perf_counter() - begun_s)
             assert grant["request_id"] == await submitted
             await self.report(grant)
@@ -99,11 +104,10 @@ class Bench:
         submitted = asyncio.gather(
             *(self.submit(number) for _ in range(each) for number in range(SESSIONS))
         )
-        reports = []
+        work = []
         for _ in range(each * SESSIONS):
-            grant = await self.granted()
-            reports.append(asyncio.create_task(self.report(grant)))
-        await asyncio.gather(submitted, *reports)
+            work.append(asyncio.create_task(self.work(await self.pushed())))
+        await asyncio.gather(submitted, *work)
         return each * SESSIONS / (time.perf_counter() - begun_s)
 
     async def fill(self, client: AsyncClient, waiting: int) -> None:
@@ -111,10 +115,14 @@ class Bench:
         for number in range(10):
             await client.ask("session:create", session_id=f"full-{number}")
         for start in range(0, waiting, 500):
-            fields = {"prompt": "x" * 200, "requires": "nobody", "timeout_s": 30.0}
+            fields = {"prompt": "x" * 200, "requires": "nobody"}
             await asyncio.gather(
                 *(
-                    client.ask("completion:async", fields | {"session_id": f"full-{number % 10}"})
+                    client.ask(
+                        "completion:async",
+                        {**fields, "session_id": f"full-{number % 10}"},
+                        timeout_s=30.0,
+                    )
                     for number in range(start, min(start + 500, waiting))
                 )
             )

@@ -236,6 +236,7 @@ class AsyncClient:
         Raises:
             NotFound: there is no such request, or its outcome is not kept any more.
             Unavailable: it has not ended in time; it goes on.
+            Quota: as many are waited for already as a connection may hold subscriptions.
         """
         deadline_s = self._caller.deadline_s(timeout_s)
         async with await self.subscribe(outcomes.topic(self.name, request_id)) as news:

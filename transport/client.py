@@ -257,6 +257,7 @@ class Client:
         Raises:
             NotFound: there is no such request, or its outcome is not kept any more.
             Unavailable: it has not ended in time; it goes on.
+            Quota: as many are waited for already as a connection may hold subscriptions.
         """
         deadline_s = self._caller.deadline_s(timeout_s)
         with self.subscribe(outcomes.topic(self.name, request_id)) as news:

@@ -47,7 +47,7 @@ WORKERS_MAX: Final = 1024  # Each has a few rows that a grant rewrites.
 SLOTS_MAX: Final = 64  # Grants a worker may hold: what is requeued in one decision when it goes.
 OFFERS_MAX: Final = 16  # Capabilities of one worker: rows rewritten with each of its grants.
 WORKER_LEASE_S: Final = 15.0  # A worker silent this long is taken for dead, where it says nothing.
-REQUEST_TIMEOUT_S: Final = 300.0  # How long one attempt may run, where the request does not say.
+REQUEST_RUN_S: Final = 300.0  # How long one attempt may run, where the request does not say.
 LAPSES_MAX: Final = (
     5  # Workers that may vanish over one request before it is given up: it may be why.
 )
@@ -55,7 +55,7 @@ AGEING_S: Final = 30.0  # Waiting this long is worth one step of priority: nothi
 FINISHED_MAX: Final = 10_000  # Outcomes kept for those who ask; the record is the session's file.
 FINISHED_BYTES_MAX: Final = 256 << 20  # The same, for large results.
 FINISHED_S: Final = 86_400.0  # The same: nobody asks after a day.
-ENDED_MAX: Final = 1000  # Requests of a closed session ended in one decision: one journal record.
+ENDED_MAX: Final = 250  # Requests of a closed session ended in one decision: it is felt.
 
 # Disk
 RECORD_BYTES_MAX: Final = 4 * BATCH_BYTES_MAX  # Of the journal: events may outgrow their commands.

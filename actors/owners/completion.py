@@ -73,7 +73,7 @@ from ksi.transport.limits import (
     LAPSES_MAX,
     OFFERS_MAX,
     PROGRESS_BYTES_MAX,
-    REQUEST_TIMEOUT_S,
+    REQUEST_RUN_S,
     SLOTS_MAX,
     WAITING_BYTES_MAX,
     WAITING_MAX,
@@ -103,7 +103,7 @@ Attempt = Annotated[int, msgspec.Meta(ge=1)]
 Slots = Annotated[int, msgspec.Meta(ge=0, le=SLOTS_MAX)]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_REQUESTS_MAX)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=0.5, le=3600.0)]
-TimeoutSeconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400.0)]
+RunSeconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400.0)]
 Cursor = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._/-]{0,300}$(?!\n)")]
 
 
@@ -196,7 +196,7 @@ class GrantView(Reply, frozen=True, kw_only=True):
     data: dict[str, Any]
     options: dict[str, Any]
     requires: str | None
-    timeout_s: float
+    run_s: float
 
 
 class Grants(Reply, frozen=True, kw_only=True):
@@ -244,7 +244,7 @@ class Async(Command[Accepted], frozen=True, kw_only=True):
     A worker that offers `requires` is granted it when it stands first and nothing else runs in the
     session. Lower `priority` goes first; waiting makes up for it. `data` goes into the session's
     entry beside the prompt (`pattern`, `to_agent`, ...), `options` only to the worker. One attempt
-    may run for `timeout_s`. The outcome: subscribe to `completion.SENDER.REQUEST.>`, or ask
+    may run for `run_s`. The outcome: subscribe to `completion.SENDER.REQUEST.>`, or ask
     `completion:status`; `client.outcome(request_id)` does both.
     """
 
@@ -255,7 +255,7 @@ class Async(Command[Accepted], frozen=True, kw_only=True):
     priority: Priority = 5
     data: Plain = {}
     options: Plain = {}
-    timeout_s: TimeoutSeconds = REQUEST_TIMEOUT_S
+    run_s: RunSeconds = REQUEST_RUN_S
     request_id: Id | None = None
 
 
@@ -441,7 +441,7 @@ class Queued(Event, frozen=True, array_like=True, tag="queued"):
     model: str | None
     data: dict[str, Any]
     options: dict[str, Any]
-    timeout_s: float
+    run_s: float
     size: int
     now: float
 
@@ -534,7 +534,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     priority: int
     rank: int
     number: int
-    timeout_s: float
+    run_s: float
     size: int
     queued_at: float
     status: Status = "queued"
@@ -574,7 +574,10 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Lane(msgspec.Struct, frozen=True, array_like=True):
-    """One session as far as its queue goes; it has a row while it has requests."""
+    """One session as far as its queue goes; it has a row while it has requests.
+
+    What is `closed` is emptied before anything is granted again.
+    """
 
     waiting: int = 0
     active: str = ""
@@ -790,7 +793,7 @@ def _async(command: Async, sender: Sender, tables: CompletionTables, given: Give
         command.model,
         command.data,
         command.options,
-        command.timeout_s,
+        command.run_s,
         size,
         given.now,
     )
@@ -1069,7 +1072,7 @@ def _time_out(tables: CompletionTables, given: Given) -> Decision:
     ends = []
     for (_, request_id), _row in islice(overdue, DUE_MAX):
         request = _known(tables, request_id)
-        why = f"it took longer than {request.timeout_s:g} s"
+        why = f"it took longer than {request.run_s:g} s"
         ends.append(_end(request_id, request, "failed", given, by=OURS, reason=why))
     return _together(ends)
 
@@ -1261,7 +1264,7 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
         event.priority,
         event.rank,
         event.number,
-        event.timeout_s,
+        event.run_s,
         event.size,
         event.now,
     )
@@ -1275,7 +1278,7 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
 
 def _granted(event: Granted, tables: CompletionTables) -> None:
     request = _known(tables, event.request_id)
-    timeout_ms = _due_ms(event.time_s, request.timeout_s)
+    timeout_ms = _due_ms(event.time_s, request.run_s)
     active = msgspec.structs.replace(
         request,
         status="active",
@@ -1377,7 +1380,7 @@ def _put_lane(tables: CompletionTables, session_id: str, before: Lane, after: La
 
 
 def _ready_of(lane: Lane) -> Head | None:
-    return None if lane.active or lane.closed else lane.head
+    return None if lane.active else lane.head
 
 
 def _queue_closed(event: QueueClosed, tables: CompletionTables) -> None:
@@ -1497,7 +1500,7 @@ def _grants(query: GetGrants, tables: CompletionTables) -> Grants:
             data=prompt.data,
             options=prompt.options,
             requires=_required(request),
-            timeout_s=request.timeout_s,
+            run_s=request.run_s,
         )
         found.append(view)
     return Grants(worker=query.worker, grants=found, more=False)

@@ -72,10 +72,14 @@ async def agents_at_once(system: System) -> list[int]:
         others = [f"other-{n}" for n in range(4)]
         for each in others:
             await aside.ask("session:create", session_id=each)
-        fields: dict[str, Any] = {"session_id": "shared", "prompt": "x", "timeout_s": PATIENCE_S}
+        fields: dict[str, Any] = {"session_id": "shared", "prompt": "x"}
         await asyncio.gather(
             *(
-                client.ask("completion:async", {**fields, "request_id": f"a{n}-{each}"})
+                client.ask(
+                    "completion:async",
+                    {**fields, "request_id": f"a{n}-{each}"},
+                    timeout_s=PATIENCE_S,
+                )
                 for n, client in enumerate(clients)
                 for each in range(EACH)
             )
