@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from ksi.actors.owners import OWNERS
 from ksi.console.declared import catalogue, example, summary
 from ksi.console.main import SUBCOMMANDS, main
 from ksi.transport.message import encode
@@ -295,7 +296,7 @@ def test_status_of_a_healthy_system_has_every_field_promised(system: Shell) -> N
     assert {"pid", "uptime_s"} <= set(status["supervisor"])
     assert {"sessions", "queue", "agents", "checkpoint"} <= set(status)
     assert status["problems"] == []
-    assert [owner["name"] for owner in status["owners"]] == ["registry", "sessions"]
+    assert [owner["name"] for owner in status["owners"]] == [*OWNERS]
     for owner in status["owners"]:
         assert owner["state"] == "RUNNING"
         assert {

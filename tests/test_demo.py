@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ksi.actors.owners import OWNERS
 from ksi.console import demo_proof as prove
 from ksi.console.demo_agent import Acked
 from ksi.console.demo_play import AGENTS, Play, from_logs, shipped
@@ -71,15 +72,13 @@ def test_a_demo_that_is_interrupted_leaves_nothing_behind(
     )  # fmt: skip
     with process:
         assert process.stderr is not None
-        pids = [
-            int(line.split()[-1]) for _, line in zip(range(5), process.stderr, strict=False)
-            if " pid " in line
-        ]  # fmt: skip
+        said = (process.stderr.readline() for _ in range(3 + len(OWNERS)))
+        pids = [int(line.split()[-1]) for line in said if " pid " in line]
         process.send_signal(number)
         process.wait(30)
 
     assert process.returncode == 128 + number
-    assert len(pids) == 3
+    assert len(pids) == 1 + len(OWNERS)
     assert list(tmp_path.iterdir()) == []
     assert not [pid for pid in pids if is_alive(pid)]
 
