@@ -31,12 +31,13 @@ from typing import Any, Final, NamedTuple, Protocol, get_args, get_type_hints
 import msgspec
 
 from ksi.actors import delivery
-from ksi.actors.delivery import HOST_TABLES, Batch, Client, Delivery, Record
+from ksi.actors.delivery import HOST_TABLES, SENT, Batch, Client, Delivery, Record
 from ksi.actors.owner import (
     Announcement,
     Decision,
     Event,
     Given,
+    Index,
     Keyed,
     Log,
     Owner,
@@ -54,13 +55,12 @@ from ksi.transport.errors import (
     Expired,
     Forbidden,
     Internal,
-    Invalid,
     KsiError,
     StorageFull,
     TooLarge,
 )
 from ksi.transport.limits import OUTBOX_ROWS_MAX, WINDOW_COMMANDS_MAX
-from ksi.transport.message import CATALOGUE, Operation, encode, unknown
+from ksi.transport.message import CATALOGUE, Operation, encode, not_taken
 
 _NO_REPLY: Final = encode({})
 _NO_FORM: Final = (
@@ -68,6 +68,7 @@ _NO_FORM: Final = (
     ValueError,
     OverflowError,
 )  # An event, reply or row cannot be encoded.
+_TICKS_MAX: Final = 16  # In one commit: what is left waits for the next.
 _encode_cut = msgspec.msgpack.encode
 _decode_answer = msgspec.msgpack.Decoder(wire.Answer).decode
 
@@ -139,6 +140,8 @@ class CommitLoop:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = batch_decoder(owner.events)
         self._outcome = Outcome([], [], [], [])
+        self._asked_tick = False  # by a decision in this batch, or by a tick
+        self._sent: dict[str, Record[Any]] = {}  # by owner: what found no room to be recorded
 
     def replay(self, payload: bytes) -> tuple[float, bytes]:
         """Apply one journaled batch to the tables; return the owner time it was made at, and what
@@ -176,10 +179,14 @@ class CommitLoop:
             UnknownOutcome: the outcome is unknown; end the process.
         """
         given = Given(now, time_s, self.ids)
+        if self._sent:
+            ours, self._sent = [*self._sent.values(), *ours], {}
         try:
             return self._run(works, ours, given, clock_s, tick)
         except StorageFull as full:
             self._undo()
+            # Nobody says it again. The rows of clients that left go in the end without a goodbye.
+            self._sent = {record.sender: record for record in ours if record.operation == SENT}
             return Outcome([self._refused(work, full) for work in works], [], [], [])
         except (_Fault, TooLarge, *_NO_FORM) as fault:  # All of them before the journal is written.
             self._undo()
@@ -206,6 +213,7 @@ class CommitLoop:
         self.store.room()
         self.store.begin()
         self._outcome = outcome = Outcome([], [], [], [])
+        self._asked_tick = False
         records: list[Record[Any]] = []
         for work in works:
             record = self._carry_out(work, given, clock_s)
@@ -214,8 +222,7 @@ class CommitLoop:
         for record in ours:
             self.delivery.settle(record, given.now)
         records += ours
-        if tick:
-            records += self._tick(given)
+        records += self._ticks(given, tick)
         if records:
             self._commit(records, given)
         else:
@@ -326,7 +333,7 @@ class CommitLoop:
         request = work.request
         declared = CATALOGUE.get(request.operation)
         if declared is None or declared.owner != self.owner.name or not declared.changes:
-            raise self._not_ours(request.operation)
+            raise not_taken(request.operation, self.owner.name, "command")
         if work.sender.role not in declared.roles:
             raise Forbidden(
                 f"{request.operation} is for {' and '.join(sorted(declared.roles))}, "
@@ -340,7 +347,7 @@ class CommitLoop:
         request = work.request
         declared = self._declared(work, clock_s)
         command: Any = declared.decode(request.body)
-        request_id: str | None = getattr(command, "request_id", None)
+        request_id: str | None = command.request_id if _has_request_id(declared.name) else None
         if request_id is not None:
             known = self.delivery.requests.get((work.sender.name, request.operation, request_id))
             if known is not None:
@@ -360,6 +367,8 @@ class CommitLoop:
             raise
         except Exception as defect:
             raise _Fault from defect
+        if decision.sends:
+            decision = replace(decision, sends=tuple(self._to_send(decision.sends)))
         if decision.sends and self.delivery.outbox.count() >= OUTBOX_ROWS_MAX:
             raise Busy(f"{OUTBOX_ROWS_MAX} messages wait for other owners")
         try:
@@ -367,7 +376,14 @@ class CommitLoop:
                 self.owner.apply(event, self.tables)
         except Exception as defect:
             raise _Fault from defect
+        self._asked_tick |= decision.tick
         return decision
+
+    def _to_send(self, sends: Sequence[Send]) -> Iterator[Send]:
+        """Leave out what is asked for already by a message that waits."""
+        for send in sends:
+            if not (send.unless_waiting and self.delivery.waits(*_encoded((send,)))):
+                yield send
 
     def _record(
         self, work: Work, body: bytes, decision: Decision, request_id: str | None = None
@@ -406,10 +422,22 @@ class CommitLoop:
         answer = wire.Answer(work.request.number, None, error.to_wire())
         return (work.route, wire.Kind.REPLIES, msgspec.Raw(self._encode(answer)))
 
+    def _ticks(self, given: Given, is_due: bool) -> list[Record[Any]]:
+        """Let time pass where it is due, and as often as it is asked for, within a bound."""
+        records: list[Record[Any]] = []
+        if is_due:
+            records = self.delivery.overdue(given.now)
+            for record in records:
+                self.delivery.settle(record, given.now)
+        for _ in range(_TICKS_MAX):
+            if not (is_due or self._asked_tick):
+                break
+            is_due = self._asked_tick = False
+            records += self._tick(given)
+        return records
+
     def _tick(self, given: Given) -> list[Record[Any]]:
-        records = self.delivery.overdue(given.now)
-        for record in records:
-            self.delivery.settle(record, given.now)
+        records: list[Record[Any]] = []
         try:
             decision = self._apply(Tick(), self._self, given)
         except Busy:  # The outbox is full: what is due waits for the next tick.
@@ -431,16 +459,19 @@ class CommitLoop:
         self.store.abort()
         self.delivery.undo()
 
-    def _not_ours(self, operation: str) -> KsiError:
-        declared = CATALOGUE.get(operation)
-        if declared is None or declared.owner != self.owner.name:
-            ours = [each.name for each in CATALOGUE.values() if each.owner == self.owner.name]
-            return unknown(operation, ours)
-        return Invalid(f"{operation} is a query; it has no number", hint="send it as QUERIES")
+
+@cache
+def _has_request_id(operation: str) -> bool:
+    """Whether a caller may give such a command an id of its own: an optional `request_id`.
+
+    Where one is required it is not the command's: it names a request for a completion.
+    """
+    fields = msgspec.structs.fields(CATALOGUE[operation].message)
+    return any(each.name == "request_id" and not each.required for each in fields)
 
 
 def _encoded(sends: Sequence[Send]) -> list[tuple[str, str, bytes]]:
-    """Return messages as records hold them. It is too late to refuse: the events are applied."""
+    """Return messages as records hold them. One without a form is a defect of its owner."""
     try:
         return [(each.owner, each.operation, encode(each.command)) for each in sends]
     except KsiError as defect:
@@ -476,20 +507,32 @@ def _hints(declared: type[Tables]) -> dict[str, Any]:
     return _HINTS[declared]
 
 
-def bind(declared: type[Tables], tables: Mapping[str, Any], logs: Log | None = None) -> Any:
+def bind(
+    declared: type[Tables],
+    tables: Mapping[str, Any],
+    logs: Log | None = None,
+    index: Index | None = None,
+) -> Any:
     """Return an instance of the declared tables over `tables`, by their names."""
     bound = declared()
+    beside = {Log: logs, Index: index}
     for name, kind in _hints(declared).items():
-        setattr(bound, name, logs if kind is Log else tables[name])
+        setattr(bound, name, beside[kind] if kind in beside else tables[name])
     return bound
 
 
-def table_types(owner: Owner[Any]) -> dict[str, tuple[type, tuple[type, ...]]]:
-    """Return row and key types of every table in the owner's store, the host's among them."""
-    types = dict(HOST_TABLES)
+def reads_index(declared: type[Tables]) -> bool:
+    """Return whether there is an index among the declared tables."""
+    return Index in _hints(declared).values()
+
+
+def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
+    """Return how each table in the owner's store is declared, the host's among them: the type of a
+    row, the types of a key, and where it says so how many rows to keep decoded."""
+    types: dict[str, tuple[Any, ...]] = dict(HOST_TABLES)
     for name, kind in _hints(owner.tables).items():
-        if kind is not Log:
+        if kind not in (Log, Index):
             (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
             plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
-            types[name] = (get_args(plain)[0], keyed.parts)
+            types[name] = (get_args(plain)[0], keyed.parts, keyed.cache_rows)
     return types

@@ -174,6 +174,8 @@ class Delivery:
         self._clients: dict[tuple[str, bytes], Client] = {}
         self._touched: dict[Client, None] = {}  # in this batch, in order
         self._sweep_from: Key = ()
+        self._waiting: set[tuple[str, str, bytes]] | None = None  # what `outbox` holds, once asked
+        self._waiting_changed = False  # in this batch
 
     def client(self, sender: str, instance: bytes) -> Client:
         """Return the instance, from memory or its row; needs an open transaction."""
@@ -191,6 +193,13 @@ class Delivery:
     def forgotten(self, client: Client) -> bool:
         """Whether what this instance has sent before may have been carried out and forgotten."""
         return not client.known and self.counters.get("evictions") is not None
+
+    def waits(self, message: tuple[str, str, bytes]) -> bool:
+        """Whether this message (owner, operation, body) is in the outbox; in a transaction."""
+        if self._waiting is None:
+            rows = self.outbox.range()
+            self._waiting = {(owner, row.operation, row.body) for (owner, _), row in rows}
+        return message in self._waiting
 
     def settle(self, record: Record[Any], now: float) -> list[tuple[str, int, str, bytes]]:
         """Write what `record` says besides its events. The same live and in replay.
@@ -220,6 +229,9 @@ class Delivery:
         for owner, name, body in record.sends:
             number = self._count(f"out:{owner}")
             self.outbox.put((owner, number), Message(name, body))
+            if self._waiting is not None:
+                self._waiting.add((owner, name, body))
+                self._waiting_changed = True
             sends.append((owner, number, name, body))
         return sends
 
@@ -235,12 +247,15 @@ class Delivery:
     def commit(self) -> None:
         """The batch is on disk, or had nothing to write."""
         self._touched.clear()
+        self._waiting_changed = False
 
     def undo(self) -> None:
         """The batch was aborted: its clients are as they were before it."""
         for client in self._touched:
             client.undo()
         self._touched.clear()
+        if self._waiting_changed:
+            self._waiting, self._waiting_changed = None, False
 
     def overdue(self, now: float) -> list[Record[Any]]:
         """Return the records that keep the tables within their limits; called once a tick."""
@@ -282,8 +297,11 @@ class Delivery:
             self._count("evictions")
         elif record.operation == SENT:
             sent = self.outbox.range((record.sender,), (record.sender, record.number + 1))
-            for key in [key for key, _ in sent]:
+            for key, row in [*sent]:
                 self.outbox.delete(key)
+                if self._waiting is not None:
+                    self._waiting.discard((record.sender, row.operation, row.body))
+                    self._waiting_changed = True
         elif record.operation == PURGED:
             old = self.request_ages.range((0,), (record.number,))
             for key in [key for key, _ in islice(old, _PURGE_ROWS_MAX)]:

@@ -42,7 +42,7 @@ from ksi.transport.limits import (
     WINDOW_COMMANDS_MAX,
 )
 from ksi.transport.mailbox import Letter, Mailbox, Post
-from ksi.transport.message import CATALOGUE, Role, unknown
+from ksi.transport.message import CATALOGUE, Role, not_taken
 from ksi.transport.wire import Kind
 
 EXIT_UNKNOWN_OUTCOME: Final = 74  # EX_IOERR: a sync or commit failed, recovery must decide
@@ -105,6 +105,8 @@ class Host(pykka.ThreadingActor):
             self._push(owner, number, row.operation, row.body, again=True)
         self._stat.state = "running"
         self._stat.store_id = self._store.id
+        self._stat.journal_seq = self._store.meta.seq
+        self._stat.end_turn(time.monotonic())  # Whoever asks is told so from now on.
         self._mailbox.timeout_s = TICK_S
 
     def on_receive(self, message: Any) -> None:
@@ -322,8 +324,7 @@ class Host(pykka.ThreadingActor):
         try:
             declared = CATALOGUE.get(request.operation)
             if declared is None or declared.owner != self._owner.name or declared.kind != "query":
-                ours = [each.name for each in CATALOGUE.values() if each.owner == self._owner.name]
-                raise unknown(request.operation, ours)
+                raise not_taken(request.operation, self._owner.name, "query")
             if work.sender.role not in declared.roles:
                 raise Forbidden(f"{request.operation} is not for the role {work.sender.role}")
             query = declared.decode(request.body)

@@ -32,6 +32,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import msgspec
 
 from ksi.transport.errors import KsiError
+from ksi.transport.limits import CACHE_ROWS
 from ksi.transport.message import Command, Event, Message, Query, Reply, Role
 
 Row = TypeVar("Row")
@@ -77,6 +78,23 @@ class Log(Protocol):
         """Return the bytes [start, stop) of `key`."""
 
 
+class Index(Protocol):
+    """Where entries of another owner's log are, in databases that a follower writes.
+
+    `apply` does not write it, and nothing in it is of its own: it is built again at any time.
+    Reading gives what the follower has come to.
+    """
+
+    def rows(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return rows of the index in the order of time, by column."""
+
+    def participants(self, session_id: str) -> list[str]:
+        """Return who takes part in a session, by name."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how far the follower has come and what it does now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """Bytes that an event adds to the log of `key`, at `offset`: the same each time it is asked."""
@@ -114,20 +132,30 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """A command to another owner, sent after commit and effectively once."""
+    """A command to another owner, sent after commit and effectively once.
+
+    `unless_waiting`: left out while an equal one has not been answered. For what only says that
+    something is so now: the one that waits will say it later than this one would.
+    """
 
     owner: str
     operation: str
     command: Message
+    unless_waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens if this command is carried out: events in order, a reply, and messages."""
+    """What happens if this command is carried out: events in order, a reply, and messages.
+
+    With `tick` the owner's `Tick` follows in the same commit, after the rest of the batch: for what
+    is decided once for many commands, over what they have led to.
+    """
 
     events: tuple[Event, ...] = ()
     reply: Reply | None = None
     sends: tuple[Send, ...] = ()
+    tick: bool = False
 
 
 class Announcement(msgspec.Struct, frozen=True, gc=False):
@@ -142,14 +170,18 @@ class Announcement(msgspec.Struct, frozen=True, gc=False):
 
 
 class Tick(Command[None], frozen=True, kw_only=True):
-    """Time has passed. Sent by the host to its own owner, a few times a second."""
+    """Time has passed. Sent by the host to its own owner: a few times a second, and when asked."""
 
 
 class Keyed:
-    """The parts of a table's key: `Annotated[Table[Row], Keyed(str, int)]`. Default: one string."""
+    """The parts of a table's key: `Annotated[Table[Row], Keyed(str, int)]`. Default: one string.
 
-    def __init__(self, *parts: type) -> None:
+    `cache_rows` is how many decoded rows its writer keeps between batches: fewer of large ones.
+    """
+
+    def __init__(self, *parts: type, cache_rows: int = CACHE_ROWS) -> None:
         self.parts = parts
+        self.cache_rows = cache_rows
 
 
 class Tables:
@@ -209,6 +241,6 @@ class Owner(ABC, Generic[T]):
 
 
 __all__ = [
-    "Announcement", "Command", "Decision", "Event", "Given", "Key", "Keyed", "Line", "Log", "Owner",
-    "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
+    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Key", "Keyed", "Line", "Log",
+    "Owner", "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
 ]  # fmt: skip

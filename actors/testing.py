@@ -120,8 +120,8 @@ class MemoryStore:
 
     def __init__(self, owner: Owner[Any]) -> None:
         self.tables: Mapping[str, Any] = {
-            name: TwinTable(name, TableSpec(row, key), self)
-            for name, (row, key) in table_types(owner).items()
+            name: TwinTable(name, TableSpec(*types), self)
+            for name, types in table_types(owner).items()
         }
         self.journal: list[bytes] = []
         self.extra = b""
@@ -194,6 +194,22 @@ class MemoryLog:
         content = self.content.get(line.key, b"")
         assert line.offset == len(content), f"a gap in the log {line.key}"
         self.content[line.key] = content + line.content
+
+
+class NoIndex:
+    """The index before its follower has come to anything."""
+
+    def rows(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def participants(self, session_id: str) -> list[str]:
+        """Return nobody."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Return that there is nothing."""
+        return {"days": 0, "rows": 0, "behind_bytes": None, "rebuilt": 0}
 
 
 class Watched(Owner[Any]):
@@ -272,6 +288,7 @@ class Twin:
         self.store = MemoryStore(owner)
         self.watched = Watched(owner, self.store)
         self.log = MemoryLog()
+        self.index = NoIndex()
         self.now = START
         self.time_s = 0.0
         self.facts: Facts = lambda _query: None
@@ -298,7 +315,7 @@ class Twin:
         """Answer a query; return the typed reply or raise the refusal."""
         declared = CATALOGUE[operation]
         query = declared.decode(encode(fields))
-        tables = bind(self.owner.tables, self.store.tables, self.log)
+        tables = bind(self.owner.tables, self.store.tables, self.log, self.index)
         return msgspec.msgpack.decode(
             encode(self.watched.answer(query, tables)), type=declared.reply
         )

@@ -23,7 +23,7 @@ from ksi.transport.errors import KsiError
 SUBCOMMANDS: Final = (
     "start", "stop", "restart", "status", "ps", "logs",
     "ask", "read", "send", "subscribe", "discover", "help",
-    "agents", "sessions",
+    "agents", "sessions", "queue", "worker", "index",
     "config", "completion", "demo", "version",
 )  # fmt: skip
 ALIASES: Final = {"agent": "agents", "session": "sessions"}

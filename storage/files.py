@@ -20,6 +20,7 @@ import os
 import re
 import struct
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 from zlib import crc32
@@ -32,6 +33,7 @@ from ksi.transport.limits import FILE_SYNCS_MAX, ID_PATTERN, OPEN_FILES_MAX
 
 _KEY: Final = re.compile(ID_PATTERN)
 _OPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ_BYTES: Final = 1 << 20  # The longest line, or thousands of the usual.
 # There is something in the place of a log that is none: a symlink, a directory, another's file.
 BLOCKED: Final = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EACCES, errno.EPERM})
 
@@ -201,6 +203,26 @@ def read_log(directory: Path, key: str, start: int, stop: int) -> bytes:
         return os.pread(fd, stop - start, start)
     except IsADirectoryError:
         return b""
+    finally:
+        os.close(fd)
+
+
+def read_lines(directory: Path, key: str, stop: int) -> Iterator[list[bytes]]:
+    """Yield the whole lines among the first `stop` bytes of a log's file, many at a time."""
+    try:
+        fd = os.open(directory / log_name(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in BLOCKED or isinstance(error, FileNotFoundError):
+            return
+        raise
+    try:
+        offset, rest = 0, b""
+        while offset < stop and (content := os.pread(fd, min(_READ_BYTES, stop - offset), offset)):
+            offset += len(content)
+            *lines, rest = (rest + content).split(b"\n")
+            yield [line + b"\n" for line in lines]
+    except IsADirectoryError:
+        return
     finally:
         os.close(fd)
 

@@ -8,7 +8,7 @@ import pytest
 
 from ksi.actors import commit, delivery
 from ksi.actors.delivery import EVICTED, GOODBYE, SENT, Record
-from ksi.actors.owner import Decision, Given, Reply, Send, Sender
+from ksi.actors.owner import Decision, Given, Reply, Send, Sender, Tick
 from ksi.actors.owners import bus, registry
 from ksi.actors.owners.registry import Registry
 from ksi.actors.owners.sessions import Append, Sessions, SessionTables
@@ -255,13 +255,13 @@ def test_a_transient_refusal_takes_no_number_and_holds_up_what_follows(
     twin = Twin(Registry())
     say(twin, work(1, "agent:register"))
     monkeypatch.setattr(commit, "OUTBOX_ROWS_MAX", 1)
-    said = say(twin, *(work(number, "agent:heartbeat") for number in (2, 3, 4)))
-    assert said == [(2, "done"), (3, Busy)]
+    spawn = [work(number, "agent:spawn", argv=["run"]) for number in (2, 3, 4)]
+    assert say(twin, *spawn) == [(2, "done"), (3, Busy)]
     assert len(twin.sends) == 1
-    sent = Record[Any]("sessions", b"", 1, SENT, b"", [], [])
+    sent = Record[Any]("supervisor", b"", 1, SENT, b"", [], [])
     twin.run([], [sent])
-    assert say(twin, work(4, "agent:heartbeat")) == [(3, "resend")]
-    assert say(twin, work(3, "agent:heartbeat", again=True)) == [(3, "done")]
+    assert say(twin, spawn[2]) == [(3, "resend")]
+    assert say(twin, spawn[1]._replace(again=True)) == [(3, "done")]
     assert len(twin.sends) == 2
 
 
@@ -314,6 +314,18 @@ def test_request_ids_are_of_one_identity_and_one_operation(twin: Twin) -> None:
     contribute["data"] = {"n": 4}
     say(twin, work_of(Sender("bob", "agent"), "session:contribute", contribute, 1))
     assert numbers(twin) == [2, 3, 4]
+
+
+def test_a_request_id_that_names_something_else_is_not_the_commands(twin: Twin) -> None:
+    completion = Sender("completion", "owner")
+    fields = {"session_id": "s", "request_id": "r1", "agent_id": "alice", "data": {}}
+    named = ("completion:request", "completion:result")
+    works = [
+        work(number, "session:record", sender=completion, **fields, event=name)
+        for number, name in enumerate(named, 1)
+    ]
+    twin.run(works)
+    assert twin.log.content["s"].count(b"\n") == 2
 
 
 def test_a_refusal_is_not_remembered_under_its_request_id(twin: Twin) -> None:
@@ -420,22 +432,72 @@ def test_a_batch_too_large_for_the_journal_is_written_in_parts(twin: Twin) -> No
 def test_messages_to_other_owners_are_numbered_an_owner_and_kept_until_they_are_sent() -> None:
     twin = Twin(Registry())
     say(twin, work(1, "agent:register"))
-    say(twin, *(work(number, "agent:heartbeat") for number in (2, 3)))
-    say(twin, work(4, "agent:spawn", agent_id="scout", argv=["run"]))
+    say(twin, *(work(number, "agent:spawn", argv=["run"]) for number in (2, 3)))
+    say(twin, work(4, "agent:heartbeat"))
     twin.restart()
-    say(twin, work(5, "agent:heartbeat"))
+    say(twin, work(5, "agent:spawn", argv=["run"]))
     assert [(owner, number, operation) for owner, number, operation, _ in twin.sends] == [
-        ("sessions", 1, "session:heartbeat"),
-        ("sessions", 2, "session:heartbeat"),
         ("supervisor", 1, "child:start"),
-        ("sessions", 3, "session:heartbeat"),
+        ("supervisor", 2, "child:start"),
+        ("sessions", 1, "session:heartbeat"),
+        ("supervisor", 3, "child:start"),
     ]
     outbox = twin.store.tables["ksi.outbox"]
-    waiting = [("sessions", 1), ("sessions", 2), ("sessions", 3), ("supervisor", 1)]
+    waiting = [("sessions", 1), ("supervisor", 1), ("supervisor", 2), ("supervisor", 3)]
     assert [key for key, _ in outbox.range()] == waiting
-    twin.run([], [Record("sessions", b"", 2, SENT, b"", [], [])])
-    assert [key for key, _ in outbox.range()] == waiting[2:]
+    twin.run([], [Record("supervisor", b"", 2, SENT, b"", [], [])])
+    assert [key for key, _ in outbox.range()] == [waiting[0], waiting[3]]
     assert twin.recovered().store.rows()["ksi.outbox"] == twin.store.rows()["ksi.outbox"]
+
+
+def test_a_message_is_left_out_while_an_equal_one_waits() -> None:
+    """However long the sessions are down, as many beats wait for them as there are agents."""
+    twin = Twin(Registry())
+    outbox = twin.store.tables["ksi.outbox"]
+    say(twin, work(1, "agent:register"))
+    bob = Sender("bob", "agent")
+    say(twin, work(1, "agent:register", sender=bob))
+    for number in range(2, 200):
+        beats = [work(number, "agent:heartbeat", sender=who) for who in (ALICE, bob)]
+        assert say(twin, *beats) == [(number, "done")] * 2
+        if number == 100:
+            twin.restart()  # What waits is in rows.
+    assert [key for key, _ in outbox.range()] == [("sessions", 1), ("sessions", 2)]
+    twin.run([], [Record("sessions", b"", 1, SENT, b"", [], [])])
+    say(twin, work(200, "agent:heartbeat"), work(200, "agent:heartbeat", sender=bob))
+    assert [key for key, _ in outbox.range()] == [("sessions", 2), ("sessions", 3)]
+    assert twin.recovered().store.rows()["ksi.outbox"] == twin.store.rows()["ksi.outbox"]
+
+
+def test_what_was_answered_while_there_was_no_room_leaves_the_outbox_later() -> None:
+    twin = Twin(Registry())
+    outbox = twin.store.tables["ksi.outbox"]
+    say(twin, work(1, "agent:register"), work(2, "agent:heartbeat"))
+    say(twin, *(work(number, "agent:spawn", argv=["run"]) for number in (3, 4)))
+    twin.store.full = True
+    for owner, number in (("sessions", 1), ("supervisor", 1), ("supervisor", 2)):
+        twin.run([], [Record(owner, b"", number, SENT, b"", [], [])])
+    twin.store.full = False
+    assert outbox.count() == 3
+    twin.pass_time(1)
+    assert outbox.count() == 0
+    say(twin, work(5, "agent:heartbeat"))
+    assert outbox.count() == 1
+    assert twin.recovered().store.rows()["ksi.outbox"] == twin.store.rows()["ksi.outbox"]
+
+
+def test_a_message_that_was_undone_does_not_wait() -> None:
+    twin = Twin(Registry())
+    say(twin, work(1, "agent:register"))
+    say(twin, work(2, "agent:heartbeat"))
+    twin.run([], [Record("sessions", b"", 1, SENT, b"", [], [])])
+    twin.store.full = True
+    say(twin, work(3, "agent:heartbeat"))
+    twin.store.full = False
+    twin.store.fails = StorageFull("there is no room for the journal")
+    assert say(twin, work(3, "agent:heartbeat")) == [(3, StorageFull)]
+    say(twin, work(3, "agent:heartbeat"))
+    assert [key for key, _ in twin.store.tables["ksi.outbox"].range()] == [("sessions", 2)]
 
 
 def test_a_tick_that_finds_the_outbox_full_waits_for_the_next(
@@ -451,6 +513,28 @@ def test_a_tick_that_finds_the_outbox_full_waits_for_the_next(
     twin.pass_time(1)
     assert twin.read("agent:info", agent_id="scout").status == "starting"
     assert twin.errors == []
+
+
+class Insistent(Sessions):
+    """Ticks after an append, and once more after each of two ticks."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+
+    def decide(self, command: Any, sender: Sender, tables: Any, given: Given) -> Decision:
+        if isinstance(command, Tick):
+            self.ticks += 1
+            return Decision(tick=self.ticks % 3 != 0)
+        return replace(super().decide(command, sender, tables, given), tick=True)
+
+
+def test_a_tick_a_decision_asks_for_follows_its_batch_and_so_do_those_it_asks_for() -> None:
+    owner = Insistent()
+    twin = Twin(owner)
+    twin.run([work(1, "session:create", session_id="s"), work(2), work(3)])
+    assert owner.ticks == 3
+    twin.run([work(3)])  # again: nothing is decided
+    assert owner.ticks == 3
 
 
 def test_a_tick_that_changes_nothing_writes_nothing(twin: Twin) -> None:

@@ -26,6 +26,11 @@ PRINTED = {
         r"not_owner: .* written by bob \(epoch 2\), not by alice",
         r"bob wrote entry 3",
     ],
+    "own_model": [
+        r"completed {'response': 'stressed', 'model': 'backwards-1'}",
+        r"8 entries in sess_",
+        r"the worker has left",
+    ],
     "peers": [
         r"curious: librarian can search",
         r"librarian: curious looks for the capital of France",

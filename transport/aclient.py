@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, overload
 
+from ksi.transport import outcomes
 from ksi.transport.caller import Caller, Known, Prepared, Ticket
 from ksi.transport.durable import INBOX, LOOK_S, DurableDelivery, bell_of, delivery_of
 from ksi.transport.errors import KsiError, NotFound, Unavailable
-from ksi.transport.limits import ASK_TIMEOUT_S
+from ksi.transport.limits import ASK_TIMEOUT_S, OUTCOME_TIMEOUT_S
 from ksi.transport.link import CREDIT, Delivery, Link, Subscribed
 from ksi.transport.message import Command, Message, Query, Role
 from ksi.transport.window import Pending
@@ -42,7 +43,8 @@ class AsyncClient:
     """An agent's way to the system. Use it from one event loop.
 
     Args:
-        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`.
+        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`, or the
+            only key in a directory that was carried from another machine.
         var: the runtime directory. Default: `KSI_VAR`, or `./var`.
         role: the role to enrol with, if the name is new.
 
@@ -126,7 +128,7 @@ class AsyncClient:
 
         A refusal is raised by the next `flush` or `close`.
         """
-        prepared = self._caller.prepare(what, fields, named)
+        prepared = self._caller.prepare_command(what, fields, named)
         pending = await self._send(prepared, None)
         pending.future = _TOLD
 
@@ -158,8 +160,11 @@ class AsyncClient:
     ) -> Any:
         """Answer a query from the owner's committed state, in this process: no message, no wait.
 
-        It works while the owner is busy, stopped or dead.
+        It works while the owner is busy, stopped or dead. From another machine it is asked.
         """
+        if self._caller.remote:
+            self._caller.require_query(what)
+            return await self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]
         return self._caller.read_local(what, fields, named)
 
     async def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
@@ -220,6 +225,31 @@ class AsyncClient:
             subscription.close()
             raise
         return subscription
+
+    async def outcome(
+        self, request_id: str, *, timeout_s: float = OUTCOME_TIMEOUT_S
+    ) -> dict[str, Any]:
+        """Wait until a completion of this client has ended; return what `completion:status` says.
+
+        It does not matter whether it has ended before, or what is restarted meanwhile.
+
+        Raises:
+            NotFound: there is no such request, or its outcome is not kept any more.
+            Unavailable: it has not ended in time; it goes on.
+        """
+        deadline_s = self._caller.deadline_s(timeout_s)
+        async with await self.subscribe(outcomes.topic(self.name, request_id)) as news:
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                status = await self.ask(
+                    "completion:status", request_id=request_id, timeout_s=left_s
+                )
+                if outcomes.has_ended(status):
+                    return status
+                left_s = min(deadline_s - time.monotonic(), outcomes.RECHECK_S)
+                with contextlib.suppress(TimeoutError):
+                    while not outcomes.may_have_ended(await news.next(left_s)):
+                        pass
+        raise outcomes.still_open(request_id, timeout_s)
 
     async def inbox(self) -> DurableSubscription:
         """Read what others send to this agent: direct messages, broadcasts and tasks."""

@@ -22,10 +22,11 @@ from typing import Any, Final, Self, TypeVar, overload
 
 import zmq
 
+from ksi.transport import outcomes
 from ksi.transport.caller import Caller, Known, Prepared, Ticket
 from ksi.transport.durable import INBOX, LOOK_S, DurableDelivery, bell_of, delivery_of
 from ksi.transport.errors import KsiError, NotFound, Unavailable
-from ksi.transport.limits import ASK_TIMEOUT_S
+from ksi.transport.limits import ASK_TIMEOUT_S, OUTCOME_TIMEOUT_S
 from ksi.transport.link import CREDIT, Delivery, Link, Subscribed
 from ksi.transport.message import Command, Message, Query, Role
 from ksi.transport.window import Pending
@@ -55,7 +56,8 @@ class Client:
     """An agent's way to the system.
 
     Args:
-        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`.
+        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`, or the
+            only key in a directory that was carried from another machine.
         var: the runtime directory. Default: `KSI_VAR`, or `./var`.
         role: the role to enrol with, if the name is new.
 
@@ -144,9 +146,10 @@ class Client:
         A refusal is raised by the next `flush` or `close`.
 
         Raises:
+            Invalid: it is a query.
             Unavailable: the window is full and nothing in it is answered; it was not sent.
         """
-        prepared = self._caller.prepare(what, fields, named)
+        prepared = self._caller.prepare_command(what, fields, named)
         with self._lock:
             _link, pending = self._send(prepared, None)
             pending.future = _TOLD
@@ -177,8 +180,11 @@ class Client:
     ) -> Any:
         """Answer a query from the owner's committed state, in this process: no message, no wait.
 
-        It works while the owner is busy, stopped or dead.
+        It works while the owner is busy, stopped or dead. From another machine it is asked.
         """
+        if self._caller.remote:
+            self._caller.require_query(what)
+            return self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]
         return self._caller.read_local(what, fields, named)
 
     def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
@@ -242,6 +248,27 @@ class Client:
                 raise subscribed.error
         self._keep()
         return Subscription(self, link, subscribed)
+
+    def outcome(self, request_id: str, *, timeout_s: float = OUTCOME_TIMEOUT_S) -> dict[str, Any]:
+        """Wait until a completion of this client has ended; return what `completion:status` says.
+
+        It does not matter whether it has ended before, or what is restarted meanwhile.
+
+        Raises:
+            NotFound: there is no such request, or its outcome is not kept any more.
+            Unavailable: it has not ended in time; it goes on.
+        """
+        deadline_s = self._caller.deadline_s(timeout_s)
+        with self.subscribe(outcomes.topic(self.name, request_id)) as news:
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                status = self.ask("completion:status", request_id=request_id, timeout_s=left_s)
+                if outcomes.has_ended(status):
+                    return status
+                left_s = deadline_s - time.monotonic()
+                with contextlib.suppress(TimeoutError):
+                    while not outcomes.may_have_ended(news.next(min(left_s, outcomes.RECHECK_S))):
+                        pass
+        raise outcomes.still_open(request_id, timeout_s)
 
     def inbox(self) -> DurableSubscription:
         """Read what others send to this agent: direct messages, broadcasts and tasks."""
@@ -315,6 +342,8 @@ class Client:
             link = self._caller.link(owner)
             self._poller.register(link.dealer, zmq.POLLIN)
             self._poller.register(link.monitor, zmq.POLLIN)
+            if self._caller.remote:
+                self._keep()  # Its monitor tells of every attempt to connect, and must be read.
         return link
 
     def _send(self, prepared: Prepared, deadline_s: float | None) -> tuple[Link, Pending]:

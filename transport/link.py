@@ -89,6 +89,7 @@ class Link:
         self.up = False
         self.denied = False
         self.closed = False
+        self.failures = 0  # attempts to connect since it was up, over tcp
         self.subscribed: dict[int, Subscribed] = {}
         self.heard_s = 0.0  # when something last came, or was first waited for
         self.alone_s: float | None = None  # since when no supervisor has been seen
@@ -196,7 +197,7 @@ class Link:
 
     def _changed(self, change: str, now_s: float, outcomes: list[Outcome]) -> None:
         if change == "up":
-            self.up, self.denied, self.heard_s = True, False, now_s
+            self.up, self.denied, self.heard_s, self.failures = True, False, now_s, 0
             self.window.not_before_s = 0.0  # It was the former one that was to be given time.
             for subscribed in self.subscribed.values():
                 self._ask(subscribed)
@@ -204,6 +205,8 @@ class Link:
             self.up = False
             self._unsent.clear()
             self.window.lost()
+        elif change == "failed":
+            self.failures += 1
         elif change == "denied":
             self.denied = True
             error = Forbidden(

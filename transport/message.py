@@ -178,6 +178,18 @@ def unknown(name: str, known: Any) -> UnknownOperation:
     return UnknownOperation(f"there is no operation {name!r}"[:200], hint=hint)
 
 
+def not_taken(name: str, owner: str, kind: Literal["command", "query"]) -> KsiError:
+    """Return the refusal of a request for `name` that `owner` does not take as a `kind`."""
+    declared = CATALOGUE.get(name)
+    if declared is None:
+        return unknown(name, [each.name for each in CATALOGUE.values() if each.owner == owner])
+    if declared.owner != owner:
+        text = f"{owner} has no operation {name}"
+        return UnknownOperation(text, hint=f"send it to {declared.owner}")
+    frame = "COMMANDS, with a number of its own" if declared.changes else "QUERIES"
+    return Invalid(f"{name} is a {declared.kind}, not a {kind}", hint=f"send it in {frame}")
+
+
 def encode(fields: Any) -> bytes:
     """Return the MessagePack body of a message or a dict of fields.
 
