@@ -315,6 +315,36 @@ def test_status_answers_in_a_fifth_of_a_second(system: Shell) -> None:
     assert min(taken_s) < 0.2
 
 
+def test_what_is_sent_is_printed_by_who_subscribes(system: Shell) -> None:
+    command = [*KSI, "--as", "ear", "subscribe", "news.*", "--count", "2", "--json"]
+    with subprocess.Popen(
+        command, env=system.environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as ear:  # fmt: skip
+        assert ear.stdout is not None
+        assert ear.stderr is not None
+        assert ear.stderr.readline() == "listening to news.* as ear\n"
+        for n in (1, 2):
+            message = json.dumps({"n": n})
+            sent = system("send", "message:publish", "--topic", "news.x", "--message", message)
+            assert sent.json["delivered"] is True
+        heard = [json.loads(line) for line in ear.stdout]
+    assert ear.returncode == 0
+    assert [each["message"] for each in heard] == [{"n": 1}, {"n": 2}]
+    assert heard[0].keys() == {"topic", "sender", "seq", "gap", "redelivered", "message"}
+    assert {(each["topic"], each["sender"]) for each in heard} == {("news.x", "operator")}
+
+
+def test_a_durable_subscription_prints_what_came_while_nobody_read_and_only_once(
+    system: Shell,
+) -> None:
+    subscribe = ("--as", "ear", "subscribe", "later.*", "--durable", "d", "--timeout", "100ms")
+    assert system(*subscribe).out == ""
+    system("send", "message:publish", "--topic", "later.x", "--message", '{"n": 1}')
+    assert re.fullmatch(r"\d\d:\d\d:\d\d later\.x operator: \{\"n\": 1\}\n", system(*subscribe).out)
+    assert system(*subscribe).out == ""
+
+
 def test_what_is_asked_is_read_back_and_counted(system: Shell) -> None:
     created = system("ask", "session:create", "--session-id", "talk", "--title", "-x --y")
     assert created.json["epoch"] == 1
