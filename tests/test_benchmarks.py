@@ -21,6 +21,12 @@ ROWS = {
     "append": ["64 callers, appends/s", "16 callers", "1 caller", "processes", "appends a sync"],
     "ask": ["raw echo over CURVE, p50", "Client.ask, p50", "AsyncClient.ask, p99"],
     "growth": ["append, 64 callers, 100 sessions", "append, 1 caller", "ask", "read", "restart"],
+    "index": [
+        "64 callers, appends/s",
+        "from the reply to the row, p99 ms",
+        "built again",
+        "verified, lines/s",
+    ],
     "memory": ["supervisor", "sessions", "the idle system, MB", "a client over its imports"],
     "read": ["decoded, p50 us", "typed, owner stopped, p50 us"],
     "restart": ["kills, p50 ms", "kills, p99 ms"],
