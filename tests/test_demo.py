@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ksi.actors.owners import OWNERS
 from ksi.console import demo_proof as prove
 from ksi.console.demo_agent import Acked
 from ksi.console.demo_play import AGENTS, Play, from_logs, shipped
@@ -72,14 +73,14 @@ def test_a_demo_that_is_interrupted_leaves_nothing_behind(
     with process:
         assert process.stderr is not None
         pids = [
-            int(line.split()[-1]) for _, line in zip(range(5), process.stderr, strict=False)
+            int(line.split()[-1]) for _, line in zip(range(len(OWNERS) + 3), process.stderr, strict=False)
             if " pid " in line
         ]  # fmt: skip
         process.send_signal(number)
         process.wait(30)
 
     assert process.returncode == 128 + number
-    assert len(pids) == 3
+    assert len(pids) == len(OWNERS) + 1
     assert list(tmp_path.iterdir()) == []
     assert not [pid for pid in pids if is_alive(pid)]
 
