@@ -72,10 +72,8 @@ def test_a_demo_that_is_interrupted_leaves_nothing_behind(
     )  # fmt: skip
     with process:
         assert process.stderr is not None
-        pids = [
-            int(line.split()[-1]) for _, line in zip(range(len(OWNERS) + 3), process.stderr, strict=False)
-            if " pid " in line
-        ]  # fmt: skip
+        first = [line for _, line in zip(range(len(OWNERS) + 3), process.stderr, strict=False)]
+        pids = [int(line.split()[-1]) for line in first if " pid " in line]
         process.send_signal(number)
         process.wait(30)
 
