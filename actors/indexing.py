@@ -28,11 +28,10 @@ from ksi.actors.indexed import (
     Describer,
     Verification,
     index_directory,
-    read_status,
-    write_status,
 )
 from ksi.actors.process import run_owner, wait_for_room
 from ksi.actors.reading import cursor_path, log_directory, reader_of
+from ksi.actors.reports import read_index, write_index
 from ksi.storage.atomic import make_directory
 from ksi.storage.boot import this_boot
 from ksi.storage.errors import Corrupt
@@ -40,7 +39,7 @@ from ksi.storage.files import read_cursor, read_lines
 from ksi.storage.index import IndexGap, IndexReader, IndexWriter, Line, Place, install, is_damage
 from ksi.storage.journal import Position
 from ksi.transport.errors import KsiError, NotFound, NotRunning
-from ksi.transport.identity import bell_endpoint
+from ksi.transport.identity import bell_endpoint, run_directory
 from ksi.transport.limits import TICK_S
 from ksi.transport.mailbox import listen
 
@@ -201,6 +200,7 @@ class IndexFollower:
     def __init__(self, var: Path, logger: Any) -> None:
         self._var = var
         self._log = logger
+        self._run = run_directory(var)
         self._directory = index_directory(var)
         make_directory(self._directory)
         self._source = Source(var)
@@ -209,7 +209,7 @@ class IndexFollower:
         self._writer: IndexWriter | None = None
         self._rebuild: Rebuild | None = None
         self._verification: Verification | None = None
-        self._verified: dict[str, Any] | None = read_status(var).get("verified")
+        self._verified: dict[str, Any] | None = read_index(self._run).get("verified")
         self._outdated: str | None = None  # why the index must be built again
         self._trouble: str | None = None  # what keeps it from its work
         self._told: dict[str, Any] = {}
@@ -360,6 +360,7 @@ class IndexFollower:
             state = "rebuilding" if work is self._rebuild else "verifying"
         told = {
             "state": state,
+            "is_whole": self._writer is not None,
             "reason": self._rebuild.reason if self._rebuild else self._trouble,
             "done_bytes": work.done_bytes if work else 0,
             "total_bytes": work.total_bytes if work else 0,
@@ -369,13 +370,13 @@ class IndexFollower:
         is_late = now_s - self._told_s >= TELL_S
         if told != self._told and (is_late or state != self._told.get("state")):
             with suppress(OSError):  # There will be room for it another time.
-                write_status(self._var, told)
+                write_index(self._run, told)
             self._told, self._told_s = told, now_s
 
 
 def run_index(var: str) -> None:
     """Run the owner of the index on `var`, and its follower beside it, until SIGTERM."""
-    os.nice(5)  # As the process that writes the files: clients wait for the other owners.
+    os.nice(10)  # Behind the owners clients wait for, and the files it follows.
     run_owner("index", var, _start)
 
 

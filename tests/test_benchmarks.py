@@ -22,6 +22,12 @@ ROWS = {
     "ask": ["raw echo over CURVE, p50", "Client.ask, p50", "AsyncClient.ask, p99"],
     "completion": ["empty queue, p50 us", "100 waiting, p99 us", "granted and reported/s"],
     "growth": ["append, 64 callers, 100 sessions", "append, 1 caller", "ask", "read", "restart"],
+    "index": [
+        "64 callers, appends/s",
+        "from the reply to the row, p99 ms",
+        "built again",
+        "verified, lines/s",
+    ],
     "memory": ["supervisor", "sessions", "the idle system, MB", "a client over its imports"],
     "publish": ["1 subscriber, messages/s", "10 subscribers", "100 subscribers", "silently lost"],
     "read": ["decoded, p50 us", "typed, owner stopped, p50 us"],

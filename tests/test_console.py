@@ -156,6 +156,9 @@ def test_every_subcommand_explains_itself_and_knows_json(
         (["send", "session:create"], 3, "not_running: no supervisor runs on"),
         (["read", "session:list"], 3, "not_running: "),
         (["sessions"], 3, "not_running: "),
+        (["index", "rebuild"], 3, "not_running: no supervisor runs on"),
+        (["index", "verify"], 3, "not_running: "),
+        (["index", "query"], 3, "not_running: "),
         (["ps"], 3, "not_running: no supervisor runs on"),
         (["stop"], 3, "not_running: no supervisor runs on"),
         (["restart", "sessions"], 3, "not_running: no supervisor runs on"),
@@ -393,6 +396,38 @@ def test_refusals_have_their_exit_codes(
     done = system(*words)
     assert done.code == code
     assert says in the_error(done, error)
+
+
+def test_the_index_is_asked_built_again_and_verified(system: Shell) -> None:
+    system("ask", "session:create", "--session-id", "found", "--pattern", "peer_to_peer")
+    for number in (1, 2):
+        system("ask", "session:append", "--session-id", "found", "--event", "completion:request",
+               "--data", '{"to_agent": "bob"}', "--correlation-id", f"r{number}")  # fmt: skip
+    built = system("index", "rebuild", "--json").json
+    assert built["done"]
+    assert built["rows"] >= 2
+    only = ("--session", "found")
+    found = system("index", "query", *only, "--agent", "bob", "--since", "1h", "--json").json
+    assert [each["correlation_id"] for each in found["entries"]] == ["r2", "r1"]
+    assert found["more"] is False
+    assert system("index", "query", *only, "--pattern", "swarm", "--json").json["entries"] == []
+    pending = system("index", "query", *only, "--pending", "--limit", "1")
+    assert "r1" in pending.out
+    assert "r2" not in pending.out
+    assert "there are more" in pending.err
+
+    assert "following" in system("index").out
+    assert system("index", "status", "--json").json["rebuilt"] == built["number"]
+    report = system("index", "verify", "--json")
+    assert (report.code, report.json["differences"]) == (0, 0)
+    file = system.var / "logs" / "responses" / "sessions" / "found.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"request", b"reqzest", 1))
+    wrong = system("index", "verify")
+    assert wrong.code == 1
+    assert "line 1 of found.jsonl, at byte 0, is not what its row says: event_type" in wrong.out
+    file.write_bytes(content)
+    assert "ordered" in system("index", "rebuild", "--no-wait").out
 
 
 def test_sessions_are_listed_shown_followed_handed_over_and_closed(system: Shell) -> None:

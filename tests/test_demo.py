@@ -72,13 +72,13 @@ def test_a_demo_that_is_interrupted_leaves_nothing_behind(
     )  # fmt: skip
     with process:
         assert process.stderr is not None
-        said = (process.stderr.readline() for _ in range(3 + len(OWNERS)))
-        pids = [int(line.split()[-1]) for line in said if " pid " in line]
+        first = [line for _, line in zip(range(len(OWNERS) + 3), process.stderr, strict=False)]
+        pids = [int(line.split()[-1]) for line in first if " pid " in line]
         process.send_signal(number)
         process.wait(30)
 
     assert process.returncode == 128 + number
-    assert len(pids) == 1 + len(OWNERS)
+    assert len(pids) == len(OWNERS) + 1
     assert list(tmp_path.iterdir()) == []
     assert not [pid for pid in pids if is_alive(pid)]
 
