@@ -245,7 +245,12 @@ class Journal:
         """Keep zeros ahead of the end from now on; none come below `end`."""
         if self._ahead is None:
             path = segment_path(self._directory, self.end.segment)
-            self._ahead = Prewriter(path, end, self._segment_bytes)
+            try:
+                self._ahead = Prewriter(path, end, self._segment_bytes)
+            except (OSError, RuntimeError) as error:  # No descriptor or no thread: it goes without.
+                log.warning("no zeros are written ahead of the journal: %s", error)
+                self._prewrite_from = end + PREWRITE_FROM_BYTES
+                return
         self._ahead.claim(end)
 
     def _end_prewriting(self) -> bool:
@@ -265,6 +270,7 @@ class Journal:
         self.close()
         self._fd = fd
         self.end = Position(first_seq, 0)
+        self._prewrite_from = PREWRITE_FROM_BYTES
 
     def _undo(self, error: OSError) -> NoReturn:
         """Take back a record for which there was no room; anything else is unknown."""
