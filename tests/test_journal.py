@@ -532,6 +532,30 @@ def test_after_a_failed_sync_the_outcome_is_unknown_and_nothing_more_is_taken(
     assert payloads(Journal(tmp_path)) in ([b"first"], [b"first", b"second"])
 
 
+def test_a_record_whose_sync_may_have_failed_is_written_again_before_it_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel drops what it could not write and calls it clean: fsync(2), ERRORS."""
+    path = filled(tmp_path, b"one", b"two")
+    whole = path.read_bytes()
+    journal = Journal(tmp_path)
+    found = payloads(journal)  # as the page cache has it ...
+    second = whole.rindex(b"KSJ1")
+    with path.open("r+b") as file:  # ... and the disk has not.
+        file.seek(second)
+        file.write(bytes(len(whole) - second))
+    calls = recorded(monkeypatch, "pwrite", "fdatasync")
+
+    journal.sync()
+
+    assert found == [b"one", b"two"]
+    assert path.read_bytes() == whole
+    assert calls == ["pwrite", "fdatasync"]
+    journal.sync()
+    assert calls[2:] == ["fdatasync"]
+    journal.close()
+
+
 def test_a_reader_follows_a_writer_through_segments_up_to_each_committed_place(
     tmp_path: Path,
 ) -> None:
