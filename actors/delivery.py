@@ -104,7 +104,17 @@ HOST_TABLES: Final[Mapping[str, tuple[type, tuple[type, ...]]]] = {
 class Client:
     """A client instance in memory while it is active."""
 
-    __slots__ = ("acked", "instance", "key", "known", "last", "replies", "sender", "told")
+    __slots__ = (
+        "_before",
+        "acked",
+        "instance",
+        "key",
+        "known",
+        "last",
+        "replies",
+        "sender",
+        "told",
+    )
 
     def __init__(self, sender: str, instance: bytes, row: ClientRow | None) -> None:
         self.sender = sender
@@ -117,6 +127,24 @@ class Client:
             dict(zip(range(row.first, row.last + 1), row.replies, strict=True)) if row else {}
         )
         self.told = False  # in this batch it was told to wait or from where to resend
+        self._before = self.last, self.known
+
+    def begin(self) -> None:
+        """A batch has something of it: from here `undo` goes back to."""
+        self.told = False
+        self._before = self.last, self.known
+
+    def undo(self) -> None:
+        """Forget what the batch has carried out; what it has acknowledged holds all the same."""
+        last, self.known = self._before
+        for number in range(last + 1, self.last + 1):
+            self.replies.pop(number, None)
+        self.last = max(last, self.acked)
+
+    def pass_on(self, number: int, reply: bytes) -> None:
+        """A signal was passed on. Only this process knows of it: nothing is written."""
+        self.last = number
+        self.replies[number] = reply
 
     def acknowledge(self, acked: int) -> None:
         """The client has all replies up to `acked`; they may go."""
@@ -159,7 +187,7 @@ class Delivery:
             self._clients[(sender, instance)] = client
         if client not in self._touched:
             self._touched[client] = None
-            client.told = False
+            client.begin()
         return client
 
     def forgotten(self, client: Client) -> bool:
@@ -217,14 +245,14 @@ class Delivery:
                 self.client_rows.put(client.key, client.row(now))
 
     def commit(self) -> None:
-        """The batch is on disk."""
+        """The batch is on disk, or had nothing to write."""
         self._touched.clear()
         self._waiting_changed = False
 
     def undo(self) -> None:
-        """The batch was aborted: its clients come back from their rows as they were before it."""
+        """The batch was aborted: its clients are as they were before it."""
         for client in self._touched:
-            self._clients.pop((client.sender, client.instance), None)
+            client.undo()
         self._touched.clear()
         if self._waiting_changed:
             self._waiting, self._waiting_changed = None, False

@@ -38,7 +38,9 @@ from ksi.transport.mailbox import listen, raise_file_limit
 from ksi.transport.message import Query
 
 GROUP_S: Final = 0.02  # Lines that come within this time are written together.
-SYNC_S: Final = 2.0  # How often files and cursor are synced: what a machine crash makes us redo.
+# How often files and cursor are synced: what a crash of the machine makes us redo from the journal.
+# By then the kernel has written most of it; sooner, owners would wait behind these syncs.
+SYNC_S: Final = 30.0
 CHECK_ROWS: Final = 500  # Session files checked between two looks at the journal.
 TURN_BATCHES: Final = 512  # Journal batches taken in one turn: keeps the heartbeat going.
 
@@ -87,12 +89,12 @@ class LogFollower:
         self._cursor.advance(position)
         self.seq = seq
         self._unsynced = True
+        self._sync_if_due()
         return True
 
     def idle(self) -> bool:
         """Sync and check while there is nothing to write; return whether there is more to do."""
-        if self._unsynced and time.monotonic() - self._synced_s > SYNC_S:
-            self.sync()
+        self._sync_if_due()
         if self._checked is not None:
             self._check_some(self._checked)
         return self._checked is not None
@@ -112,6 +114,10 @@ class LogFollower:
         self.sync()
         self._writer.close()
         self._cursor.close()
+
+    def _sync_if_due(self) -> None:
+        if self._unsynced and time.monotonic() - self._synced_s > SYNC_S:
+            self.sync()
 
     def _check_some(self, after: str) -> None:
         """Compare the next files with what is committed, and mend those that differ."""

@@ -24,10 +24,10 @@ import pykka
 from ksi.actors.commit import CommitLoop, Work
 from ksi.actors.delivery import GOODBYE, Record
 from ksi.actors.outbox import Outbox
-from ksi.actors.owner import Sender
+from ksi.actors.owner import Announcement, Event, Sender
 from ksi.actors.reading import OwnerReader
 from ksi.actors.stat import StatWriter
-from ksi.actors.subscriptions import Deliveries, Subscriptions
+from ksi.actors.subscriptions import Deliveries, Run, Subscriptions
 from ksi.storage.store import Store
 from ksi.transport import wire
 from ksi.transport.errors import Busy, Draining, Forbidden, Internal, KsiError, TooLarge
@@ -154,7 +154,7 @@ class Host(pykka.ThreadingActor):
     def _probe(self) -> None:
         """Find out who has left without a word: subscribers, and readers of the view."""
         for route in self._subscriptions.routes():
-            self._send(route, Kind.DELIVERIES, [])
+            self._send_runs(route, [])
         self._store.check_readers()
 
     def _take_in(self, letter: Letter) -> None:
@@ -276,9 +276,8 @@ class Host(pykka.ThreadingActor):
         self._send_all(outcome.answers)
         if outcome.events:
             self._mailbox.ring()
-            if self._subscriptions:
-                told = [each for event in outcome.events for each in self._owner.announce(event)]
-                self._deliver(self._subscriptions.deliver(told))
+        if outcome.told and self._subscriptions:
+            self._deliver(self._subscriptions.deliver(self._announced(outcome.told)))
         if outcome.sends:
             for owner, number, operation, body in outcome.sends:
                 self._push(owner, number, operation, body)
@@ -287,6 +286,13 @@ class Host(pykka.ThreadingActor):
             self._stat.commits += 1
             self._stat.commands += len(commands)
             self._stat.record(time.monotonic() - commands[0].arrived_s)
+
+    def _announced(self, told: Sequence[Event | Announcement]) -> Iterator[Announcement]:
+        for each in told:
+            if type(each) is Announcement:
+                yield each
+            else:
+                yield from self._owner.announce(each)
 
     def _answer(self) -> None:
         """Answer queries from one read transaction, after the commands that came before them.
@@ -365,7 +371,20 @@ class Host(pykka.ThreadingActor):
             if self._mailbox.sender_of(self._subscriptions.key_of(route)) is None:
                 self._subscriptions.drop(route)  # Its key was removed.
             else:
-                self._send(route, Kind.DELIVERIES, items)
+                self._send_runs(route, items)
+
+    def _send_runs(self, route: bytes, runs: list[Run]) -> None:
+        frame = wire.encode_runs(self._store.id, self._loop.cut, runs)
+        if len(frame) > _REPLY_BYTES_MAX and len(runs) > 1:
+            half = len(runs) // 2
+            self._send_runs(route, runs[:half])
+            self._send_runs(route, runs[half:])
+        elif not self._mailbox.send(route, frame):
+            self._stat.replies_dropped += 1
+            if self._mailbox.gone:
+                self._subscriptions.drop(route)
+            else:
+                self._subscriptions.missed(route, runs)
 
     def _send_all(self, answers: Sequence[tuple[bytes, Kind, Any]]) -> None:
         """Send answers, those of one kind to one connection in one frame, in their order."""
@@ -387,8 +406,6 @@ class Host(pykka.ThreadingActor):
             self._stat.replies_dropped += 1  # What it missed it will ask for again.
             if self._mailbox.gone:
                 self._subscriptions.drop(route)
-            elif kind is Kind.DELIVERIES:
-                self._subscriptions.missed(route, items)
 
 
 def kind_of_answer(kind: Kind) -> Kind:

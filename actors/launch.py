@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from ksi.actors import lock, log
 from ksi.transport.errors import Internal, Invalid, KsiError, from_wire
+from ksi.transport.remote import require_here
 
 if TYPE_CHECKING:
     from ksi.actors import config
@@ -34,6 +35,7 @@ TREE: Final = "ksi.actors.tree:tree"
 MODULES: Final = (
     "ksi.actors.process:warm",
     "ksi.actors.follower",
+    "ksi.actors.indexing",
     "structlog",
 )  # what children need
 
@@ -156,6 +158,7 @@ def main() -> NoReturn:
 def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
     from ksi.storage.format import check_format
 
+    require_here(var, "ksi start")
     os.umask(0o077)
     if (var / "FORMAT").exists():
         check_format(var)  # a newer one is not touched, not even its lock
@@ -215,7 +218,7 @@ def _supervise(
         remove_run_directory,
         sweep_run_directories,
     )
-    from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
+    from ksi.transport.mailbox import Mailbox, connect, raise_file_limit, require_free
     from ksi.transport.message import CATALOGUE
 
     run = make_run_directory(var)
@@ -223,13 +226,19 @@ def _supervise(
     if run.parent != var:
         sweep_run_directories(run.parent)
     reports.clear_exit(run)
+    settings = load().config
     keys = KeyRing(var)
     certificate = keys.enroll(NAME, "owner")
-    names = [spec.name for spec in tree.specs(var, load().config) if spec.kind == "owner"]
+    names = [spec.name for spec in tree.specs(var, settings) if spec.kind == "owner"]
     publics = {name: keys.enroll(name, "owner").public for name in (NAME, *names)}
-    places = {name: Address(endpoint(var, name), key.decode()) for name, key in publics.items()}
-    commands = {each.name: each.owner for each in CATALOGUE.values() if each.kind == "command"}
-    queries = {each.name: each.owner for each in CATALOGUE.values() if each.kind == "query"}
+    # Before anything runs: an owner that cannot bind would end again and again.
+    tcp = require_free(_tcp_endpoints(settings.transport, names))
+    places = {
+        name: Address(endpoint(var, name), key.decode(), tcp.get(name, ""))
+        for name, key in publics.items()
+    }
+    commands = {each.name: each.owner for each in CATALOGUE.values() if each.changes}
+    queries = {each.name: each.owner for each in CATALOGUE.values() if not each.changes}
     raise_file_limit()
     context = zmq.Context()
     mailbox = Mailbox(context, places[NAME].endpoint, certificate, keys)
@@ -257,6 +266,16 @@ def _supervise(
         remove_run_directory(var)
     os.close(in_use)
     return codes[0] if codes else EXIT_DEFECT
+
+
+def _tcp_endpoints(transport: config.TransportSection, owners: Sequence[str]) -> dict[str, str]:
+    """Return where owners listen for other machines. The supervisor does not."""
+    from ksi.transport.identity import tcp_endpoint
+
+    if not transport.tcp_host:
+        return {}
+    first = transport.tcp_port
+    return {name: tcp_endpoint(transport.tcp_host, first + n) for n, name in enumerate(owners)}
 
 
 def _told_to(descriptor: int) -> Progress:

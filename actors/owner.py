@@ -7,6 +7,7 @@ To read it, a *query* is answered from one committed state, by the owner or in a
 
     decide(command, sender, tables, given) -> Decision      reads tables, writes nothing
     apply(event, tables)                                    writes tables, live and in replay
+    relay(signal, sender, tables) -> Announcement           reads tables; nothing is kept
     answer(query, tables) -> reply                          reads tables, in any process
 
 Nothing here does I/O, knows the time or draws a random number: what a decision needs from outside
@@ -28,7 +29,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import msgspec
+
 from ksi.transport.errors import KsiError
+from ksi.transport.limits import CACHE_ROWS
 from ksi.transport.message import Command, Event, Message, Query, Reply, Role
 
 Row = TypeVar("Row")
@@ -72,6 +76,23 @@ class Log(Protocol):
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         """Return the bytes [start, stop) of `key`."""
+
+
+class Index(Protocol):
+    """Where entries of another owner's log are, in databases that a follower writes.
+
+    `apply` does not write it, and nothing in it is of its own: it is built again at any time.
+    Reading gives what the follower has come to.
+    """
+
+    def rows(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return rows of the index in the order of time, by column."""
+
+    def participants(self, session_id: str) -> list[str]:
+        """Return who takes part in a session, by name."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how far the follower has come and what it does now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,31 +146,42 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens if this command is carried out: events in order, a reply, and messages."""
+    """What happens if this command is carried out: events in order, a reply, and messages.
+
+    With `tick` the owner's `Tick` follows in the same commit, after the rest of the batch: for what
+    is decided once for many commands, over what they have led to.
+    """
 
     events: tuple[Event, ...] = ()
     reply: Reply | None = None
     sends: tuple[Send, ...] = ()
+    tick: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Announcement:
-    """Something subscribers of `topic` are told once the event is on disk. May be lost by them."""
+class Announcement(msgspec.Struct, frozen=True, gc=False):
+    """Something subscribers of `topic` are told. May be lost by them, and they know how many.
+
+    Told of an event once that is on disk, of a signal at once, with the message as it came.
+    """
 
     topic: str
-    message: dict[str, Any]
+    message: dict[str, Any] | msgspec.Raw
     sender: str = ""
 
 
 class Tick(Command[None], frozen=True, kw_only=True):
-    """Time has passed. Sent by the host to its own owner, a few times a second."""
+    """Time has passed. Sent by the host to its own owner: a few times a second, and when asked."""
 
 
 class Keyed:
-    """The parts of a table's key: `Annotated[Table[Row], Keyed(str, int)]`. Default: one string."""
+    """The parts of a table's key: `Annotated[Table[Row], Keyed(str, int)]`. Default: one string.
 
-    def __init__(self, *parts: type) -> None:
+    `cache_rows` is how many decoded rows its writer keeps between batches: fewer of large ones.
+    """
+
+    def __init__(self, *parts: type, cache_rows: int = CACHE_ROWS) -> None:
         self.parts = parts
+        self.cache_rows = cache_rows
 
 
 class Tables:
@@ -187,6 +219,14 @@ class Owner(ABC, Generic[T]):
         """
         return None
 
+    def relay(self, signal: Any, sender: Sender, tables: T) -> Announcement | None:
+        """Return what subscribers are told of `signal`, or raise a refusal.
+
+        None: it concerns what is kept, and is to be decided like any command. Fields of it whose
+        values are left open are `msgspec.Raw`.
+        """
+        return None
+
     def announce(self, event: Any) -> Iterable[Announcement]:
         """Return what subscribers are told of `event`."""
         return ()
@@ -201,6 +241,6 @@ class Owner(ABC, Generic[T]):
 
 
 __all__ = [
-    "Announcement", "Command", "Decision", "Event", "Given", "Key", "Keyed", "Line", "Log", "Owner",
-    "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
+    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Key", "Keyed", "Line", "Log",
+    "Owner", "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
 ]  # fmt: skip

@@ -31,6 +31,7 @@ from ksi.transport.identity import Directory, KeyRing, endpoint, run_directory
 from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
 
 T = TypeVar("T")
+Beside = Callable[[Path, Any], Callable[[], None]]
 
 _ROOM_WAIT_S: Final = 0.25  # How often a full disk is looked at by who needs room to start.
 
@@ -39,12 +40,16 @@ def warm() -> None:
     """Work out what owners need of their types; the fork server does it once for all of them."""
     for owner in load_all().values():
         batch_decoder(owner.events)
-        for row, _keys in table_types(owner).values():
-            row_decoder(row)
+        for types in table_types(owner).values():
+            row_decoder(types[0])
 
 
-def run_owner(name: str, var: str) -> None:
+def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
     """Run the owner `name` on `var` until SIGTERM; what is in its mailbox then is carried out.
+
+    Args:
+        beside: starts what else runs in this process, once nobody else holds the store, and
+            returns what ends it.
 
     Raises:
         KsiError: the store cannot be opened; its text says what to do.
@@ -75,12 +80,16 @@ def run_owner(name: str, var: str) -> None:
         place = Directory.read(root).owners[other]
         return connect(context, place.endpoint, place.key.encode(), certificate)
 
-    mailbox = Mailbox(context, endpoint(root, name), certificate, keys)
+    tcp = Directory.read(root).owners[name].tcp
+    mailbox = Mailbox(context, endpoint(root, name), certificate, keys, tcp=tcp or None)
     outbox = Outbox(store.id, to_owner, logger)
     logger.info("open", store=store.id, journal_seq=store.meta.seq)
+    end = beside(root, logger) if beside is not None else None
     gc.collect()
     gc.freeze()  # What is here now stays; the collector need not walk it in every pass.
     Host.start(loop, store, reader_of(owner, root), mailbox, outbox, stat, logger)
+    if end is not None:
+        end()
     context.term()
     store.close()  # Last: until then nobody else may open the store or bind the socket.
     logger.info("closed", journal_seq=store.meta.seq)
@@ -112,7 +121,7 @@ def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, 
             loops.append(CommitLoop(owner, store, fresh_ids(), logger, facts))
         return loops[0].replay(batch.payload)
 
-    specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
+    specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
     store = Store.open(directory, specs, replay=replay)
     loop = loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger, facts)
     if store.meta.extra:

@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ksi.actors.commit import batch_decoder, bind, table_types
-from ksi.actors.owner import Owner
+from ksi.actors.commit import batch_decoder, bind, reads_index, table_types
+from ksi.actors.owner import Index, Owner
 from ksi.actors.owners import load
 from ksi.storage.journal import Batch as StoredBatch
 from ksi.storage.journal import JournalReader, Position
@@ -47,7 +47,7 @@ class OwnerReader:
     def __init__(self, owner: Owner[Any], var: Path) -> None:
         self.owner = owner
         self._decode = batch_decoder(owner.events)
-        specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
+        specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
         self.reader = Reader(
             var / "db" / owner.name,
             specs,
@@ -56,6 +56,7 @@ class OwnerReader:
             lines_of=self.lines_of,
         )
         self._log = CommittedLog(self.reader)
+        self._index = _index_of(var) if reads_index(owner.tables) else None
         self._bound_to: Any = None
         self._tables: Any = None
 
@@ -63,7 +64,7 @@ class OwnerReader:
         """Return the owner's declared tables over those of a read transaction."""
         if tables is not self._bound_to:
             self._bound_to = tables
-            self._tables = bind(self.owner.tables, tables, self._log)
+            self._tables = bind(self.owner.tables, tables, self._log, self._index)
         return self._tables
 
     def answer(self, query: Query[R]) -> R:
@@ -126,6 +127,12 @@ class Facts:
             return self._readers[asked.owner].answer(query)
         except KsiError as refusal:
             return refusal if isinstance(refusal, asked.refuses) else None
+
+
+def _index_of(var: Path) -> Index:
+    from ksi.actors.indexed import IndexView  # SQLite, which hardly any reader needs
+
+    return IndexView(var)
 
 
 def reader_of(owner: Owner[Any] | str, var: Path) -> OwnerReader:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import ksi.actors.system  # noqa: F401 - declares the supervisor's operations
 from ksi.actors.child import ChildSpec
 from ksi.actors.config import Config
 from ksi.actors.owners import OWNERS, load_all
 from ksi.actors.restarts import Strategy
+
+# Owners with something beside them in their process; it runs them, too.
+FUNCTIONS: Final = {"index": "ksi.actors.indexing:run_index"}
 
 
 class Tree(NamedTuple):
@@ -46,8 +49,8 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
         ChildSpec(
             name=name,
             kind="owner",
-            function="ksi.actors.process:run_owner",
-            arguments=(name, str(var)),
+            function=FUNCTIONS.get(name, "ksi.actors.process:run_owner"),
+            arguments=(str(var),) if name in FUNCTIONS else (name, str(var)),
             start_s=start_s,
             shutdown_s=shutdown_s,
         )

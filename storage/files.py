@@ -14,11 +14,13 @@ Invariants:
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
 import struct
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 from zlib import crc32
@@ -27,10 +29,11 @@ from ksi.storage.atomic import make_directory, sync_directory, write_all
 from ksi.storage.boot import this_boot
 from ksi.storage.journal import NO_ROOM, START, Position
 from ksi.transport.errors import Invalid, StorageFull
-from ksi.transport.limits import ID_PATTERN, OPEN_FILES_MAX
+from ksi.transport.limits import FILE_SYNCS_MAX, ID_PATTERN, OPEN_FILES_MAX
 
 _KEY: Final = re.compile(ID_PATTERN)
 _OPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ_BYTES: Final = 1 << 20  # The longest line, or thousands of the usual.
 # There is something in the place of a log that is none: a symlink, a directory, another's file.
 BLOCKED: Final = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EACCES, errno.EPERM})
 
@@ -70,7 +73,8 @@ class LogWriter:
         self._directory = os.open(directory, flags)
         self._open_files_max = open_files_max
         self._open: OrderedDict[str, _File] = OrderedDict()  # least recently used first
-        self._unsynced: set[str] = set()
+        self._unsynced: set[str] = set()  # none of them when there are too many
+        self._many_unsynced = False
         self._created = False
 
     def write(self, key: str, offset: int, content: bytes) -> None:
@@ -86,7 +90,7 @@ class LogWriter:
         assert file is not None
         if offset > file.size:
             raise LogGap(key, file.size, offset)
-        self._unsynced.add(key)
+        self._note_unsynced(key)
         try:
             write_all(file.fd, content, offset)
         except OSError as error:
@@ -102,6 +106,9 @@ class LogWriter:
         Raises:
             OSError: it may not be; go back to the last synced mark.
         """
+        if self._many_unsynced:
+            _sync_file_system(self._directory)
+            self._many_unsynced = self._created = False
         for key in list(self._unsynced):
             file = self._opened(key, create=False)
             if file is not None:
@@ -122,7 +129,7 @@ class LogWriter:
         if file is not None and file.size > size:
             os.ftruncate(file.fd, size)
             file.size = size
-            self._unsynced.add(key)
+            self._note_unsynced(key)
 
     def close(self) -> None:
         """Sync and close all files."""
@@ -130,6 +137,13 @@ class LogWriter:
         while self._open:
             os.close(self._open.popitem()[1].fd)
         os.close(self._directory)
+
+    def _note_unsynced(self, key: str) -> None:
+        if not self._many_unsynced:
+            self._unsynced.add(key)
+            if len(self._unsynced) > FILE_SYNCS_MAX:
+                self._unsynced.clear()
+                self._many_unsynced = True
 
     def _opened(self, key: str, *, create: bool) -> _File | None:
         left = self._open.get(key)
@@ -157,6 +171,13 @@ class LogWriter:
         return file
 
 
+def _sync_file_system(fd: int) -> None:
+    """Make durable all that was written to the file system of `fd`, in one go: syncfs(2)."""
+    if ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
 def log_name(key: str) -> str:
     """Return the name of the file of a log.
 
@@ -182,6 +203,26 @@ def read_log(directory: Path, key: str, start: int, stop: int) -> bytes:
         return os.pread(fd, stop - start, start)
     except IsADirectoryError:
         return b""
+    finally:
+        os.close(fd)
+
+
+def read_lines(directory: Path, key: str, stop: int) -> Iterator[list[bytes]]:
+    """Yield the whole lines among the first `stop` bytes of a log's file, many at a time."""
+    try:
+        fd = os.open(directory / log_name(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in BLOCKED or isinstance(error, FileNotFoundError):
+            return
+        raise
+    try:
+        offset, rest = 0, b""
+        while offset < stop and (content := os.pread(fd, min(_READ_BYTES, stop - offset), offset)):
+            offset += len(content)
+            *lines, rest = (rest + content).split(b"\n")
+            yield [line + b"\n" for line in lines]
+    except IsADirectoryError:
+        return
     finally:
         os.close(fd)
 

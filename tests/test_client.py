@@ -36,6 +36,7 @@ from ksi.transport.errors import (
 from ksi.transport.identity import KeyRing
 from ksi.transport.limits import WINDOW_COMMANDS_MAX
 from ksi.transport.link import CREDIT, SILENCE_S, Delivery
+from ksi.transport.message import encode
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +370,7 @@ def test_deliveries_come_in_order_and_say_from_whom(
         heard.append(news.next(5.0))
 
     topic = f"session.{session}.appended"
-    first = Delivery(topic, {"session_id": session, "seq": 1}, "alice", 1, 0)
+    first = Delivery(topic, "alice", 1, 0, encode({"session_id": session, "seq": 1}))
     assert heard[0] == first
     assert [each.message["seq"] for each in heard[:600]] == list(range(1, 601))
     assert [each.seq for each in heard] == list(range(1, 602))

@@ -8,7 +8,7 @@ import pytest
 
 from ksi.actors import commit, delivery
 from ksi.actors.delivery import EVICTED, GOODBYE, SENT, Record
-from ksi.actors.owner import Decision, Given, Reply, Send, Sender
+from ksi.actors.owner import Decision, Given, Reply, Send, Sender, Tick
 from ksi.actors.owners import registry
 from ksi.actors.owners.registry import Registry
 from ksi.actors.owners.sessions import Append, Sessions, SessionTables
@@ -316,6 +316,18 @@ def test_request_ids_are_of_one_identity_and_one_operation(twin: Twin) -> None:
     assert numbers(twin) == [2, 3, 4]
 
 
+def test_a_request_id_that_names_something_else_is_not_the_commands(twin: Twin) -> None:
+    completion = Sender("completion", "owner")
+    fields = {"session_id": "s", "request_id": "r1", "agent_id": "alice", "data": {}}
+    named = ("completion:request", "completion:result")
+    works = [
+        work(number, "session:record", sender=completion, **fields, event=name)
+        for number, name in enumerate(named, 1)
+    ]
+    twin.run(works)
+    assert twin.log.content["s"].count(b"\n") == 2
+
+
 def test_a_refusal_is_not_remembered_under_its_request_id(twin: Twin) -> None:
     assert say(twin, work(2, session_id="t", request_id="r")) == [(2, NotFound)]
     say(twin, work(3, "session:create", session_id="t"))
@@ -501,6 +513,28 @@ def test_a_tick_that_finds_the_outbox_full_waits_for_the_next(
     twin.pass_time(1)
     assert twin.read("agent:info", agent_id="scout").status == "starting"
     assert twin.errors == []
+
+
+class Insistent(Sessions):
+    """Ticks after an append, and once more after each of two ticks."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+
+    def decide(self, command: Any, sender: Sender, tables: Any, given: Given) -> Decision:
+        if isinstance(command, Tick):
+            self.ticks += 1
+            return Decision(tick=self.ticks % 3 != 0)
+        return replace(super().decide(command, sender, tables, given), tick=True)
+
+
+def test_a_tick_a_decision_asks_for_follows_its_batch_and_so_do_those_it_asks_for() -> None:
+    owner = Insistent()
+    twin = Twin(owner)
+    twin.run([work(1, "session:create", session_id="s"), work(2), work(3)])
+    assert owner.ticks == 3
+    twin.run([work(3)])  # again: nothing is decided
+    assert owner.ticks == 3
 
 
 def test_a_tick_that_changes_nothing_writes_nothing(twin: Twin) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from ksi.actors.owners import OWNERS
 from ksi.console.declared import catalogue, example, summary
 from ksi.console.main import SUBCOMMANDS, main
 from ksi.transport.message import encode
@@ -295,7 +296,7 @@ def test_status_of_a_healthy_system_has_every_field_promised(system: Shell) -> N
     assert {"pid", "uptime_s"} <= set(status["supervisor"])
     assert {"sessions", "queue", "agents", "checkpoint"} <= set(status)
     assert status["problems"] == []
-    assert [owner["name"] for owner in status["owners"]] == ["registry", "sessions"]
+    assert [owner["name"] for owner in status["owners"]] == list(OWNERS)
     for owner in status["owners"]:
         assert owner["state"] == "RUNNING"
         assert {
@@ -397,6 +398,56 @@ def test_tail_follows_a_session_as_it_grows(system: Shell) -> None:
             assert json.loads(tail.stdout.readline())["seq"] == number
         tail.send_signal(signal.SIGINT)
         assert tail.wait(5) == 130
+
+
+def test_the_queue_is_listed_shown_cancelled_and_watched(system: Shell) -> None:
+    assert system("ask", "session:create", "--session-id", "queued").code == 0
+    async_ = ("ask", "completion:async", "--session-id", "queued", "--requires", "echo")
+    watching = subprocess.Popen(
+        [*KSI, "queue", "watch", "--json"],
+        env=system.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert watching.stderr is not None
+    assert "watching" in watching.stderr.readline()
+    for request_id in ("q1", "q2"):
+        assert system(*async_, "--prompt", "\x1b[31mhi", "--request-id", request_id).code == 0
+    listed = system("queue", "--json").json
+    assert (listed["waiting"], listed["active"], listed["workers"]) == (2, 0, [])
+    assert [each["request_id"] for each in listed["requests"]] == ["q1", "q2"]
+    assert system("status", "--json").json["queue"] == {"waiting": 2, "active": 0, "workers": 0}
+    assert "needs echo" in system("queue", "list", "--session", "queued").out
+    cancelled = system("queue", "cancel", "q2", "--reason", "not needed", "--json").json
+    assert cancelled["status"] == "cancelled"
+    assert system("queue", "cancel", "q2").code == 5
+    assert system("queue", "show", "none").code == 6
+
+    worker = subprocess.Popen(
+        [*KSI, "--as", "w1", "worker", "--provider", "echo"],
+        env=system.environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert watching.stdout is not None
+    said = [json.loads(watching.stdout.readline()) for _ in range(5)]
+    worker.send_signal(signal.SIGTERM)
+    _out, words = worker.communicate(timeout=20)
+    assert (worker.returncode, words) == (0, "w1 answers with echo\n")
+    assert [(each["request_id"], each["what"]) for each in said] == [
+        ("q1", "queued"), ("q2", "queued"), ("q2", "cancelled"), ("q1", "granted"),
+        ("q1", "result"),
+    ]  # fmt: skip
+    watching.send_signal(signal.SIGINT)
+    watching.communicate(timeout=20)
+    assert watching.returncode == 130
+    shown = system("queue", "show", "q1")
+    assert "\\x1b[31mhi" in shown.out
+    finished = system("queue", "list", "--status", "finished", "--json").json["requests"]
+    assert [each["status"] for each in finished] == ["completed", "cancelled"]
+
+
+def test_a_worker_needs_a_provider_it_knows_and_a_system(system: Shell, nothing: Shell) -> None:
+    assert system("worker").code == 2
+    unknown = system("worker", "--provider", "oracle")
+    assert (unknown.code, "oracle" in unknown.err) == (2, True)
+    assert nothing("worker", "--provider", "echo").code == 3
 
 
 def test_ps_lists_every_process_of_the_system(system: Shell) -> None:

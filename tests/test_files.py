@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from crashing import fork_to, in_child, kill
 
+from ksi.storage import files
 from ksi.storage.files import Cursor, LogGap, LogWriter, Mark, Marks, read_cursor, read_log
 from ksi.storage.journal import START, Position
 from ksi.transport.errors import Invalid, StorageFull
@@ -103,6 +104,31 @@ def test_a_key_that_is_no_id_never_becomes_a_path(tmp_path: Path, key: str) -> N
 
     assert [path.name for path in tmp_path.rglob("*")] == ["logs"]
     writer.close()
+
+
+def test_very_many_files_are_synced_in_one_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "FILE_SYNCS_MAX", 3)
+    calls: list[str] = []
+    real_all, real_one = files._sync_file_system, os.fdatasync
+    monkeypatch.setattr(files, "_sync_file_system", lambda fd: (calls.append("all"), real_all(fd)))
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (calls.append("one"), real_one(fd)))
+    writer = LogWriter(tmp_path)
+    for key in range(10):
+        writer.write(f"k{key}", 0, b"line\n")
+    writer.sync()
+    assert calls == ["all"]
+
+    writer.write("k1", 5, b"more\n")
+    writer.sync()
+    writer.sync()
+    assert calls == ["all", "one"]
+
+
+def test_a_sync_of_the_file_system_that_fails_is_an_error() -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        files._sync_file_system(-1)
 
 
 def test_a_symlink_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
