@@ -213,18 +213,12 @@ def _supervise(
         Directory,
         KeyRing,
         endpoint,
-        hold_run_directory,
-        make_run_directory,
         remove_run_directory,
-        sweep_run_directories,
     )
     from ksi.transport.mailbox import Mailbox, connect, raise_file_limit, require_free
     from ksi.transport.message import CATALOGUE
 
-    run = make_run_directory(var)
-    in_use = hold_run_directory(run)
-    if run.parent != var:
-        sweep_run_directories(run.parent)
+    run, in_use = _held_run_directory(var)
     reports.clear_exit(run)
     settings = load().config
     keys = KeyRing(var)
@@ -266,6 +260,21 @@ def _supervise(
         remove_run_directory(var)
     os.close(in_use)
     return codes[0] if codes else EXIT_DEFECT
+
+
+def _held_run_directory(var: Path) -> tuple[Path, int]:
+    """Return the run directory and the descriptor that holds it; sweep where it is elsewhere."""
+    from ksi.transport.identity import (
+        hold_run_directory,
+        make_run_directory,
+        sweep_run_directories,
+    )
+
+    run = make_run_directory(var)
+    held = hold_run_directory(run)
+    if run.parent != var:
+        sweep_run_directories(run.parent)
+    return run, held
 
 
 def _tcp_endpoints(transport: config.TransportSection, owners: Sequence[str]) -> dict[str, str]:
