@@ -212,17 +212,11 @@ def _supervise(
     from ksi.transport.identity import (
         Directory,
         KeyRing,
-        hold_run_directory,
-        make_run_directory,
         remove_run_directory,
-        sweep_run_directories,
     )
     from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
 
-    run = make_run_directory(var)
-    in_use = hold_run_directory(run)
-    if run.parent != var:
-        sweep_run_directories(run.parent)
+    run, in_use = _held_run_directory(var)
     reports.clear_exit(run)
     keys = KeyRing(var)
     certificate = keys.enroll(NAME, "owner")
@@ -281,6 +275,21 @@ def _directory(var: Path, tree: Tree, settings: config.Config, keys: KeyRing) ->
             for name, key in publics.items()
         },
     )
+
+
+def _held_run_directory(var: Path) -> tuple[Path, int]:
+    """Return the run directory and the descriptor that holds it; sweep where it is elsewhere."""
+    from ksi.transport.identity import (
+        hold_run_directory,
+        make_run_directory,
+        sweep_run_directories,
+    )
+
+    run = make_run_directory(var)
+    held = hold_run_directory(run)
+    if run.parent != var:
+        sweep_run_directories(run.parent)
+    return run, held
 
 
 def _tcp_endpoints(transport: config.TransportSection, owners: Sequence[str]) -> dict[str, str]:
