@@ -17,12 +17,13 @@ import msgspec
 
 from ksi.actors.owners.sessions import detect_role
 from ksi.actors.reading import log_directory
+from ksi.actors.reports import read_index
 from ksi.storage.files import read_lines
 from ksi.storage.index import Indexed, IndexReader, Known, Row, day_of
 from ksi.storage.journal import segment_path, segments_in
 from ksi.storage.reader import Reader
 from ksi.transport.errors import NotRunning
-from ksi.transport.identity import RESERVED
+from ksi.transport.identity import RESERVED, run_directory
 from ksi.transport.limits import ID_PATTERN
 
 FOUND_MAX: Final = 100  # Differences told in words; the rest is counted.
@@ -69,11 +70,6 @@ _decode: Final = msgspec.json.Decoder(_Entry).decode
 def index_directory(var: Path) -> Path:
     """Return where the index is."""
     return var / "logs" / "index"
-
-
-def status_path(var: Path) -> Path:
-    """Return where the follower says what it does."""
-    return index_directory(var) / "status.json"
 
 
 class Describer:
@@ -194,7 +190,7 @@ class IndexView:
             "rows": rows,
             "behind_bytes": self._behind_bytes(),
             "rebuilt": place.rebuilt if place else 0,
-            **read_status(self._var),
+            **read_index(run_directory(self._var)),
         }
 
     def _behind_bytes(self) -> int | None:
@@ -211,23 +207,6 @@ class IndexView:
             if place.position.segment <= segment < end.segment:
                 behind += segment_path(store, segment).stat().st_size
         return max(0, behind)
-
-
-def read_status(var: Path) -> dict[str, Any]:
-    """Return what the follower said last of what it does."""
-    try:
-        said: dict[str, Any] = msgspec.json.decode(status_path(var).read_bytes())
-    except (FileNotFoundError, msgspec.MsgspecError):
-        return {}
-    return said
-
-
-def write_status(var: Path, told: dict[str, Any]) -> None:
-    """Say what goes on. Not synced: after a crash of the machine it is another thing anyway."""
-    path = status_path(var)
-    new = path.with_suffix(".new")
-    new.write_bytes(msgspec.json.encode(told))
-    new.replace(path)
 
 
 class Verification:

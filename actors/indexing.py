@@ -28,11 +28,10 @@ from ksi.actors.indexed import (
     Describer,
     Verification,
     index_directory,
-    read_status,
-    write_status,
 )
 from ksi.actors.process import run_owner, wait_for_room
 from ksi.actors.reading import cursor_path, log_directory, reader_of
+from ksi.actors.reports import read_index, write_index
 from ksi.storage.atomic import make_directory
 from ksi.storage.boot import this_boot
 from ksi.storage.errors import Corrupt
@@ -40,7 +39,7 @@ from ksi.storage.files import read_cursor, read_lines
 from ksi.storage.index import IndexGap, IndexReader, IndexWriter, Line, Place, install, is_damage
 from ksi.storage.journal import Position
 from ksi.transport.errors import KsiError, NotFound, NotRunning
-from ksi.transport.identity import bell_endpoint
+from ksi.transport.identity import bell_endpoint, run_directory
 from ksi.transport.limits import TICK_S
 from ksi.transport.mailbox import listen
 
@@ -51,6 +50,7 @@ TURN_LINES: Final = 4096  # Taken in one turn, and in one transaction.
 PAGE_LOGS: Final = 500  # Session files looked up at once.
 FILES_WAIT_S: Final = 2.0  # How long building the index waits for files to be written, in all.
 TELL_S: Final = 0.2  # How often it says how far it is.
+LAST_S: Final = 0.3  # Spent on last lines: more may come as long as it looks, and will be found.
 CLOSE_S: Final = 3.0  # For the last lines at the end; a supervisor waits 5.
 RETRY_S: Final = 0.5  # After trouble that may pass; doubled each time ...
 RETRY_S_MAX: Final = 30.0  # ... up to this.
@@ -201,6 +201,7 @@ class IndexFollower:
     def __init__(self, var: Path, logger: Any) -> None:
         self._var = var
         self._log = logger
+        self._run = run_directory(var)
         self._directory = index_directory(var)
         make_directory(self._directory)
         self._source = Source(var)
@@ -209,7 +210,7 @@ class IndexFollower:
         self._writer: IndexWriter | None = None
         self._rebuild: Rebuild | None = None
         self._verification: Verification | None = None
-        self._verified: dict[str, Any] | None = read_status(var).get("verified")
+        self._verified: dict[str, Any] | None = read_index(self._run).get("verified")
         self._outdated: str | None = None  # why the index must be built again
         self._trouble: str | None = None  # what keeps it from its work
         self._told: dict[str, Any] = {}
@@ -237,10 +238,11 @@ class IndexFollower:
         return False
 
     def close(self) -> None:
-        """Index what the files have, sync and close."""
+        """Index what the files have, or some of it if that is much, sync and close."""
         try:
             if self._writer is not None:
-                while self._source.feed(self._writer):
+                until_s = time.monotonic() + LAST_S
+                while self._source.feed(self._writer) and time.monotonic() < until_s:
                     pass
                 self._writer.close()
         except (KsiError, Outdated, OSError, sqlite3.Error) as error:
@@ -360,6 +362,7 @@ class IndexFollower:
             state = "rebuilding" if work is self._rebuild else "verifying"
         told = {
             "state": state,
+            "is_whole": self._writer is not None,
             "reason": self._rebuild.reason if self._rebuild else self._trouble,
             "done_bytes": work.done_bytes if work else 0,
             "total_bytes": work.total_bytes if work else 0,
@@ -369,13 +372,13 @@ class IndexFollower:
         is_late = now_s - self._told_s >= TELL_S
         if told != self._told and (is_late or state != self._told.get("state")):
             with suppress(OSError):  # There will be room for it another time.
-                write_status(self._var, told)
+                write_index(self._run, told)
             self._told, self._told_s = told, now_s
 
 
 def run_index(var: str) -> None:
     """Run the owner of the index on `var`, and its follower beside it, until SIGTERM."""
-    os.nice(5)  # As the process that writes the files: clients wait for the other owners.
+    os.nice(10)  # Behind the owners clients wait for, and the files it follows.
     run_owner("index", var, _start)
 
 

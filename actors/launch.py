@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ksi.actors import config
     from ksi.actors.forkserver import ForkServer
     from ksi.actors.tree import Tree
+    from ksi.transport.identity import Directory, KeyRing
 
 Progress = Callable[[Mapping[str, Any]], None]
 
@@ -209,43 +210,25 @@ def _supervise(
     from ksi.actors import reports
     from ksi.actors.supervisor import EXIT_DEFECT, NAME, Supervisor
     from ksi.transport.identity import (
-        Address,
         Directory,
         KeyRing,
-        endpoint,
-        hold_run_directory,
-        make_run_directory,
         remove_run_directory,
-        sweep_run_directories,
     )
-    from ksi.transport.mailbox import Mailbox, connect, raise_file_limit, require_free
-    from ksi.transport.message import CATALOGUE
+    from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
 
-    run = make_run_directory(var)
-    in_use = hold_run_directory(run)
-    if run.parent != var:
-        sweep_run_directories(run.parent)
+    run, in_use = _held_run_directory(var)
     reports.clear_exit(run)
-    settings = load().config
     keys = KeyRing(var)
     certificate = keys.enroll(NAME, "owner")
-    names = [spec.name for spec in tree.specs(var, settings) if spec.kind == "owner"]
-    publics = {name: keys.enroll(name, "owner").public for name in (NAME, *names)}
-    # Before anything runs: an owner that cannot bind would end again and again.
-    tcp = require_free(_tcp_endpoints(settings.transport, names))
-    places = {
-        name: Address(endpoint(var, name), key.decode(), tcp.get(name, ""))
-        for name, key in publics.items()
-    }
-    commands = {each.name: each.owner for each in CATALOGUE.values() if each.changes}
-    queries = {each.name: each.owner for each in CATALOGUE.values() if not each.changes}
+    directory = _directory(var, tree, load().config, keys)
     raise_file_limit()
     context = zmq.Context()
-    mailbox = Mailbox(context, places[NAME].endpoint, certificate, keys)
-    Directory(commands, queries, dict(tree.domains), places).write(var)
+    mailbox = Mailbox(context, directory.owners[NAME].endpoint, certificate, keys)
+    directory.write(var)
 
     def connect_to(name: str) -> Any:
-        return connect(context, places[name].endpoint, publics[name], certificate)
+        place = directory.owners[name]
+        return connect(context, place.endpoint, place.key.encode(), certificate)
 
     codes: list[int] = []
     Supervisor.start(
@@ -266,6 +249,47 @@ def _supervise(
         remove_run_directory(var)
     os.close(in_use)
     return codes[0] if codes else EXIT_DEFECT
+
+
+def _directory(var: Path, tree: Tree, settings: config.Config, keys: KeyRing) -> Directory:
+    """Return who owns what and where; enrols those who have no key.
+
+    Raises:
+        Conflict, Invalid: an owner could not listen where the settings say. Before anything runs:
+            it would end again and again.
+    """
+    from ksi.actors.supervisor import NAME
+    from ksi.transport.identity import Address, Directory, endpoint
+    from ksi.transport.mailbox import require_free
+    from ksi.transport.message import CATALOGUE
+
+    names = [spec.name for spec in tree.specs(var, settings) if spec.kind == "owner"]
+    publics = {name: keys.enroll(name, "owner").public for name in (NAME, *names)}
+    tcp = require_free(_tcp_endpoints(settings.transport, names))
+    return Directory(
+        commands={each.name: each.owner for each in CATALOGUE.values() if each.changes},
+        queries={each.name: each.owner for each in CATALOGUE.values() if not each.changes},
+        domains=dict(tree.domains),
+        owners={
+            name: Address(endpoint(var, name), key.decode(), tcp.get(name, ""))
+            for name, key in publics.items()
+        },
+    )
+
+
+def _held_run_directory(var: Path) -> tuple[Path, int]:
+    """Return the run directory and the descriptor that holds it; sweep where it is elsewhere."""
+    from ksi.transport.identity import (
+        hold_run_directory,
+        make_run_directory,
+        sweep_run_directories,
+    )
+
+    run = make_run_directory(var)
+    held = hold_run_directory(run)
+    if run.parent != var:
+        sweep_run_directories(run.parent)
+    return run, held
 
 
 def _tcp_endpoints(transport: config.TransportSection, owners: Sequence[str]) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""What the supervisor leaves in the run directory for others to read, whatever becomes of it.
+"""What processes leave in the run directory for others to read, whatever becomes of them.
 
-`children.json`: its children, on each change. `supervisor.exit`: why it gave up, until the next
-start. Replaced in one step, never synced: they live as long as a run.
+`children.json`: the supervisor's children, on each change. `supervisor.exit`: why it gave up, until
+the next start. `index.json`: what the follower of the index does. Replaced in one step, never
+synced: they live as long as a run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ksi.actors.system import SystemStatus
 
 CHILDREN: Final = "children.json"
 EXIT: Final = "supervisor.exit"
+INDEX: Final = "index.json"
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +67,24 @@ def read_exit(run: Path) -> Exit | None:
 def clear_exit(run: Path) -> None:
     """Forget how the last supervisor ended."""
     (run / EXIT).unlink(missing_ok=True)
+
+
+def write_index(run: Path, told: dict[str, Any]) -> None:
+    """Say what the follower of the index does.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    _replace(run / INDEX, {"schema": "ksi.index.follower/1", **told})
+
+
+def read_index(run: Path) -> dict[str, Any]:
+    """Return what the follower of the index said last of what it does; nothing if it never did."""
+    try:
+        told: dict[str, Any] = json.loads((run / INDEX).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return told
 
 
 def _replace(path: Path, content: dict[str, Any]) -> None:

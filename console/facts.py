@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from ksi.actors.lock import Holder, holder
 from ksi.actors.owners import OWNERS
-from ksi.actors.reports import Exit, read_children, read_exit
+from ksi.actors.reports import Exit, read_children, read_exit, read_index
 from ksi.actors.stat import Stat, read_stat
 from ksi.actors.system import ChildStatus, State, SystemStatus
 from ksi.transport.errors import KsiError
@@ -93,6 +93,7 @@ class System:
     unreadable: Mapping[str, str]  # owner to why its state cannot be read
     free_bytes: int
     disk_bytes: int
+    index: Mapping[str, Any]  # what its follower said last
 
     def of(self, kind: Literal["owner", "follower", "agent"]) -> list[Child]:
         """Return the children of one kind, in the order of their start."""
@@ -123,6 +124,11 @@ class System:
             found.append(f"the system is stopping ({ksi} status)")
         for child in self.children:
             found += _problems_of(child, ksi)
+        state, reason = self.index.get("state"), self.index.get("reason")
+        if state == "rebuilding" and not self.index["is_whole"] and self.index["total_bytes"]:
+            found.append(f"the index is being built again: {reason} ({ksi} index status)")
+        elif state == "waiting" and reason:
+            found.append(f"the index waits: {reason} ({ksi} logs index)")
         return found
 
 
@@ -151,6 +157,7 @@ def look(var: Path) -> System:
         unreadable=unreadable,
         free_bytes=free_bytes,
         disk_bytes=disk_bytes,
+        index=read_index(run),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from ksi.actors import commit, delivery
 from ksi.actors.delivery import EVICTED, GOODBYE, SENT, Record
 from ksi.actors.owner import Decision, Given, Reply, Send, Sender, Tick
-from ksi.actors.owners import registry
+from ksi.actors.owners import bus, registry
 from ksi.actors.owners.registry import Registry
 from ksi.actors.owners.sessions import Append, Sessions, SessionTables
 from ksi.actors.testing import Twin, reply_of, work_of
@@ -664,3 +664,99 @@ def test_a_decision_is_given_the_fact_it_wants_of_another_owners_state() -> None
     assert say(twin, work(3, event="a")) == [(3, "done")]
     assert numbers(twin) == [3]
     assert asked == [registry.Describe(agent_id="alice")] * 3
+
+
+# Signals: numbered like commands, written nowhere.
+
+
+@pytest.fixture
+def relay() -> Twin:
+    return Twin(bus.OWNER)
+
+
+def signal(number: int, topic: str = "a", **how: Any) -> commit.Work:
+    return work_of(
+        ALICE, "message:publish", {"topic": topic, "message": {"n": number}}, number, **how
+    )
+
+
+def keep(number: int, durable: str = "d", pattern: str = "kept", **how: Any) -> commit.Work:
+    fields = {"durable": durable, "pattern": pattern}
+    return work_of(ALICE, "message:subscribe", fields, number, **how)
+
+
+def heard(twin: Twin) -> list[str]:
+    return [told.topic for told in twin.told]
+
+
+def test_a_signal_is_answered_and_passed_on_in_the_order_of_numbers_and_once(relay: Twin) -> None:
+    assert say(relay, signal(1), signal(2, "b")) == [(1, "done"), (2, "done")]
+    assert say(relay, signal(4)) == [(3, "resend")]
+    assert say(relay, signal(2, "b", again=True), signal(3, "c")) == [(2, "done"), (3, "done")]
+    assert heard(relay) == ["a", "b", "c"]
+    assert relay.store.journal == []
+
+
+def test_signals_and_commands_of_one_sender_share_a_sequence(relay: Twin) -> None:
+    works = [signal(1), keep(2), signal(3, "kept"), signal(4, "b")]
+    assert say(relay, *works) == [(n, "done") for n in range(1, 5)]
+    assert heard(relay) == ["a", "kept", "message.alice.d", "b"]
+    assert say(relay, *(replace_again(each) for each in works)) == [
+        (n, "done") for n in range(1, 5)
+    ]
+    assert len(heard(relay)) == 4
+
+
+def replace_again(work: commit.Work) -> commit.Work:
+    return work._replace(again=True)
+
+
+def test_a_refused_signal_uses_up_its_number_as_a_refused_command_does(relay: Twin) -> None:
+    assert say(relay, signal(1, "a..b"), signal(2)) == [(1, Invalid), (2, "done")]
+    assert say(relay, signal(1, "a..b", again=True)) == [(1, Invalid)]
+    assert say(relay, signal(3, expires_s=-1.0)) == [(3, Expired)]
+
+
+def test_after_a_crash_signals_go_on_where_the_client_says_and_old_ones_are_answered(
+    relay: Twin,
+) -> None:
+    say(relay, keep(1), signal(2), signal(3))
+    relay.restart()
+    # Number 3 was not acknowledged: it is passed on again, and what follows goes on.
+    again = say(relay, signal(3, acked=2, again=True), keep(4, "e", acked=2), signal(5, acked=2))
+    assert again == [(3, "done"), (4, "done"), (5, "done")]
+    relay.restart()
+    # The journal knows number 4, and so that all before it are done.
+    assert say(relay.recovered(), signal(3, acked=2, again=True)) == [(3, "done")]
+
+
+def test_a_full_disk_takes_back_no_signal_that_was_answered(relay: Twin) -> None:
+    say(relay, signal(1), signal(2))
+    relay.store.fails = StorageFull("no room")
+    assert say(relay, signal(3), keep(4)) == [(3, StorageFull), (4, StorageFull)]
+    assert heard(relay) == ["a", "a"]
+    assert say(relay, signal(2, again=True), signal(3), keep(4)) == [
+        (2, "done"), (3, "done"), (4, "done"),
+    ]  # fmt: skip
+    assert heard(relay) == ["a", "a", "a"]
+
+
+def test_a_defect_beside_a_signal_passes_it_on_once(
+    relay: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(*_: Any) -> Decision:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(bus, "_subscribe", break_down)
+    assert say(relay, signal(1)) == [(1, "done")]
+    assert say(relay, signal(2), keep(3), signal(4, "b")) == [
+        (2, "done"), (3, Internal), (4, "done"),
+    ]  # fmt: skip
+    assert heard(relay) == ["a", "a", "b"]
+
+
+def test_a_signal_that_comes_again_is_not_evicted(relay: Twin) -> None:
+    say(relay, keep(1, instance=b"j" * 16))
+    relay.run([], [Record("alice", b"j" * 16, 0, EVICTED, b"", [], [])])
+    assert say(relay, signal(9, acked=8, again=True)) == [(9, "done")]
+    assert say(relay, keep(9, acked=8, again=True, instance=b"k" * 16)) == [(9, Evicted)]

@@ -156,6 +156,9 @@ def test_every_subcommand_explains_itself_and_knows_json(
         (["send", "session:create"], 3, "not_running: no supervisor runs on"),
         (["read", "session:list"], 3, "not_running: "),
         (["sessions"], 3, "not_running: "),
+        (["index", "rebuild"], 3, "not_running: no supervisor runs on"),
+        (["index", "verify"], 3, "not_running: "),
+        (["index", "query"], 3, "not_running: "),
         (["ps"], 3, "not_running: no supervisor runs on"),
         (["stop"], 3, "not_running: no supervisor runs on"),
         (["restart", "sessions"], 3, "not_running: no supervisor runs on"),
@@ -315,6 +318,36 @@ def test_status_answers_in_a_fifth_of_a_second(system: Shell) -> None:
     assert min(taken_s) < 0.2
 
 
+def test_what_is_sent_is_printed_by_who_subscribes(system: Shell) -> None:
+    command = [*KSI, "--as", "ear", "subscribe", "news.*", "--count", "2", "--json"]
+    with subprocess.Popen(
+        command, env=system.environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as ear:  # fmt: skip
+        assert ear.stdout is not None
+        assert ear.stderr is not None
+        assert ear.stderr.readline() == "listening to news.* as ear\n"
+        for n in (1, 2):
+            message = json.dumps({"n": n})
+            sent = system("send", "message:publish", "--topic", "news.x", "--message", message)
+            assert sent.json["delivered"] is True
+        heard = [json.loads(line) for line in ear.stdout]
+    assert ear.returncode == 0
+    assert [each["message"] for each in heard] == [{"n": 1}, {"n": 2}]
+    assert heard[0].keys() == {"topic", "sender", "seq", "gap", "redelivered", "message"}
+    assert {(each["topic"], each["sender"]) for each in heard} == {("news.x", "operator")}
+
+
+def test_a_durable_subscription_prints_what_came_while_nobody_read_and_only_once(
+    system: Shell,
+) -> None:
+    subscribe = ("--as", "ear", "subscribe", "later.*", "--durable", "d", "--timeout", "100ms")
+    assert system(*subscribe).out == ""
+    system("send", "message:publish", "--topic", "later.x", "--message", '{"n": 1}')
+    assert re.fullmatch(r"\d\d:\d\d:\d\d later\.x operator: \{\"n\": 1\}\n", system(*subscribe).out)
+    assert system(*subscribe).out == ""
+
+
 def test_what_is_asked_is_read_back_and_counted(system: Shell) -> None:
     created = system("ask", "session:create", "--session-id", "talk", "--title", "-x --y")
     assert created.json["epoch"] == 1
@@ -363,6 +396,38 @@ def test_refusals_have_their_exit_codes(
     done = system(*words)
     assert done.code == code
     assert says in the_error(done, error)
+
+
+def test_the_index_is_asked_built_again_and_verified(system: Shell) -> None:
+    system("ask", "session:create", "--session-id", "found", "--pattern", "peer_to_peer")
+    for number in (1, 2):
+        system("ask", "session:append", "--session-id", "found", "--event", "completion:request",
+               "--data", '{"to_agent": "bob"}', "--correlation-id", f"r{number}")  # fmt: skip
+    built = system("index", "rebuild", "--json").json
+    assert built["done"]
+    assert built["rows"] >= 2
+    only = ("--session", "found")
+    found = system("index", "query", *only, "--agent", "bob", "--since", "1h", "--json").json
+    assert [each["correlation_id"] for each in found["entries"]] == ["r2", "r1"]
+    assert found["more"] is False
+    assert system("index", "query", *only, "--pattern", "swarm", "--json").json["entries"] == []
+    pending = system("index", "query", *only, "--pending", "--limit", "1")
+    assert "r1" in pending.out
+    assert "r2" not in pending.out
+    assert "there are more" in pending.err
+
+    assert "following" in system("index").out
+    assert system("index", "status", "--json").json["rebuilt"] == built["number"]
+    report = system("index", "verify", "--json")
+    assert (report.code, report.json["differences"]) == (0, 0)
+    file = system.var / "logs" / "responses" / "sessions" / "found.jsonl"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"request", b"reqzest", 1))
+    wrong = system("index", "verify")
+    assert wrong.code == 1
+    assert "line 1 of found.jsonl, at byte 0, is not what its row says: event_type" in wrong.out
+    file.write_bytes(content)
+    assert "ordered" in system("index", "rebuild", "--no-wait").out
 
 
 def test_sessions_are_listed_shown_followed_handed_over_and_closed(system: Shell) -> None:

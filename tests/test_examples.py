@@ -26,6 +26,13 @@ PRINTED = {
         r"not_owner: .* written by bob \(epoch 2\), not by alice",
         r"bob wrote entry 3",
     ],
+    "history": [
+        r"history: \['completion:request', 'completion:request', 'completion:result'\]",
+        r"pending: \['req_2'\]",
+        r"with bob: 3",
+        r"bob was: \['analyst'\]",
+        r"the line: {'response': 'It is.', 'role': 'analyst'}",
+    ],
     "own_model": [
         r"completed {'response': 'stressed', 'model': 'backwards-1'}",
         r"8 entries in sess_",

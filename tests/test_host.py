@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ksi.actors.stat import read_stat
-from ksi.transport.identity import KeyRing, make_run_directory
+from ksi.transport.identity import Address, Directory, KeyRing, endpoint, make_run_directory
 
 PATIENCE_S = 10.0  # A test that waits longer has failed.
 LATE = """
@@ -19,7 +19,9 @@ process.run_owner("registry", sys.argv[1])
 
 def test_an_owner_says_that_it_runs_before_anything_happens(tmp_path: Path) -> None:
     path = make_run_directory(tmp_path) / "registry.stat"
-    KeyRing(tmp_path).enroll("registry", "owner")
+    key = KeyRing(tmp_path).enroll("registry", "owner").public.decode()
+    place = Address(endpoint(tmp_path, "registry"), key)
+    Directory({}, {}, {}, {"registry": place}).write(tmp_path)
     owner = subprocess.Popen([sys.executable, "-P", "-c", LATE, str(tmp_path)])
     try:
         deadline_s = time.monotonic() + PATIENCE_S

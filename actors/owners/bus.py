@@ -63,7 +63,18 @@ TOPICS_REMEMBERED: Final = 4096  # Topics of which is known who wants them kept.
 INBOX: Final = "inbox"
 # First words of topics that are announced by an owner, or hold what is for one agent alone.
 RESERVED: Final = frozenset(
-    {"session", "agent", "message", "completion", "index", INBOX, "direct", "broadcast", "task"}
+    {
+        "session",
+        "agent",
+        "message",
+        "completion",
+        "worker",
+        "index",
+        INBOX,
+        "direct",
+        "broadcast",
+        "task",
+    }
 )
 
 Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=PATTERN_CHARS_MAX)]
