@@ -13,6 +13,9 @@ Trouble, and what becomes of it:
 - an error of sync or commit passes through: the outcome is unknown, and the process must end
   without a reply, so that recovery decides and clients send again.
 
+A signal is numbered with the commands of its sender and passed on in its turn, and nothing of it is
+written: after a crash one that was not acknowledged may be passed on again.
+
 No sockets and no clock in here: the simulator runs this very code on tables in memory.
 
 Source: DESIGN 5; group commit as in Redis `appendfsync always`.
@@ -28,8 +31,9 @@ from typing import Any, Final, NamedTuple, Protocol, get_args, get_type_hints
 import msgspec
 
 from ksi.actors import delivery
-from ksi.actors.delivery import HOST_TABLES, Batch, Delivery, Record
+from ksi.actors.delivery import HOST_TABLES, SENT, Batch, Client, Delivery, Record
 from ksi.actors.owner import (
+    Announcement,
     Decision,
     Event,
     Given,
@@ -51,13 +55,12 @@ from ksi.transport.errors import (
     Expired,
     Forbidden,
     Internal,
-    Invalid,
     KsiError,
     StorageFull,
     TooLarge,
 )
 from ksi.transport.limits import OUTBOX_ROWS_MAX, WINDOW_COMMANDS_MAX
-from ksi.transport.message import CATALOGUE, encode, unknown
+from ksi.transport.message import CATALOGUE, Operation, encode, not_taken
 
 _NO_REPLY: Final = encode({})
 _NO_FORM: Final = (
@@ -65,6 +68,7 @@ _NO_FORM: Final = (
     ValueError,
     OverflowError,
 )  # An event, reply or row cannot be encoded.
+_TICKS_MAX: Final = 16  # In one commit: what is left waits for the next.
 _encode_cut = msgspec.msgpack.encode
 _decode_answer = msgspec.msgpack.Decoder(wire.Answer).decode
 
@@ -98,11 +102,12 @@ class Transactions(Protocol):
 
 
 class Outcome(NamedTuple):
-    """What a batch led to: answers by connection, and the events now on disk."""
+    """What a batch led to: answers by connection, the events now on disk, and what is passed on."""
 
     answers: list[tuple[bytes, wire.Kind, Any]]
     events: list[Event]
     sends: list[tuple[str, int, str, bytes]]  # owner, number in the outbox, operation, body
+    told: list[Event | Announcement]  # the events and, where they came, what signals announce
 
 
 class _Fault(Exception):
@@ -134,7 +139,9 @@ class CommitLoop:
         self._self = Sender(owner.name, "owner")
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = batch_decoder(owner.events)
-        self._outcome = Outcome([], [], [])
+        self._outcome = Outcome([], [], [], [])
+        self._asked_tick = False  # by a decision in this batch, or by a tick
+        self._sent: dict[str, Record[Any]] = {}  # by owner: what found no room to be recorded
 
     def replay(self, payload: bytes) -> tuple[float, bytes]:
         """Apply one journaled batch to the tables; return the owner time it was made at, and what
@@ -172,17 +179,21 @@ class CommitLoop:
             UnknownOutcome: the outcome is unknown; end the process.
         """
         given = Given(now, time_s, self.ids)
+        if self._sent:
+            ours, self._sent = [*self._sent.values(), *ours], {}
         try:
             return self._run(works, ours, given, clock_s, tick)
         except StorageFull as full:
             self._undo()
-            return Outcome([self._refused(work, full) for work in works], [], [])
+            # Nobody says it again. The rows of clients that left go in the end without a goodbye.
+            self._sent = {record.sender: record for record in ours if record.operation == SENT}
+            return Outcome([self._refused(work, full) for work in works], [], [], [])
         except (_Fault, TooLarge, *_NO_FORM) as fault:  # All of them before the journal is written.
             self._undo()
             if len(works) + bool(ours) + tick == 1:
                 return self._blame(works, fault, given)
         # One of them is at fault: each in a commit of its own, so that it undoes only itself.
-        together = Outcome([], [], [])
+        together = Outcome([], [], [], [])
         for work in works:
             _extend(together, self.run([work], (), now, time_s, clock_s))
         if ours:
@@ -201,7 +212,8 @@ class CommitLoop:
     ) -> Outcome:
         self.store.room()
         self.store.begin()
-        self._outcome = outcome = Outcome([], [], [])
+        self._outcome = outcome = Outcome([], [], [], [])
+        self._asked_tick = False
         records: list[Record[Any]] = []
         for work in works:
             record = self._carry_out(work, given, clock_s)
@@ -210,19 +222,19 @@ class CommitLoop:
         for record in ours:
             self.delivery.settle(record, given.now)
         records += ours
-        if tick:
-            records += self._tick(given)
+        records += self._ticks(given, tick)
         if records:
             self._commit(records, given)
         else:
-            self._undo()
+            self.store.abort()
+            self.delivery.commit()
         return outcome
 
     def _blame(self, works: Sequence[Work], fault: Exception, given: Given) -> Outcome:
         """Settle the command at fault with `internal`; it consumes its number like a refusal."""
         self.internal_errors += 1
         cause = fault.__cause__ or fault
-        self._outcome = outcome = Outcome([], [], [])
+        self._outcome = outcome = Outcome([], [], [], [])
         for work in works:
             self.log.error(
                 "a command failed",
@@ -242,7 +254,7 @@ class CommitLoop:
                 self._commit([record], given)
             except StorageFull as full:
                 self._undo()
-                return Outcome([self._refused(work, full)], [], [])
+                return Outcome([self._refused(work, full)], [], [], [])
         if not works:
             self.log.error("a tick failed", exc_info=cause)
         return outcome
@@ -271,7 +283,9 @@ class CommitLoop:
                 client.told = True
                 answers.append((work.route, wire.Kind.RESEND_FROM, client.last + 1))
             return None
-        if work.again and self.delivery.forgotten(client):
+        declared = CATALOGUE.get(request.operation)
+        is_signal = declared is not None and declared.kind == "signal"
+        if work.again and not is_signal and self.delivery.forgotten(client):
             client.told = True
             answers.append(self._refused(work, _forgotten(work)))
             return None
@@ -281,6 +295,8 @@ class CommitLoop:
             answers.append(self._refused(work, Busy(full, limit=WINDOW_COMMANDS_MAX)))
             return None
         try:
+            if is_signal and self._pass_on(client, work, clock_s):
+                return None
             record = self._decide(work, given, clock_s)
         except KsiError as error:
             if not error.conclusive:
@@ -293,11 +309,31 @@ class CommitLoop:
             self._outcome.sends.extend(sends)
         return record
 
-    def _decide(self, work: Work, given: Given, clock_s: float) -> Record[Any]:
+    def _pass_on(self, client: Client, work: Work, clock_s: float) -> bool:
+        """Pass a signal on; return False if the owner wants to decide about it."""
+        request = work.request
+        signal = self._declared(work, clock_s).decode_header(request.body)
+        try:
+            said = self.owner.relay(signal, work.sender, self.tables)
+        except KsiError:
+            raise
+        except Exception as defect:
+            raise _Fault from defect
+        if said is None:
+            return False
+        answer = self._encode(wire.Answer(request.number, _NO_REPLY))
+        client.pass_on(request.number, answer)
+        outcome = self._outcome
+        outcome.answers.append((work.route, wire.Kind.REPLIES, msgspec.Raw(answer)))
+        outcome.told.append(said)
+        return True
+
+    def _declared(self, work: Work, clock_s: float) -> Operation:
+        """Return the operation that is asked for, if it may be carried out."""
         request = work.request
         declared = CATALOGUE.get(request.operation)
-        if declared is None or declared.owner != self.owner.name or declared.kind != "command":
-            raise self._not_ours(request.operation)
+        if declared is None or declared.owner != self.owner.name or not declared.changes:
+            raise not_taken(request.operation, self.owner.name, "command")
         if work.sender.role not in declared.roles:
             raise Forbidden(
                 f"{request.operation} is for {' and '.join(sorted(declared.roles))}, "
@@ -305,8 +341,13 @@ class CommitLoop:
             )
         if work.expires_s is not None and clock_s >= work.expires_s:
             raise Expired(f"the time for {request.operation} ran out before it was carried out")
+        return declared
+
+    def _decide(self, work: Work, given: Given, clock_s: float) -> Record[Any]:
+        request = work.request
+        declared = self._declared(work, clock_s)
         command: Any = declared.decode(request.body)
-        request_id: str | None = getattr(command, "request_id", None)
+        request_id: str | None = command.request_id if _has_request_id(declared.name) else None
         if request_id is not None:
             known = self.delivery.requests.get((work.sender.name, request.operation, request_id))
             if known is not None:
@@ -326,6 +367,8 @@ class CommitLoop:
             raise
         except Exception as defect:
             raise _Fault from defect
+        if decision.sends:
+            decision = replace(decision, sends=tuple(self._to_send(decision.sends)))
         if decision.sends and self.delivery.outbox.count() >= OUTBOX_ROWS_MAX:
             raise Busy(f"{OUTBOX_ROWS_MAX} messages wait for other owners")
         try:
@@ -333,7 +376,14 @@ class CommitLoop:
                 self.owner.apply(event, self.tables)
         except Exception as defect:
             raise _Fault from defect
+        self._asked_tick |= decision.tick
         return decision
+
+    def _to_send(self, sends: Sequence[Send]) -> Iterator[Send]:
+        """Leave out what is asked for already by a message that waits."""
+        for send in sends:
+            if not (send.unless_waiting and self.delivery.waits(*_encoded((send,)))):
+                yield send
 
     def _record(
         self, work: Work, body: bytes, decision: Decision, request_id: str | None = None
@@ -345,6 +395,7 @@ class CommitLoop:
         sends: list[tuple[str, str, bytes]] = []
         if decision.events:
             outcome.events.extend(decision.events)
+            outcome.told.extend(decision.events)
         if decision.sends:
             sends = _encoded(decision.sends)
         return Record(
@@ -371,10 +422,22 @@ class CommitLoop:
         answer = wire.Answer(work.request.number, None, error.to_wire())
         return (work.route, wire.Kind.REPLIES, msgspec.Raw(self._encode(answer)))
 
+    def _ticks(self, given: Given, is_due: bool) -> list[Record[Any]]:
+        """Let time pass where it is due, and as often as it is asked for, within a bound."""
+        records: list[Record[Any]] = []
+        if is_due:
+            records = self.delivery.overdue(given.now)
+            for record in records:
+                self.delivery.settle(record, given.now)
+        for _ in range(_TICKS_MAX):
+            if not (is_due or self._asked_tick):
+                break
+            is_due = self._asked_tick = False
+            records += self._tick(given)
+        return records
+
     def _tick(self, given: Given) -> list[Record[Any]]:
-        records = self.delivery.overdue(given.now)
-        for record in records:
-            self.delivery.settle(record, given.now)
+        records: list[Record[Any]] = []
         try:
             decision = self._apply(Tick(), self._self, given)
         except Busy:  # The outbox is full: what is due waits for the next tick.
@@ -388,6 +451,7 @@ class CommitLoop:
             )
             self._outcome.sends.extend(self.delivery.settle(record, given.now))
             self._outcome.events.extend(decision.events)
+            self._outcome.told.extend(decision.events)
             records.append(record)
         return records
 
@@ -395,16 +459,19 @@ class CommitLoop:
         self.store.abort()
         self.delivery.undo()
 
-    def _not_ours(self, operation: str) -> KsiError:
-        declared = CATALOGUE.get(operation)
-        if declared is None or declared.owner != self.owner.name:
-            ours = [each.name for each in CATALOGUE.values() if each.owner == self.owner.name]
-            return unknown(operation, ours)
-        return Invalid(f"{operation} is a query; it has no number", hint="send it as QUERIES")
+
+@cache
+def _has_request_id(operation: str) -> bool:
+    """Whether a caller may give such a command an id of its own: an optional `request_id`.
+
+    Where one is required it is not the command's: it names a request for a completion.
+    """
+    fields = msgspec.structs.fields(CATALOGUE[operation].message)
+    return any(each.name == "request_id" and not each.required for each in fields)
 
 
 def _encoded(sends: Sequence[Send]) -> list[tuple[str, str, bytes]]:
-    """Return messages as records hold them. It is too late to refuse: the events are applied."""
+    """Return messages as records hold them. One without a form is a defect of its owner."""
     try:
         return [(each.owner, each.operation, encode(each.command)) for each in sends]
     except KsiError as defect:
@@ -422,6 +489,7 @@ def _extend(together: Outcome, more: Outcome) -> None:
     together.answers.extend(more.answers)
     together.events.extend(more.events)
     together.sends.extend(more.sends)
+    together.told.extend(more.told)
 
 
 @cache
@@ -458,12 +526,13 @@ def reads_index(declared: type[Tables]) -> bool:
     return Index in _hints(declared).values()
 
 
-def table_types(owner: Owner[Any]) -> dict[str, tuple[type, tuple[type, ...]]]:
-    """Return row and key types of every table in the owner's store, the host's among them."""
-    types = dict(HOST_TABLES)
+def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
+    """Return how each table in the owner's store is declared, the host's among them: the type of a
+    row, the types of a key, and where it says so how many rows to keep decoded."""
+    types: dict[str, tuple[Any, ...]] = dict(HOST_TABLES)
     for name, kind in _hints(owner.tables).items():
         if kind not in (Log, Index):
             (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
             plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
-            types[name] = (get_args(plain)[0], keyed.parts)
+            types[name] = (get_args(plain)[0], keyed.parts, keyed.cache_rows)
     return types

@@ -90,6 +90,23 @@ class SupervisorSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     )] = HUNG_COMMIT_S
 
 
+class TransportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where owners listen for other machines. Taken up when the system is started."""
+
+    tcp_host: Annotated[str, msgspec.Meta(max_length=255, extra={
+        "reason": "an IP address or an interface of this machine, 0.0.0.0 for all; empty: no tcp",
+        "danger": "only enrolled keys are let in, but who has one of role agent or operator can "
+        "run programs on this machine (agent:spawn); a worker cannot",
+        "unit": "address",
+    })] = ""
+    tcp_port: Annotated[int, _key(
+        "the first port: each owner has one, in the order of `ksi status`, and keeps it",
+        "keys that were carried to other machines name it; from 32768 on the kernel gives ports "
+        "away to others",
+        "port", 1, 65_000,
+    )] = 7340
+
+
 class OwnersSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How owners let time pass."""
 
@@ -115,6 +132,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings of one var directory."""
 
     supervisor: SupervisorSection = SupervisorSection()
+    transport: TransportSection = TransportSection()
     owners: OwnersSection = OwnersSection()
     log: LogSection = LogSection()
 

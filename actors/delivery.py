@@ -104,7 +104,17 @@ HOST_TABLES: Final[Mapping[str, tuple[type, tuple[type, ...]]]] = {
 class Client:
     """A client instance in memory while it is active."""
 
-    __slots__ = ("acked", "instance", "key", "known", "last", "replies", "sender", "told")
+    __slots__ = (
+        "_before",
+        "acked",
+        "instance",
+        "key",
+        "known",
+        "last",
+        "replies",
+        "sender",
+        "told",
+    )
 
     def __init__(self, sender: str, instance: bytes, row: ClientRow | None) -> None:
         self.sender = sender
@@ -117,6 +127,24 @@ class Client:
             dict(zip(range(row.first, row.last + 1), row.replies, strict=True)) if row else {}
         )
         self.told = False  # in this batch it was told to wait or from where to resend
+        self._before = self.last, self.known
+
+    def begin(self) -> None:
+        """A batch has something of it: from here `undo` goes back to."""
+        self.told = False
+        self._before = self.last, self.known
+
+    def undo(self) -> None:
+        """Forget what the batch has carried out; what it has acknowledged holds all the same."""
+        last, self.known = self._before
+        for number in range(last + 1, self.last + 1):
+            self.replies.pop(number, None)
+        self.last = max(last, self.acked)
+
+    def pass_on(self, number: int, reply: bytes) -> None:
+        """A signal was passed on. Only this process knows of it: nothing is written."""
+        self.last = number
+        self.replies[number] = reply
 
     def acknowledge(self, acked: int) -> None:
         """The client has all replies up to `acked`; they may go."""
@@ -146,6 +174,8 @@ class Delivery:
         self._clients: dict[tuple[str, bytes], Client] = {}
         self._touched: dict[Client, None] = {}  # in this batch, in order
         self._sweep_from: Key = ()
+        self._waiting: set[tuple[str, str, bytes]] | None = None  # what `outbox` holds, once asked
+        self._waiting_changed = False  # in this batch
 
     def client(self, sender: str, instance: bytes) -> Client:
         """Return the instance, from memory or its row; needs an open transaction."""
@@ -157,12 +187,19 @@ class Delivery:
             self._clients[(sender, instance)] = client
         if client not in self._touched:
             self._touched[client] = None
-            client.told = False
+            client.begin()
         return client
 
     def forgotten(self, client: Client) -> bool:
         """Whether what this instance has sent before may have been carried out and forgotten."""
         return not client.known and self.counters.get("evictions") is not None
+
+    def waits(self, message: tuple[str, str, bytes]) -> bool:
+        """Whether this message (owner, operation, body) is in the outbox; in a transaction."""
+        if self._waiting is None:
+            rows = self.outbox.range()
+            self._waiting = {(owner, row.operation, row.body) for (owner, _), row in rows}
+        return message in self._waiting
 
     def settle(self, record: Record[Any], now: float) -> list[tuple[str, int, str, bytes]]:
         """Write what `record` says besides its events. The same live and in replay.
@@ -192,6 +229,9 @@ class Delivery:
         for owner, name, body in record.sends:
             number = self._count(f"out:{owner}")
             self.outbox.put((owner, number), Message(name, body))
+            if self._waiting is not None:
+                self._waiting.add((owner, name, body))
+                self._waiting_changed = True
             sends.append((owner, number, name, body))
         return sends
 
@@ -205,14 +245,17 @@ class Delivery:
                 self.client_rows.put(client.key, client.row(now))
 
     def commit(self) -> None:
-        """The batch is on disk."""
+        """The batch is on disk, or had nothing to write."""
         self._touched.clear()
+        self._waiting_changed = False
 
     def undo(self) -> None:
-        """The batch was aborted: its clients come back from their rows as they were before it."""
+        """The batch was aborted: its clients are as they were before it."""
         for client in self._touched:
-            self._clients.pop((client.sender, client.instance), None)
+            client.undo()
         self._touched.clear()
+        if self._waiting_changed:
+            self._waiting, self._waiting_changed = None, False
 
     def overdue(self, now: float) -> list[Record[Any]]:
         """Return the records that keep the tables within their limits; called once a tick."""
@@ -254,8 +297,11 @@ class Delivery:
             self._count("evictions")
         elif record.operation == SENT:
             sent = self.outbox.range((record.sender,), (record.sender, record.number + 1))
-            for key in [key for key, _ in sent]:
+            for key, row in [*sent]:
                 self.outbox.delete(key)
+                if self._waiting is not None:
+                    self._waiting.discard((record.sender, row.operation, row.body))
+                    self._waiting_changed = True
         elif record.operation == PURGED:
             old = self.request_ages.range((0,), (record.number,))
             for key in [key for key, _ in islice(old, _PURGE_ROWS_MAX)]:

@@ -11,7 +11,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -19,7 +19,7 @@ from ksi.actors.owner import Sender
 from ksi.transport import wire
 from ksi.transport.errors import Busy, Expired, Forbidden, Internal, KsiError
 from ksi.transport.limits import WINDOW_BYTES_MAX, WINDOW_COMMANDS_MAX
-from ksi.transport.message import CATALOGUE, Message, encode, unknown
+from ksi.transport.message import CATALOGUE, Message, encode, not_taken
 from ksi.transport.wire import Kind
 
 STORE: Final = "supervisor"
@@ -131,13 +131,17 @@ class Desk:
         return client
 
     def _answer(
-        self, request: wire.Request, kind: str, sender: Sender | None, arrived_s: float
+        self,
+        request: wire.Request,
+        kind: Literal["command", "query"],
+        sender: Sender | None,
+        arrived_s: float,
     ) -> tuple[wire.Answer, bool]:
         """Return the answer to one request, and whether it is conclusive."""
         try:
             operation = self._operations.get(request.operation)
             if operation is None or operation.kind != kind:
-                raise unknown(request.operation, self._operations)
+                raise not_taken(request.operation, self._name, kind)
             if sender is None:
                 raise Forbidden("this key is not enrolled", hint="ksi agents enroll NAME")
             if sender.role not in operation.roles:

@@ -46,13 +46,18 @@ TURN_BATCHES: Final = 512  # Journal batches taken in one turn: keeps the heartb
 
 
 class LogFollower:
-    """Writes the logs of one owner: for sessions, a file a session."""
+    """Writes the logs of one owner: for sessions, a file a session.
+
+    Attributes:
+        seq: the owner's last sequence number that is in the files; 0 while that is not known.
+    """
 
     def __init__(self, owner: str, var: Path, logger: Any) -> None:
         self.reader: OwnerReader = reader_of(owner, var)
         self._writer = LogWriter(log_directory(var))
         self._cursor = Cursor(cursor_path(var, owner))
         self._log = logger
+        self.seq = 0
         self._synced_s = time.monotonic()
         self._unsynced = False
         self._checked: str | None = ""  # files up to this key are as committed; None: all are
@@ -63,22 +68,26 @@ class LogFollower:
         Raises:
             NotRunning: the owner has no store that can be read yet.
         """
-        store, committed = self.reader.position()
-        if store != self._cursor.store:
-            self._cursor.begin(store, self.reader.journal().start())
+        committed = self.reader.committed()
+        if committed.store != self._cursor.store:
+            self._cursor.begin(committed.store, self.reader.journal().start())
             self._checked = ""
-        stop = committed if stop is None else stop
+        stop = committed.position if stop is None else stop
         position = self._cursor.written
         if position >= stop:
+            if position == committed.position:
+                self.seq = committed.seq
             return False
+        seq = self.seq
         lines: dict[str, list[tuple[int, bytes]]] = {}
         for batch in islice(self.reader.journal().read(position, stop), TURN_BATCHES):
             for key, offset, content in self.reader.lines_of(batch):
                 lines.setdefault(key, []).append((offset, content))
-            position = batch.end
+            position, seq = batch.end, batch.first_seq + batch.records - 1
         for key, parts in lines.items():
             self._write(key, parts)
         self._cursor.advance(position)
+        self.seq = seq
         self._unsynced = True
         self._sync_if_due()
         return True
@@ -214,6 +223,7 @@ def run_files(var: str) -> None:
         busy = any([_try(logs.turn), _try(page.turn)])
         more = not busy and _try(logs.idle)
         stat.commits += busy
+        stat.journal_seq = logs.seq
         stat.end_turn(time.monotonic())
         if not more and not busy:
             for bell, _event in bells.poll(int(TICK_S * 1000)):
@@ -224,6 +234,7 @@ def run_files(var: str) -> None:
     stat.state = "draining"
     _try(page.turn)
     logs.close()
+    stat.journal_seq = logs.seq
     stat.end_turn(time.monotonic())
     logger.info("closed")
 

@@ -26,6 +26,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,10 +38,12 @@ from typing import Final
 from ksi.actors import log, preload
 from ksi.actors.child import ChildSpec
 from ksi.transport.errors import Invalid
+from ksi.transport.limits import SOCKET_PATH_BYTES_MAX
 
 EXEC_S_MAX: Final = 5.0  # From fork to a running program; more, and the machine is on its knees.
 EXIT_CODE_S_MAX: Final = 1.0  # The code follows the end of a child through the fork server.
 EXIT_NOT_RUN: Final = 127  # What shells say of a program that cannot be run.
+_SOCKET_NAME_BYTES: Final = 32  # The server's socket in the temporary directory: /pymp-…/listener-…
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -91,6 +94,9 @@ class ForkServer:
 
     def start(self) -> None:
         """Start the server if it does not run; it loads its modules while the caller goes on."""
+        temporary = os.fsencode(tempfile.gettempdir())
+        if len(temporary) + _SOCKET_NAME_BYTES > SOCKET_PATH_BYTES_MAX:
+            tempfile.tempdir = "/tmp"  # Of this process alone: what it starts keeps its TMPDIR.
         os.environ[preload.SUPERVISOR_PID] = str(os.getpid())
         os.environ[preload.MODULES] = self._modules
         try:

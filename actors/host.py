@@ -24,10 +24,10 @@ import pykka
 from ksi.actors.commit import CommitLoop, Work
 from ksi.actors.delivery import GOODBYE, Record
 from ksi.actors.outbox import Outbox
-from ksi.actors.owner import Sender
+from ksi.actors.owner import Announcement, Event, Sender
 from ksi.actors.reading import OwnerReader
 from ksi.actors.stat import StatWriter
-from ksi.actors.subscriptions import Deliveries, Subscriptions
+from ksi.actors.subscriptions import Deliveries, Run, Subscriptions
 from ksi.storage.store import Store
 from ksi.transport import wire
 from ksi.transport.errors import Busy, Draining, Forbidden, Internal, KsiError, TooLarge
@@ -42,7 +42,7 @@ from ksi.transport.limits import (
     WINDOW_COMMANDS_MAX,
 )
 from ksi.transport.mailbox import Letter, Mailbox, Post
-from ksi.transport.message import CATALOGUE, Role, unknown
+from ksi.transport.message import CATALOGUE, Role, not_taken
 from ksi.transport.wire import Kind
 
 EXIT_UNKNOWN_OUTCOME: Final = 74  # EX_IOERR: a sync or commit failed, recovery must decide
@@ -85,6 +85,9 @@ class Host(pykka.ThreadingActor):
         self._said: list[tuple[bytes, Kind, Any]] = []  # at once; sent when all is taken in
         self._came = self._done = 0  # commands
         self._ours: list[Record[Any]] = []
+        self._sent: list[
+            Record[Any]
+        ] = []  # may wait for a commit there is anyway: lost, they recur
         self._time_s = store.meta.time_s
         self._turned_s = self._ticked_s = self._probed_s = time.monotonic()
         self._draining = False
@@ -105,6 +108,8 @@ class Host(pykka.ThreadingActor):
             self._push(owner, number, row.operation, row.body, again=True)
         self._stat.state = "running"
         self._stat.store_id = self._store.id
+        self._stat.journal_seq = self._store.meta.seq
+        self._stat.end_turn(time.monotonic())  # Whoever asks is told so from now on.
         self._mailbox.timeout_s = TICK_S
 
     def on_receive(self, message: Any) -> None:
@@ -133,7 +138,7 @@ class Host(pykka.ThreadingActor):
         if self._said:
             said, self._said = self._said, []
             self._send_all(said)
-        self._ours += self._outbox.turn(started_s)
+        self._sent += self._outbox.turn(started_s)
         commands = self._next_batch()
         tick = started_s - self._ticked_s >= TICK_S
         if commands or self._ours or tick:
@@ -152,7 +157,7 @@ class Host(pykka.ThreadingActor):
     def _probe(self) -> None:
         """Find out who has left without a word: subscribers, and readers of the view."""
         for route in self._subscriptions.routes():
-            self._send(route, Kind.DELIVERIES, [])
+            self._send_runs(route, [])
         self._store.check_readers()
 
     def _take_in(self, letter: Letter) -> None:
@@ -267,24 +272,30 @@ class Host(pykka.ThreadingActor):
     def _carry_out(self, commands: Sequence[Work], started_s: float, tick: bool) -> None:
         if tick:
             self._ticked_s = started_s
-        ours, self._ours = self._ours, []
+        ours, self._ours, self._sent = [*self._sent, *self._ours], [], []
         now = round(time.time(), 6)
         self._stat.committing(started_s)
         outcome = self._loop.run(commands, ours, now, self._time_s, started_s, tick=tick)
         self._send_all(outcome.answers)
         if outcome.events:
             self._mailbox.ring()
-            if self._subscriptions:
-                told = [each for event in outcome.events for each in self._owner.announce(event)]
-                self._deliver(self._subscriptions.deliver(told))
+        if outcome.told and self._subscriptions:
+            self._deliver(self._subscriptions.deliver(self._announced(outcome.told)))
         if outcome.sends:
             for owner, number, operation, body in outcome.sends:
                 self._push(owner, number, operation, body)
-            self._ours += self._outbox.turn(started_s)
+            self._sent += self._outbox.turn(started_s)
         if commands:
             self._stat.commits += 1
             self._stat.commands += len(commands)
             self._stat.record(time.monotonic() - commands[0].arrived_s)
+
+    def _announced(self, told: Sequence[Event | Announcement]) -> Iterator[Announcement]:
+        for each in told:
+            if type(each) is Announcement:
+                yield each
+            else:
+                yield from self._owner.announce(each)
 
     def _answer(self) -> None:
         """Answer queries from one read transaction, after the commands that came before them.
@@ -316,8 +327,7 @@ class Host(pykka.ThreadingActor):
         try:
             declared = CATALOGUE.get(request.operation)
             if declared is None or declared.owner != self._owner.name or declared.kind != "query":
-                ours = [each.name for each in CATALOGUE.values() if each.owner == self._owner.name]
-                raise unknown(request.operation, ours)
+                raise not_taken(request.operation, self._owner.name, "query")
             if work.sender.role not in declared.roles:
                 raise Forbidden(f"{request.operation} is not for the role {work.sender.role}")
             query = declared.decode(request.body)
@@ -364,7 +374,20 @@ class Host(pykka.ThreadingActor):
             if self._mailbox.sender_of(self._subscriptions.key_of(route)) is None:
                 self._subscriptions.drop(route)  # Its key was removed.
             else:
-                self._send(route, Kind.DELIVERIES, items)
+                self._send_runs(route, items)
+
+    def _send_runs(self, route: bytes, runs: list[Run]) -> None:
+        frame = wire.encode_runs(self._store.id, self._loop.cut, runs)
+        if len(frame) > _REPLY_BYTES_MAX and len(runs) > 1:
+            half = len(runs) // 2
+            self._send_runs(route, runs[:half])
+            self._send_runs(route, runs[half:])
+        elif not self._mailbox.send(route, frame):
+            self._stat.replies_dropped += 1
+            if self._mailbox.gone:
+                self._subscriptions.drop(route)
+            else:
+                self._subscriptions.missed(route, runs)
 
     def _send_all(self, answers: Sequence[tuple[bytes, Kind, Any]]) -> None:
         """Send answers, those of one kind to one connection in one frame, in their order."""
@@ -386,8 +409,6 @@ class Host(pykka.ThreadingActor):
             self._stat.replies_dropped += 1  # What it missed it will ask for again.
             if self._mailbox.gone:
                 self._subscriptions.drop(route)
-            elif kind is Kind.DELIVERIES:
-                self._subscriptions.missed(route, items)
 
 
 def kind_of_answer(kind: Kind) -> Kind:

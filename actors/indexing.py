@@ -50,6 +50,7 @@ TURN_LINES: Final = 4096  # Taken in one turn, and in one transaction.
 PAGE_LOGS: Final = 500  # Session files looked up at once.
 FILES_WAIT_S: Final = 2.0  # How long building the index waits for files to be written, in all.
 TELL_S: Final = 0.2  # How often it says how far it is.
+LAST_S: Final = 0.3  # Spent on last lines: more may come as long as it looks, and will be found.
 CLOSE_S: Final = 3.0  # For the last lines at the end; a supervisor waits 5.
 RETRY_S: Final = 0.5  # After trouble that may pass; doubled each time ...
 RETRY_S_MAX: Final = 30.0  # ... up to this.
@@ -237,10 +238,11 @@ class IndexFollower:
         return False
 
     def close(self) -> None:
-        """Index what the files have, sync and close."""
+        """Index what the files have, or some of it if that is much, sync and close."""
         try:
             if self._writer is not None:
-                while self._source.feed(self._writer):
+                until_s = time.monotonic() + LAST_S
+                while self._source.feed(self._writer) and time.monotonic() < until_s:
                     pass
                 self._writer.close()
         except (KsiError, Outdated, OSError, sqlite3.Error) as error:

@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from ksi.actors import lock, log
 from ksi.transport.errors import Internal, Invalid, KsiError, from_wire
+from ksi.transport.remote import require_here
 
 if TYPE_CHECKING:
     from ksi.actors import config
     from ksi.actors.forkserver import ForkServer
     from ksi.actors.tree import Tree
+    from ksi.transport.identity import Directory, KeyRing
 
 Progress = Callable[[Mapping[str, Any]], None]
 
@@ -80,6 +82,8 @@ def start_background(
                 continue
             os.waitpid(pid, 0)
             if "error" in line:
+                for _ in lines:  # Until the supervisor has ended, and whoever starts again may.
+                    pass
                 import ksi.storage.errors  # noqa: F401 - so that its classes are known
 
                 raise from_wire(line["error"])
@@ -155,6 +159,7 @@ def main() -> NoReturn:
 def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
     from ksi.storage.format import check_format
 
+    require_here(var, "ksi start")
     os.umask(0o077)
     if (var / "FORMAT").exists():
         check_format(var)  # a newer one is not touched, not even its lock
@@ -204,26 +209,26 @@ def _supervise(
 
     from ksi.actors import reports
     from ksi.actors.supervisor import EXIT_DEFECT, NAME, Supervisor
-    from ksi.transport.identity import Address, Directory, KeyRing, endpoint, make_run_directory
+    from ksi.transport.identity import (
+        Directory,
+        KeyRing,
+        remove_run_directory,
+    )
     from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
-    from ksi.transport.message import CATALOGUE
 
-    run = make_run_directory(var)
+    run, in_use = _held_run_directory(var)
     reports.clear_exit(run)
     keys = KeyRing(var)
     certificate = keys.enroll(NAME, "owner")
-    names = [spec.name for spec in tree.specs(var, load().config) if spec.kind == "owner"]
-    publics = {name: keys.enroll(name, "owner").public for name in (NAME, *names)}
-    places = {name: Address(endpoint(var, name), key.decode()) for name, key in publics.items()}
-    commands = {each.name: each.owner for each in CATALOGUE.values() if each.kind == "command"}
-    queries = {each.name: each.owner for each in CATALOGUE.values() if each.kind == "query"}
+    directory = _directory(var, tree, load().config, keys)
     raise_file_limit()
     context = zmq.Context()
-    mailbox = Mailbox(context, places[NAME].endpoint, certificate, keys)
-    Directory(commands, queries, dict(tree.domains), places).write(var)
+    mailbox = Mailbox(context, directory.owners[NAME].endpoint, certificate, keys)
+    directory.write(var)
 
     def connect_to(name: str) -> Any:
-        return connect(context, places[name].endpoint, publics[name], certificate)
+        place = directory.owners[name]
+        return connect(context, place.endpoint, place.key.encode(), certificate)
 
     codes: list[int] = []
     Supervisor.start(
@@ -240,11 +245,68 @@ def _supervise(
     )
     context.term()
     Directory.remove(var)
+    if codes == [0]:  # Else it says why not.
+        remove_run_directory(var)
+    os.close(in_use)
     return codes[0] if codes else EXIT_DEFECT
 
 
+def _directory(var: Path, tree: Tree, settings: config.Config, keys: KeyRing) -> Directory:
+    """Return who owns what and where; enrols those who have no key.
+
+    Raises:
+        Conflict, Invalid: an owner could not listen where the settings say. Before anything runs:
+            it would end again and again.
+    """
+    from ksi.actors.supervisor import NAME
+    from ksi.transport.identity import Address, Directory, endpoint
+    from ksi.transport.mailbox import require_free
+    from ksi.transport.message import CATALOGUE
+
+    names = [spec.name for spec in tree.specs(var, settings) if spec.kind == "owner"]
+    publics = {name: keys.enroll(name, "owner").public for name in (NAME, *names)}
+    tcp = require_free(_tcp_endpoints(settings.transport, names))
+    return Directory(
+        commands={each.name: each.owner for each in CATALOGUE.values() if each.changes},
+        queries={each.name: each.owner for each in CATALOGUE.values() if not each.changes},
+        domains=dict(tree.domains),
+        owners={
+            name: Address(endpoint(var, name), key.decode(), tcp.get(name, ""))
+            for name, key in publics.items()
+        },
+    )
+
+
+def _held_run_directory(var: Path) -> tuple[Path, int]:
+    """Return the run directory and the descriptor that holds it; sweep where it is elsewhere."""
+    from ksi.transport.identity import (
+        hold_run_directory,
+        make_run_directory,
+        sweep_run_directories,
+    )
+
+    run = make_run_directory(var)
+    held = hold_run_directory(run)
+    if run.parent != var:
+        sweep_run_directories(run.parent)
+    return run, held
+
+
+def _tcp_endpoints(transport: config.TransportSection, owners: Sequence[str]) -> dict[str, str]:
+    """Return where owners listen for other machines. The supervisor does not."""
+    from ksi.transport.identity import tcp_endpoint
+
+    if not transport.tcp_host:
+        return {}
+    first = transport.tcp_port
+    return {name: tcp_endpoint(transport.tcp_host, first + n) for n, name in enumerate(owners)}
+
+
 def _told_to(descriptor: int) -> Progress:
-    """Return what writes lines to a pipe and closes it behind the last."""
+    """Return what writes lines to a pipe and closes it when all are ready.
+
+    Behind an error it stays open as long as this process lives: who reads it waits for that.
+    """
     os.set_inheritable(descriptor, False)
     pipe = os.fdopen(descriptor, "w")
 
@@ -254,7 +316,7 @@ def _told_to(descriptor: int) -> Progress:
         with contextlib.suppress(OSError):  # nobody reads any more: go on without
             pipe.write(json.dumps(line) + "\n")
             pipe.flush()
-        if "child" not in line:
+        if "ready" in line:
             with contextlib.suppress(OSError):
                 pipe.close()
 

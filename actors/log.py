@@ -14,6 +14,7 @@ needs no signal; a file over `LOG_BYTES_MAX` is moved to `<name>.1` by its proce
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 from collections.abc import MutableMapping
@@ -80,7 +81,7 @@ def configure(var: Path, process: str, level: Level = "info") -> Any:
 
     level_numbers = {"debug": 10, "info": 20, "warning": 30, "error": 40}
     return structlog.wrap_logger(
-        Lines(directory(var) / f"{process}.jsonl"),
+        _lines(directory(var) / f"{process}.jsonl"),
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
@@ -128,6 +129,12 @@ class Lines:
             self._fd = -1
         self._fd = _open_to_append(self._path)
         self._bytes = os.fstat(self._fd).st_size
+
+
+@functools.cache
+def _lines(path: Path) -> Lines:
+    """Return the one sink a process has for a file, however often it configures its logger."""
+    return Lines(path)
 
 
 def _open_to_append(path: Path) -> int:

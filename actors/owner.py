@@ -7,6 +7,7 @@ To read it, a *query* is answered from one committed state, by the owner or in a
 
     decide(command, sender, tables, given) -> Decision      reads tables, writes nothing
     apply(event, tables)                                    writes tables, live and in replay
+    relay(signal, sender, tables) -> Announcement           reads tables; nothing is kept
     answer(query, tables) -> reply                          reads tables, in any process
 
 Nothing here does I/O, knows the time or draws a random number: what a decision needs from outside
@@ -28,7 +29,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import msgspec
+
 from ksi.transport.errors import KsiError
+from ksi.transport.limits import CACHE_ROWS
 from ksi.transport.message import Command, Event, Message, Query, Reply, Role
 
 Row = TypeVar("Row")
@@ -128,40 +132,56 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """A command to another owner, sent after commit and effectively once."""
+    """A command to another owner, sent after commit and effectively once.
+
+    `unless_waiting`: left out while an equal one has not been answered. For what only says that
+    something is so now: the one that waits will say it later than this one would.
+    """
 
     owner: str
     operation: str
     command: Message
+    unless_waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens if this command is carried out: events in order, a reply, and messages."""
+    """What happens if this command is carried out: events in order, a reply, and messages.
+
+    With `tick` the owner's `Tick` follows in the same commit, after the rest of the batch: for what
+    is decided once for many commands, over what they have led to.
+    """
 
     events: tuple[Event, ...] = ()
     reply: Reply | None = None
     sends: tuple[Send, ...] = ()
+    tick: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Announcement:
-    """Something subscribers of `topic` are told once the event is on disk. May be lost by them."""
+class Announcement(msgspec.Struct, frozen=True, gc=False):
+    """Something subscribers of `topic` are told. May be lost by them, and they know how many.
+
+    Told of an event once that is on disk, of a signal at once, with the message as it came.
+    """
 
     topic: str
-    message: dict[str, Any]
+    message: dict[str, Any] | msgspec.Raw
     sender: str = ""
 
 
 class Tick(Command[None], frozen=True, kw_only=True):
-    """Time has passed. Sent by the host to its own owner, a few times a second."""
+    """Time has passed. Sent by the host to its own owner: a few times a second, and when asked."""
 
 
 class Keyed:
-    """The parts of a table's key: `Annotated[Table[Row], Keyed(str, int)]`. Default: one string."""
+    """The parts of a table's key: `Annotated[Table[Row], Keyed(str, int)]`. Default: one string.
 
-    def __init__(self, *parts: type) -> None:
+    `cache_rows` is how many decoded rows its writer keeps between batches: fewer of large ones.
+    """
+
+    def __init__(self, *parts: type, cache_rows: int = CACHE_ROWS) -> None:
         self.parts = parts
+        self.cache_rows = cache_rows
 
 
 class Tables:
@@ -196,6 +216,14 @@ class Owner(ABC, Generic[T]):
 
         It is answered from what that owner has committed, without a message, and may be out of
         date when it is used: the other owner has the last word, through a `Send`.
+        """
+        return None
+
+    def relay(self, signal: Any, sender: Sender, tables: T) -> Announcement | None:
+        """Return what subscribers are told of `signal`, or raise a refusal.
+
+        None: it concerns what is kept, and is to be decided like any command. Fields of it whose
+        values are left open are `msgspec.Raw`.
         """
         return None
 

@@ -40,8 +40,8 @@ def warm() -> None:
     """Work out what owners need of their types; the fork server does it once for all of them."""
     for owner in load_all().values():
         batch_decoder(owner.events)
-        for row, _keys in table_types(owner).values():
-            row_decoder(row)
+        for types in table_types(owner).values():
+            row_decoder(types[0])
 
 
 def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
@@ -80,7 +80,8 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
         place = Directory.read(root).owners[other]
         return connect(context, place.endpoint, place.key.encode(), certificate)
 
-    mailbox = Mailbox(context, endpoint(root, name), certificate, keys)
+    tcp = Directory.read(root).owners[name].tcp
+    mailbox = Mailbox(context, endpoint(root, name), certificate, keys, tcp=tcp or None)
     outbox = Outbox(store.id, to_owner, logger)
     logger.info("open", store=store.id, journal_seq=store.meta.seq)
     end = beside(root, logger) if beside is not None else None
@@ -120,7 +121,7 @@ def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, 
             loops.append(CommitLoop(owner, store, fresh_ids(), logger, facts))
         return loops[0].replay(batch.payload)
 
-    specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
+    specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
     store = Store.open(directory, specs, replay=replay)
     loop = loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger, facts)
     if store.meta.extra:

@@ -16,6 +16,7 @@ from ksi.actors.owners import load
 from ksi.storage.journal import Batch as StoredBatch
 from ksi.storage.journal import JournalReader, Position
 from ksi.storage.reader import Reader
+from ksi.storage.store import Meta
 from ksi.storage.tables import TableSpec
 from ksi.transport.errors import KsiError
 from ksi.transport.message import Query, Reply, operation_of
@@ -46,7 +47,7 @@ class OwnerReader:
     def __init__(self, owner: Owner[Any], var: Path) -> None:
         self.owner = owner
         self._decode = batch_decoder(owner.events)
-        specs = {name: TableSpec(row, key) for name, (row, key) in table_types(owner).items()}
+        specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
         self.reader = Reader(
             var / "db" / owner.name,
             specs,
@@ -91,10 +92,18 @@ class OwnerReader:
             )
         )
 
+    def committed(self) -> Meta:
+        """Return what the committed state says of itself: store, last number, place in the journal.
+
+        Raises:
+            NotRunning: the owner has no store yet.
+        """
+        return self.reader.read(lambda _tables, meta: meta)
+
     def position(self) -> tuple[str, Position]:
         """Return the id of the store in use and where its committed journal ends."""
-        store, position = self.reader.committed()
-        return store.name, position
+        meta = self.committed()
+        return meta.store, meta.position
 
     def journal(self) -> JournalReader:
         """Return a reader of the journal of the store in use."""

@@ -30,7 +30,7 @@ RATE_S: Final = 1.0  # A rate is counted over the last one to two of these.
 
 _COUNTERS: Final = (
     "mailbox", "mailbox_peak", "oldest_ms", "commands", "queries", "commits", "syncs",
-    "refusals", "internal_errors", "replies_dropped", "journal_seq", "db_bytes", "epoch",
+    "refusals", "internal_errors", "replies_dropped", "journal_seq", "epoch",
 )  # fmt: skip
 _counters_of: Final = operator.attrgetter(*_COUNTERS)
 
@@ -65,6 +65,7 @@ class Stat:
         oldest_ms: how long the oldest of them waits.
         commands_per_s: over the last one to two seconds of its life.
         p99_ms: of the latest `LATENCIES_MAX` recorded latencies, 0.0 without any.
+        journal_seq: the last number an owner has committed, or a follower has taken up.
         epoch: how often this owner has been started.
     """
 
@@ -84,7 +85,6 @@ class Stat:
     internal_errors: int
     replies_dropped: int
     journal_seq: int
-    db_bytes: int
     epoch: int
     commands_per_s: float
     p99_ms: float
@@ -117,7 +117,7 @@ class StatWriter:
         self.mailbox = self.mailbox_peak = self.oldest_ms = 0
         self.commands = self.queries = self.commits = self.syncs = 0
         self.refusals = self.internal_errors = self.replies_dropped = 0
-        self.journal_seq = self.db_bytes = 0
+        self.journal_seq = 0
         self.epoch = epoch
         self.state = "starting"
         self.store_id = ""

@@ -505,6 +505,14 @@ class Supervisor(pykka.ThreadingActor):
             self._report(known)  # whoever asks does not know
             text = f"{message.name} is {known.state} already"
             raise Conflict(text, state=known.state, pid=known.pid)
+        try:
+            return self._begin_agent(message, known)
+        except (KsiError, OSError) as error:  # Whoever asked for it waits for news of it.
+            why = error.text if isinstance(error, KsiError) else f"not started: {error}"
+            self._tell(message.name, "failed", exit=why)
+            raise
+
+    def _begin_agent(self, message: StartChild, known: Child | None) -> ChildStatus:
         if any(child.name == message.name for child in self._own):
             raise Conflict(f"{message.name} is the name of an owner", hint="choose another name")
         if known is None and len(self._agents) >= AGENTS_MAX:
@@ -520,11 +528,7 @@ class Supervisor(pykka.ThreadingActor):
             identity=message.identity,
         )
         child = Child(spec)
-        try:
-            self._spawn(child)
-        except KsiError as error:
-            self._tell(child.name, "failed", exit=error.text)
-            raise
+        self._spawn(child)
         self._agents[message.name] = child
         return child.status()
 

@@ -64,4 +64,4 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
         start_s=start_s,
         shutdown_s=shutdown_s,
     )
-    return (*owners, files)
+    return (files, *owners)  # Stopped last, it writes all that the owners still accept.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -13,6 +14,7 @@ from ksi.console.options import DURATION, Failed, Options, confirm, group
 from ksi.console.show import duration, show_json, show_table
 from ksi.transport.errors import Forbidden, Invalid, NotFound, Unavailable
 from ksi.transport.limits import ASK_TIMEOUT_S, ID_PATTERN
+from ksi.transport.remote import require_here
 
 LOOK_S: Final = 0.01  # How often it is looked whether a spawned program runs.
 
@@ -38,7 +40,7 @@ def list_agents(options: Options, include_gone: bool = False, limit: int = 100) 
     """List agents in the order of their names. Sends no message."""
     from ksi.console.reads import Reads
 
-    pages = Reads(options.var).pages("registry", "agent:list", "agents", limit)
+    pages = Reads(options.var, options.identity).pages("registry", "agent:list", "agents", limit)
     found, more = pages(include_gone=include_gone)
     if options.json:
         show_json("agents", {"agents": found, "more": more})
@@ -112,7 +114,7 @@ def _wait_for_program(options: Options, name: str, deadline_s: float) -> dict[st
     """Return what the registry says of an agent that was just spawned, once it has started."""
     from ksi.console.reads import Reads
 
-    read = Reads(options.var)
+    read = Reads(options.var, options.identity)
     while time.monotonic() < deadline_s:
         agent = read("registry", "agent:info", agent_id=name)
         if agent["status"] == "failed":
@@ -174,25 +176,48 @@ def keys(options: Options) -> None:
     help="What it may do. The role of an enrolled name stays.",
 )
 @click.option("--renew", is_flag=True, help="Revoke its key, if it has one, and make another.")
+@click.option(
+    "--to",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Make DIR, to carry to another machine and to use there as --var or KSI_VAR.",
+)
+@click.option(
+    "--host", default="", help="What the other machine calls this one. [transport.tcp_host]"
+)
 @click.pass_obj
-def enroll(options: Options, name: str, role: Any, renew: bool) -> None:
-    """Enrol NAME and print where its key is, to carry to another machine.
+def enroll(options: Options, name: str, role: Any, renew: bool, to: Path | None, host: str) -> None:
+    """Enrol NAME and print where its key is.
 
-    On this machine agents enrol themselves. A name that was revoked gets a new key.
+    On this machine agents enrol themselves. A name that was revoked gets a new key. For another
+    machine `--to` puts the key of NAME, and where to find this system, into a directory.
     """
-    from ksi.transport.identity import KeyRing
+    from ksi.transport.identity import Directory, KeyRing
 
+    require_here(options.var, "ksi agents enroll")
     _require_ours(name)
+    if host and to is None:
+        raise click.UsageError("--host says where to find this system: it needs --to DIR")
+    if to is not None:
+        Directory.read(options.var).carry(to, host)  # first: it may refuse
     ring = KeyRing(options.var)
     if renew or name not in ring.names():
         ring.forget(name)  # what is left of a revoked one would be in the way
     made = ring.enroll(name, role)
+    if to is not None:
+        ring = KeyRing(to)
+        ring.carry(made)
     secret = ring.directory / f"{name}.key_secret"
     if options.json:
         fields = {"name": made.name, "role": made.role, "public": made.public.decode()}
-        show_json("agents.enroll", {**fields, "key_file": str(secret.absolute())})
+        carried = None if to is None else str(to.absolute())
+        show_json(
+            "agents.enroll", {**fields, "key_file": str(secret.absolute()), "directory": carried}
+        )
     else:
         print(f"{made.name} is enrolled as {made.role}; its key: {secret}")
+        if to is not None:
+            print(f"carry {to} to the other machine and use it there as --var or KSI_VAR")
 
 
 @agents.command("remove")
@@ -203,6 +228,7 @@ def remove(options: Options, name: str, yes: bool) -> None:
     """Revoke the key of NAME, also for connections that are up."""
     from ksi.transport.identity import KeyRing
 
+    require_here(options.var, "ksi agents remove")
     _require_ours(name)
     ring = KeyRing(options.var)
     if name not in ring.names():

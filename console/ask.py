@@ -25,7 +25,7 @@ def print_reply(options: Options, name: str, reply: dict[str, Any]) -> None:
         print_json(reply)
 
 
-@group("ask", cls=Operations, call=_ask, kinds=("command", "query"))
+@group("ask", cls=Operations, call=_ask, kinds=("command", "signal", "query"))
 def ask() -> None:
     """Ask an operation and print its reply.
 

@@ -8,6 +8,7 @@ import click
 
 from ksi.console.options import Options, command
 from ksi.console.show import show_json, show_table
+from ksi.transport.remote import require_here
 
 
 @command("config")
@@ -32,6 +33,7 @@ def config(options: Options, origin: bool, defaults: bool, path: Path | None) ->
         else:
             print(text, end="")
         return
+    require_here(options.var, "ksi config")
     loaded = settings.load(options.var, path=path)
     values = settings.shown(loaded.config)
     if options.json:

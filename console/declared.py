@@ -164,7 +164,7 @@ def _is_optional(declared: shape.Type) -> bool:
 
 def refusals(operation: Operation) -> dict[str, str]:
     """Return the codes an operation may answer with, each with what it means."""
-    commands = ALWAYS_COMMANDS if operation.kind == "command" else ()
+    commands = ALWAYS_COMMANDS if operation.changes else ()
     known = dict.fromkeys([*operation.refuses, *ALWAYS, *commands])
     return {each.code: (each.__doc__ or "").strip().splitlines()[0] for each in known}
 

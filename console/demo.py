@@ -1,8 +1,9 @@
 """`ksi demo`: the main job of KSI on real work, with an owner killed in the middle of it.
 
 Four agent processes hold a conversation in sessions of a system of their own, in a temporary
-directory. When half of it has been said, the owner of the sessions is killed with -9. Then what was
-promised is proven from what the agents were told and what is on disk.
+directory; they call each other over the bus and share a queue of requests that two workers answer.
+A worker is killed with -9 over a request, and when half has been said the owner of the sessions.
+Then what was promised is proven from what the agents were told and what is on disk.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
     from ksi.console.demo_agent import Acked
     from ksi.console.demo_play import Play, Scene
     from ksi.console.demo_proof import Proof, Stored
+    from ksi.console.demo_stage import Cast
     from ksi.transport import Client
     from ksi.transport.errors import KsiError
 
 FILES_S_MAX: Final = 1.0  # The promise: a session file has an entry this long after its reply.
 SILENT_S: Final = 0.2  # How long the stopped owner is asked in vain.
 GONE_S_MAX: Final = 5.0
+INDEX_S_MAX: Final = 10.0
 LOOK_S: Final = 0.005
 
 
@@ -54,8 +58,9 @@ Examples:
 def demo(options: Options, logs: Path | None) -> int:
     """Show what KSI does, on a system of its own, and prove what it promises.
 
-    Four agent processes talk in sessions, an owner is killed with -9 in the middle, and everything
-    acknowledged must be there, once and in order. It takes some seconds, uses a temporary
+    Four agent processes talk in sessions, over the bus and through the completion queue. A worker
+    and an owner are killed with -9 in the middle, and everything acknowledged must be there, once
+    and in order, also in the index. It takes some seconds, uses a temporary
     directory and leaves nothing behind. Exit codes: 0 all proven, 1 something was not.
     """
     from ksi.console import demo_stage as stage
@@ -86,14 +91,19 @@ def _perform(options: Options, var: Path, play: Play) -> tuple[list[Proof], dict
     from ksi.transport import Client
 
     with stage.system(var) as started, Client("watcher", var=var) as watcher:
-        with stage.cast(var, play) as players:
+        watcher.ask("session:create", session_id=play.desk, title="the desk", admission="open")
+        with stage.workers(var) as workers, stage.cast(var, play) as players:
+            missed = _kill_a_worker(watcher, workers, players)
             players.wait_until("the middle", lambda: 2 * _said(watcher, play) >= play.turns)
             killed_s, recovered_s = _kill(var, watcher, play.scenes[0])
             status = _status(options, var)
-            acked = players.finish()
+            acked, told = players.finish()
         stage.say(f"the play is over: {len(acked)} entries were acknowledged to four processes")
-        late_s = _await_files(log_directory(var), acked)
-        files = prove.stored(log_directory(var))
+        asked = 2 * sum(len(each.outcomes) for each in told)
+        late_s = _await_files(log_directory(var), acked, {play.desk: asked})
+        everything = prove.stored(log_directory(var))
+        report = _verify_index(var, watcher, everything)
+        files = {name: lines for name, lines in everything.items() if name != play.desk}
         proofs = [
             prove.all_stored(acked, files),
             prove.exactly_once(acked, files),
@@ -101,6 +111,9 @@ def _perform(options: Options, var: Path, play: Play) -> tuple[list[Proof], dict
             prove.survived(acked, killed_s, recovered_s),
             *_one_writer(var, play),
             _read_while_stopped(var, watcher, play, files),
+            prove.heard(play, told),
+            prove.answered(told, everything.get(play.desk, ()), missed),
+            prove.indexed(report, everything),
         ]
         ends = _ends_of(started["pid"])
     proofs.append(_gone(ends))
@@ -112,6 +125,8 @@ def _perform(options: Options, var: Path, play: Play) -> tuple[list[Proof], dict
         "start_s": started["seconds"],
         "acknowledged": len(acked),
         "stored": sum(map(len, files.values())),
+        "answered": asked // 2,
+        "indexed": report["rows"],
         "recover_ms": round(recovered_s * 1000, 1),
         "files_late_ms": round(late_s * 1000, 1),
         "status": status,
@@ -149,6 +164,40 @@ def _kill(var: Path, watcher: Client, scene: Scene) -> tuple[float, float]:
     return killed_s, recovered_s
 
 
+def _kill_a_worker(
+    watcher: Client, workers: dict[str, subprocess.Popen[bytes]], players: Cast
+) -> str:
+    """Kill a worker over what it is just answering; return the id of that request."""
+    from ksi.console import demo_stage as stage
+
+    active: list[dict[str, Any]] = []
+
+    def holds() -> bool:
+        active[:] = watcher.read("completion:list", status="active")["requests"]
+        return bool(active)
+
+    players.wait_until("a request that is worked on", holds)
+    held = active[0]
+    workers[held["worker"]].kill()
+    stage.say(f"kill -9 of the worker {held['worker']}, which answers {held['request_id']}")
+    request_id: str = held["request_id"]
+    return request_id
+
+
+def _verify_index(var: Path, watcher: Client, files: Stored) -> Mapping[str, Any]:
+    """Compare the index with the files, once it has come as far; return what was found."""
+    from ksi.actors.indexed import Verification
+
+    lines = sum(map(len, files.values()))
+    until_s = time.monotonic() + INDEX_S_MAX
+    while watcher.read("index:status")["rows"] < lines and time.monotonic() < until_s:
+        time.sleep(LOOK_S)
+    verification = Verification(var)
+    while verification.turn():
+        pass
+    return verification.report()
+
+
 def _status(options: Options, var: Path) -> Any:
     """Show what `ksi status` says, as anybody would see it; with `--json`, return it."""
     words = [sys.executable, "-P", "-m", "ksi.console.main", "status", "--var", str(var)]
@@ -161,9 +210,12 @@ def _status(options: Options, var: Path) -> Any:
     return None
 
 
-def _await_files(directory: Path, acked: list[Acked]) -> float:
-    """Wait for the session files, at most as long as promised; return how long it was."""
-    last = {each.session_id: each.seq for each in acked}
+def _await_files(directory: Path, acked: list[Acked], more: Mapping[str, int]) -> float:
+    """Wait for the session files, at most as long as promised; return how long it was.
+
+    `more`: lines that other sessions must have.
+    """
+    last = {each.session_id: each.seq for each in acked} | dict(more)
     begun_s = time.monotonic()
     while time.monotonic() - begun_s < FILES_S_MAX:
         lines = {path.stem: path.read_bytes().count(b"\n") for path in directory.glob("*.jsonl")}

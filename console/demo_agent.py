@@ -1,8 +1,10 @@
 """One agent of `ksi demo`, a process of its own: it waits for its turns and says them.
 
 It registers, waits for its peers, and knows whose turn it is by reading the session in place; no
-message asks for that. Between its turns it fills a session of notes. What was acknowledged it
-writes down, entry by entry: the proof compares that with the files.
+message asks for that. What it has said it calls out over the bus, and counts what the others call.
+It queues requests on a session that all share, the desk, and waits for their outcomes at the end.
+Between its turns it fills a session of notes. What was acknowledged it writes down, entry by entry:
+the proof compares that with the files.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -17,11 +20,15 @@ import msgspec
 
 from ksi.console.demo_play import AGENTS, Play, Scene
 from ksi.transport import Client
+from ksi.transport.client import Subscription
 from ksi.transport.errors import NotFound
 
 ASK_S: Final = 20.0  # Longer than any restart: what is asked here must be answered.
 NOTE_PAUSE_S: Final = 0.001  # Four agents that never rest would measure each other.
 LOOK_S: Final = 0.005
+SAID: Final = "demo.said"  # the topic under which they call out what they have said
+REQUESTS: Final = 4  # that each queues at the desk
+REQUEST_S: Final = 0.05  # what it takes to answer one
 
 
 class Acked(msgspec.Struct, frozen=True, array_like=True):
@@ -36,6 +43,21 @@ class Acked(msgspec.Struct, frozen=True, array_like=True):
     acked_s: float
 
 
+class Told(msgspec.Struct, frozen=True):
+    """What one agent was told by others: over the bus, and by those who answer at the desk.
+
+    Attributes:
+        heard, missed: turns that were called out, and of how many it was only told the number.
+        prompts: what it asked at the desk, by the id of the request.
+        outcomes: what became of it, as `completion:status` says.
+    """
+
+    heard: int
+    missed: int
+    prompts: dict[str, str]
+    outcomes: list[dict[str, Any]]
+
+
 class Agent:
     """Plays the part of one name."""
 
@@ -46,10 +68,18 @@ class Agent:
         self._notes = play.notes[client.name]
         self._noted = 0
 
-    def run(self) -> None:
+    def run(self) -> Told:
         """Play until the last turn of the last scene has been said, by whomever."""
+        with self._client.subscribe(SAID) as calls:
+            self._meet()
+            prompts = self._queue()
+            self._play_all()
+            heard, missed = self._count_calls(calls)
+        outcomes = [self._client.outcome(each, timeout_s=ASK_S) for each in prompts]
+        return Told(heard, missed, prompts, outcomes)
+
+    def _play_all(self) -> None:
         parent = os.getppid()
-        self._meet()
         self._client.ask("session:create", session_id=self._notes, admission="closed")
         for scene in self._play.scenes:
             said, seen_s = -1, 0.0
@@ -75,6 +105,33 @@ class Agent:
             found = len(peers["agents"])
             time.sleep(LOOK_S)
 
+    def _queue(self) -> dict[str, str]:
+        """Queue requests at the desk; return what they ask, by their ids."""
+        me = self._client.name
+        prompts = {f"{me}_{n}": f"{me} asks for the {n}. time" for n in range(1, REQUESTS + 1)}
+        for request_id, prompt in prompts.items():
+            self._client.ask(
+                "completion:async",
+                session_id=self._play.desk,
+                request_id=request_id,
+                prompt=prompt,
+                requires="echo",
+                options={"delay_s": REQUEST_S},
+                timeout_s=ASK_S,
+            )
+        return prompts
+
+    def _count_calls(self, calls: Subscription) -> tuple[int, int]:
+        """Return how many turns were called out, and of how many only the number came."""
+        heard = missed = 0
+        until_s = time.monotonic() + ASK_S
+        while heard + missed < self._play.turns and (left_s := until_s - time.monotonic()) > 0:
+            with suppress(TimeoutError):
+                call = calls.next(left_s)
+                heard += call.topic == SAID
+                missed += call.gap
+        return heard, missed
+
     def _count(self, scene: Scene) -> int:
         """Return how many turns of a scene have been said."""
         try:
@@ -96,6 +153,8 @@ class Agent:
                     timeout_s=ASK_S,
                 )
         self._ask(verb, scene.session_id, turn.event, turn.data, turn.correlation_id)
+        call = {"scene": scene.title, "number": number + 1}
+        self._client.tell("message:publish", topic=SAID, message=call)
 
     def _note(self) -> None:
         self._noted += 1
@@ -114,10 +173,12 @@ class Agent:
 
 
 def main() -> None:
-    """Be the agent `argv[1]` on the var directory `argv[2]`: play `argv[3]`, note in `argv[4]`."""
-    name, var, play, out = sys.argv[1:]
+    """Be the agent `argv[1]` on the var directory `argv[2]`: play `argv[3]`, note in `argv[4]`
+    what was acknowledged, and in `argv[5]` what was told."""
+    name, var, play, out, told = sys.argv[1:]
     with Client(name, var=var) as client, open(out, "wb") as file:
-        Agent(client, msgspec.json.decode(Path(play).read_bytes(), type=Play), file).run()
+        agent = Agent(client, msgspec.json.decode(Path(play).read_bytes(), type=Play), file)
+        Path(told).write_bytes(msgspec.json.encode(agent.run()))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ class Play(msgspec.Struct, frozen=True, kw_only=True):
     scenes: list[Scene]
     pace_s: float
     notes: dict[str, str]
+    desk: str
     skipped: int = 0
 
     @property
@@ -109,7 +110,8 @@ def from_logs(directory: Path) -> Play:
 def _play(scenes: list[Scene], skipped: int) -> Play:
     pace_s = min(PACE_S_MAX, PLAY_S / sum(len(scene.turns) for scene in scenes))
     notes = {agent: f"notes_{agent}_{uuid.uuid4()}" for agent in AGENTS}
-    return Play(scenes=scenes, pace_s=pace_s, notes=notes, skipped=skipped)
+    desk = f"desk_{uuid.uuid4()}"
+    return Play(scenes=scenes, pace_s=pace_s, notes=notes, desk=desk, skipped=skipped)
 
 
 def _scene(title: str, turns: list[Turn]) -> Scene:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ksi.console.demo_agent import Acked
+from ksi.console.demo_agent import Acked, Told
 from ksi.console.demo_play import Play, entries
 
 Stored = Mapping[str, Sequence[Mapping[str, Any]]]  # the lines of each session file, in order
@@ -84,6 +85,66 @@ def order_kept(play: Play, acked: Iterable[Acked], files: Stored) -> Proof:
             wrong.append(name)
     seen = f"{play.turns} turns in {len(play.scenes)} sessions as they were played"
     return Proof("order kept", not wrong, _with(seen, wrong))
+
+
+def heard(play: Play, told: Iterable[Told]) -> Proof:
+    """Every turn that was called out over the bus reached everybody, or was counted as missed."""
+    heard, missed, expected = 0, 0, 0
+    for each in told:
+        heard += each.heard
+        missed += each.missed
+        expected += play.turns
+    seen = f"{heard} of {expected} messages heard, {missed} known to be missed"
+    return Proof("the bus loses nothing silently", heard + missed == expected and heard > 0, seen)
+
+
+def answered(told: Iterable[Told], desk: Sequence[Mapping[str, Any]], missed: str) -> Proof:
+    """One request at a time, each answered once: also the one whose worker was killed over it.
+
+    Args:
+        desk: the lines of the file of the session where they were queued.
+        missed: the id of the request that the killed worker held.
+    """
+    outcomes, wrong = [], []
+    for each in told:
+        outcomes += each.outcomes
+        wrong += [
+            f"the answer to {outcome['request_id']}"
+            for outcome in each.outcomes
+            if (outcome["result"] or {}).get("response") != each.prompts[outcome["request_id"]]
+        ]
+    outcomes.sort(key=lambda outcome: outcome["granted_at"] or 0.0)
+    wrong += [
+        f"{before['request_id']} and {after['request_id']} ran at once"
+        for before, after in pairwise(outcomes)
+        if after["granted_at"] < before["finished_at"]
+    ]
+    lines = Counter((line["event"], line["correlation_id"]) for line in desk)
+    for outcome in outcomes:
+        for event in ("completion:request", "completion:result"):
+            if lines[event, outcome["request_id"]] != 1:
+                wrong.append(f"the {event} of {outcome['request_id']} in the file")
+    again = [outcome for outcome in outcomes if outcome["request_id"] == missed]
+    if not again or again[0]["attempt"] < 2:
+        wrong.append(f"{missed} after its worker was killed")
+    seen = (
+        f"{len(outcomes)} requests on one session, one at a time, each with one result; "
+        f"{missed} lost its worker (kill -9) and was answered by another"
+    )
+    return Proof(
+        "nothing is asked twice",
+        not wrong and len(desk) == 2 * len(outcomes) > 0,
+        _with(seen, wrong),
+    )
+
+
+def indexed(report: Mapping[str, Any], files: Stored) -> Proof:
+    """Every line has its row, and every row leads to its line."""
+    lines = sum(map(len, files.values()))
+    seen = f"{report['rows']} rows for {lines} lines, {report['differences']} differences"
+    return Proof(
+        "the index is the files", report["rows"] == lines > 0 and not report["differences"], seen
+    )
 
 
 def survived(acked: Sequence[Acked], killed_s: float, recovered_s: float) -> Proof:

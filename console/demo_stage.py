@@ -22,7 +22,7 @@ import msgspec
 from ksi.actors.launch import start_background
 from ksi.actors.lock import holder
 from ksi.actors.reports import read_children
-from ksi.console.demo_agent import Acked
+from ksi.console.demo_agent import Acked, Told
 from ksi.console.demo_play import AGENTS, Play
 from ksi.console.options import Options
 from ksi.console.stop import stop_and_wait
@@ -33,6 +33,8 @@ PLAY_S_MAX: Final = 60.0  # A play that takes longer has stuck.
 STOP_S_MAX: Final = 10.0
 STARTING_S_MAX: Final = 1.0  # A supervisor that was begun holds its lock by then.
 LOOK_S: Final = 0.005
+WORKERS: Final = ("echo-1", "echo-2")
+WORKER_LEASE: Final = "1s"  # One that is killed is missed after this.
 
 
 def say(text: str) -> None:
@@ -120,13 +122,16 @@ class Cast:
         program = (sys.executable, "-P", "-m", "ksi.console.demo_agent")
         with (self._place / f"{name}.err").open("wb") as errors:
             self._processes[name] = subprocess.Popen(
-                [*program, name, str(var), str(script), str(self._place / f"{name}.acked")],
+                [*program, name, str(var), str(script), *map(str, self._notes(name))],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 start_new_session=True,  # Ctrl-C is for us: we end them
             )
         return self._processes[name]
+
+    def _notes(self, name: str) -> tuple[Path, Path]:
+        return self._place / f"{name}.acked", self._place / f"{name}.told"
 
     def words(self) -> str:
         """Return who is who."""
@@ -148,14 +153,15 @@ class Cast:
                 raise failed(f"{what} has not come in {PLAY_S_MAX:g} s")
             time.sleep(LOOK_S)
 
-    def finish(self) -> list[Acked]:
-        """Wait for the end of the play; return what was acknowledged, in the order it was."""
+    def finish(self) -> tuple[list[Acked], list[Told]]:
+        """Wait for the end; return what was acknowledged, in the order it was, and was told."""
         processes = self._processes.values()
         self.wait_until("the end", lambda: all(each.poll() == 0 for each in processes))
         decode = msgspec.json.Decoder(Acked).decode
-        notes = [(self._place / f"{name}.acked").read_bytes() for name in self._processes]
-        acked = [decode(line) for each in notes for line in each.splitlines()]
-        return sorted(acked, key=lambda each: each.acked_s)
+        notes = [self._notes(name) for name in self._processes]
+        acked = [decode(line) for each, _ in notes for line in each.read_bytes().splitlines()]
+        told = [msgspec.json.decode(each.read_bytes(), type=Told) for _, each in notes]
+        return sorted(acked, key=lambda each: each.acked_s), told
 
 
 @contextmanager
@@ -171,3 +177,27 @@ def cast(var: Path, play: Play) -> Iterator[Cast]:
             undo.callback(process.kill)
         say(f"four agent processes play {play.turns} turns: {players.words()}")
         yield players
+
+
+@contextmanager
+def workers(var: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """Start those who answer at the desk, by their names; none is left in the end."""
+    program = (sys.executable, "-P", "-m", "ksi.console.main", "worker", "--var", str(var))
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    with ExitStack() as undo:
+        for name in WORKERS:
+            running[name] = process = subprocess.Popen(
+                [*program, "--as", name, "--provider", "echo", "--lease", WORKER_LEASE],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            undo.callback(process.wait)
+            undo.callback(process.kill)
+        yield running
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_S_MAX)

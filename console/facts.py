@@ -7,12 +7,13 @@ here waits for another process, writes, or makes a directory.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from msgspec.structs import replace
 
@@ -31,10 +32,15 @@ STARTING_S_MAX: Final = 5.0  # A start that takes longer is worth a sentence.
 MAILBOX_PART_MAX: Final = 0.5  # A mailbox fuller than this will refuse soon.
 FREE_TIMES: Final = 4  # Disk space is a problem at this many times the limit that refuses work.
 
-# What is counted: the owner, the table, and the table of those in it that no longer count.
-COUNTED: Final = {
-    "sessions": ("sessions", "sessions", None),
-    "agents": ("registry", "agents", "gone"),
+# What is counted, by owner: the table, and the table of those in it that no longer count.
+COUNTED: Final[Mapping[str, Mapping[str, tuple[str, str | None]]]] = {
+    "sessions": {"sessions": ("sessions", None)},
+    "registry": {"agents": ("agents", "gone")},
+    "completion": {
+        "waiting": ("queue", None),
+        "active": ("grants", None),
+        "workers": ("workers", None),
+    },
 }
 
 
@@ -82,6 +88,7 @@ class System:
     stopping: bool
     gave_up: str | None  # why the last supervisor ended, if it said so
     children: tuple[Child, ...]
+    tcp: Mapping[str, str]  # owner to where it listens for other machines
     counts: Mapping[str, int | None]
     unreadable: Mapping[str, str]  # owner to why its state cannot be read
     free_bytes: int
@@ -144,6 +151,7 @@ def look(var: Path) -> System:
         frozen=held_by is not None and _is_frozen(_process_state(held_by.pid)),
         stopping=is_current and said is not None and said.stopping,
         gave_up=_why_ended(said, ended),
+        tcp=_tcp(run),
         children=tuple(_child(var, run, each, is_current) for each in listed),
         counts=counts,
         unreadable=unreadable,
@@ -233,23 +241,23 @@ def _problems_of(child: Child, ksi: str) -> list[str]:
 
 def _counts(var: Path) -> tuple[dict[str, int | None], dict[str, str]]:
     """Return how many there are of what is counted, and why some could not be read."""
-    from ksi.actors.reading import reader_of
+    from ksi.actors.counting import count_rows
 
     counts: dict[str, int | None] = {}
     unreadable: dict[str, str] = {}
-    for what, (owner, table, less) in COUNTED.items():
-        counts[what] = None
+    for owner, counted in COUNTED.items():
+        counts |= dict.fromkeys(counted)
         if not (var / "db" / owner / "CURRENT").exists():
             continue
+        tables = {name for names in counted.values() for name in names if name}
         try:
-            counts[what] = reader_of(owner, var).reader.read(_count_of(table, less))
+            rows = count_rows(var, owner, tables)
         except Exception as error:  # whatever it is, the rest is still worth knowing
             unreadable[owner] = str(error)
+            continue
+        for what, (table, less) in counted.items():
+            counts[what] = rows[table] - (rows[less] if less else 0)
     return counts, unreadable
-
-
-def _count_of(table: str, less: str | None) -> Callable[[Any, Any], int]:
-    return lambda tables, _meta: tables[table].count() - (tables[less].count() if less else 0)
 
 
 def _run_directory(var: Path) -> Path:
@@ -262,6 +270,15 @@ def _run_directory(var: Path) -> Path:
         return run_directory(var)
     except KsiError:
         return usual
+
+
+def _tcp(run: Path) -> dict[str, str]:
+    """Return where owners listen for other machines."""
+    try:  # Not by way of `Directory`, which loads ZeroMQ.
+        places = json.loads((run / "endpoints.json").read_bytes())["owners"]
+        return {name: place["tcp"] for name, place in places.items() if place.get("tcp")}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def _process_state(pid: int) -> str:

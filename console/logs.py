@@ -16,6 +16,7 @@ import click
 from ksi.console.options import DURATION, Options, command
 from ksi.console.show import print_json, show_json
 from ksi.transport.errors import NotFound, NotRunning
+from ksi.transport.remote import require_here
 
 FOLLOW_S: Final = 0.2  # How often `-f` looks for more: unnoticed by a person, free for a machine.
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
@@ -47,6 +48,7 @@ def logs(
 
     With `--json` and `-f`, one JSON object a line.
     """
+    require_here(options.var, "ksi logs")
     if output:
         _show_output(options, name)
         return

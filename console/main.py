@@ -22,8 +22,8 @@ from ksi.transport.errors import KsiError
 
 SUBCOMMANDS: Final = (
     "start", "stop", "restart", "status", "ps", "logs",
-    "ask", "read", "send", "discover", "help",
-    "agents", "sessions", "index",
+    "ask", "read", "send", "subscribe", "discover", "help",
+    "agents", "sessions", "queue", "worker", "index",
     "config", "completion", "demo", "version",
 )  # fmt: skip
 ALIASES: Final = {"agent": "agents", "session": "sessions"}

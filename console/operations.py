@@ -52,7 +52,7 @@ class Operations(Group):
     def unknown(self, ctx: click.Context, name: str) -> Exception:
         found = catalogue().get(name)
         if found is not None:
-            instead = "ask" if found.kind == "command" else "read"
+            instead = "ask" if found.changes else "read"
             text = f"{name} is a {found.kind}: use ksi {instead} {name}"
             return click.UsageError(text, ctx)
         return unknown(name, self.list_commands(ctx))

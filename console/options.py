@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from ksi.transport.errors import NotRunning
+from ksi.transport.remote import is_remote
 
 if TYPE_CHECKING:
     from ksi.transport.client import Client
@@ -45,20 +46,25 @@ class Options:
     def client(self) -> Client:
         """Return a client of this identity; the role of the default one is operator.
 
+        From another machine the default is the only name whose key was carried there.
+
         Raises:
             NotRunning: nothing has ever run on this var.
         """
         from ksi.transport.client import Client
 
-        if self.identity is None:
+        if self.identity is None and not is_remote(self.var):
             return Client(OPERATOR, var=self.var, role="operator")
         return Client(self.identity, var=self.var)
 
     def require_running(self) -> None:
-        """Raise `NotRunning` unless a supervisor holds the var directory."""
+        """Raise `NotRunning` unless a supervisor holds the var directory.
+
+        From another machine only a connection can tell.
+        """
         from ksi.actors.lock import holder
 
-        if holder(self.var) is None:
+        if not is_remote(self.var) and holder(self.var) is None:
             raise NotRunning(f"no supervisor runs on {self.var}", hint=f"ksi{self.words()} start")
 
     def words(self) -> str:

@@ -9,6 +9,7 @@ import click
 
 from ksi.console.options import Options, command
 from ksi.console.show import duration, show_json, show_table, size
+from ksi.transport.remote import require_here
 
 if TYPE_CHECKING:
     import psutil
@@ -22,6 +23,7 @@ def ps(options: Options) -> None:
 
     from ksi.console.facts import look
 
+    require_here(options.var, "ksi ps")
     options.require_running()
     system = look(options.var)
     assert system.supervisor is not None

@@ -15,7 +15,8 @@ def _read(
 ) -> None:
     from ksi.console.reads import Reads
 
-    print_reply(options, "read", Reads(options.var)(operation.owner, operation.name, **fields))
+    read = Reads(options.var, options.identity)
+    print_reply(options, "read", read(operation.owner, operation.name, **fields))
 
 
 @group("read", cls=Operations, call=_read, kinds=("query",))

@@ -1,4 +1,7 @@
-"""Queries answered in place: from what is on disk, without a key, a message or a running system."""
+"""Queries answered in place: from what is on disk, without a key, a message or a running system.
+
+Where the disk is on another machine, its owners are asked.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,22 @@ from ksi.actors.owners import OWNERS, load
 from ksi.actors.reading import reader_of
 from ksi.transport.errors import Invalid
 from ksi.transport.message import CATALOGUE, encode
+from ksi.transport.remote import is_remote
 
 if TYPE_CHECKING:
     from ksi.actors.reading import OwnerReader
+    from ksi.transport.client import Client
 
 PAGE: Final = 1000  # Rows a query returns at most.
 
 
 class Reads:
-    """Answers queries on one var directory."""
+    """Answers queries on one var directory; on another machine, as `identity`."""
 
-    def __init__(self, var: Path) -> None:
+    def __init__(self, var: Path, identity: str | None = None) -> None:
         self._var = var
+        self._identity = identity
+        self._client: Client | None = None
         self._readers: dict[str, OwnerReader] = {}
 
     def __call__(self, owner: str, query: str, **fields: Any) -> dict[str, Any]:
@@ -34,6 +41,8 @@ class Reads:
             NotRunning: nothing has ever run on this var.
             KsiError: the refusal of the query.
         """
+        if is_remote(self._var):
+            return self._ask(query, fields)
         if owner not in OWNERS:
             text = f"{query} is a query of the {owner}, which keeps nothing on disk"
             raise Invalid(text, hint=f"ksi ask {query}")
@@ -43,6 +52,13 @@ class Reads:
         message: Any = CATALOGUE[query].decode(encode(fields))
         reply: dict[str, Any] = msgspec.to_builtins(reader.answer(message))
         return reply
+
+    def _ask(self, query: str, fields: dict[str, Any]) -> dict[str, Any]:
+        from ksi.transport.client import Client
+
+        if self._client is None:
+            self._client = Client(self._identity, var=self._var)
+        return self._client.ask(query, fields)
 
     def pages(
         self, owner: str, query: str, rows: str, limit: int

@@ -13,6 +13,7 @@ from ksi.console.show import show_json
 from ksi.console.start import start_and_tell
 from ksi.console.stop import STOP_S, stop_and_wait
 from ksi.transport.errors import NotRunning, Unavailable
+from ksi.transport.remote import require_here
 
 LOOK_S: Final = 0.01  # How often it is looked whether a child runs again.
 
@@ -23,6 +24,7 @@ LOOK_S: Final = 0.01  # How often it is looked whether a child runs again.
 @click.pass_obj
 def restart(options: Options, name: str | None, timeout: float) -> None:
     """Restart the system, or only the owner or agent NAME. Clients wait and lose nothing."""
+    require_here(options.var, "ksi restart")
     begun_s = time.monotonic()
     done = _all(options, timeout) if name is None else _one(options, name, timeout)
     done["seconds"] = round(time.monotonic() - begun_s, 3)

@@ -19,7 +19,7 @@ def _send(options: Options, operation: Operation, fields: dict[str, Any], timeou
     print_reply(options, "send", reply)
 
 
-@group("send", cls=Operations, call=_send, kinds=("command",))
+@group("send", cls=Operations, call=_send, kinds=("command", "signal"))
 def send() -> None:
     """Deliver a command, effectively once, and print that it arrived.
 

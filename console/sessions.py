@@ -171,4 +171,4 @@ def _ask(options: Options, operation: str, timeout_s: float, **fields: str) -> d
 def _reads(options: Options) -> Reads:
     from ksi.console.reads import Reads
 
-    return Reads(options.var)
+    return Reads(options.var, options.identity)

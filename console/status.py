@@ -9,6 +9,7 @@ import click
 
 from ksi.console.options import Options, command
 from ksi.console.show import duration, show_json, show_table, size
+from ksi.transport.remote import require_here
 
 if TYPE_CHECKING:
     from ksi.console.facts import Child, System
@@ -27,6 +28,7 @@ def status(options: Options) -> int:
     """
     from ksi.console.facts import look
 
+    require_here(options.var, "ksi status")
     system = look(options.var)
     problems = system.problems("ksi" + options.words())
     if options.json:
@@ -49,12 +51,15 @@ def as_fields(system: System, problems: list[str]) -> dict[str, Any]:
             "pid": supervisor and supervisor.pid,
             "uptime_s": supervisor and round(time.time() - supervisor.since, 3),
         },
-        "owners": [_child_fields(child) for child in system.of("owner")],
+        "owners": [
+            {**_child_fields(child), "tcp": system.tcp.get(child.name)}
+            for child in system.of("owner")
+        ],
         "followers": [_child_fields(child) for child in system.of("follower")],
         "children": [_agent_fields(child) for child in system.of("agent")],
         "sessions": system.counts["sessions"],
         "agents": system.counts["agents"],
-        "queue": None,
+        "queue": {name: system.counts[name] for name in ("waiting", "active", "workers")},
         "checkpoint": None,
         "disk": {"free_bytes": system.free_bytes, "total_bytes": system.disk_bytes},
         "problems": problems,
@@ -122,6 +127,9 @@ def _print(system: System, problems: list[str]) -> None:
     if system.disk_bytes:
         counts.append(f"disk {100 * system.free_bytes // system.disk_bytes}% free")
     print("\n" + " | ".join(counts))
+    if system.tcp:
+        ports = ", ".join(f"{name} {at.removeprefix('tcp://')}" for name, at in system.tcp.items())
+        print(f"over tcp: {ports}")
     if problems:
         print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''}:")
         for problem in problems:

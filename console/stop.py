@@ -13,6 +13,7 @@ import click
 from ksi.console.options import DURATION, Options, command
 from ksi.console.show import show_json
 from ksi.transport.errors import NotRunning, Unavailable
+from ksi.transport.remote import require_here
 
 STOP_S: Final = 30.0  # Owners may take `supervisor.shutdown_s` each; this is several of them.
 
@@ -26,6 +27,7 @@ def stop(options: Options, now: bool, timeout: float) -> None:
 
     What was acknowledged is on disk either way.
     """
+    require_here(options.var, "ksi stop")
     pid, seconds = stop_and_wait(options, timeout, now=now)
     if options.json:
         show_json("stop", {"stopped": True, "pid": pid, "seconds": round(seconds, 3)})

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple, NoReturn
 from zlib import crc32
 
-from ksi.storage.atomic import sync_directory
+from ksi.storage.atomic import sync_directory, write_all
 from ksi.storage.errors import Corrupt, UnknownOutcome
 from ksi.storage.prewrite import Prewriter
 from ksi.transport.errors import NotFound, StorageFull, TooLarge
@@ -138,6 +138,7 @@ class Journal:
         self._directory = directory
         self._segment_bytes = segment_bytes
         self.syncs = 0
+        self._last: Batch | None = None  # of those found beyond `known`, until `sync`
         self._ahead: Prewriter | None = None
         segments = segments_in(directory)
         if not segments:
@@ -183,9 +184,8 @@ class Journal:
             UnknownOutcome: write or sync failed otherwise; this journal takes nothing more.
         """
         end = self.prepare(first_seq, len(payload))
-        segment, offset = self.end
-        checksum = _checksum(segment, offset, first_seq, records, payload)
-        header = HEADER.pack(MAGIC, len(payload), checksum, first_seq, records)
+        offset = self.end.offset
+        header = _header(self.end, first_seq, records, payload)
         if end.offset > self._prewrite_from:
             self._claim(end.offset)
         try:
@@ -224,10 +224,17 @@ class Journal:
     def sync(self) -> None:
         """Sync what is written, for a tail that a killed process may not have synced.
 
+        Its last record is written again first: when a sync has failed, the kernel takes for clean
+        what never reached the disk, and the next sync says that all is well.
+
         Raises:
             UnknownOutcome: the sync failed.
         """
+        last, self._last = self._last, None
         try:
+            if last is not None:
+                header = _header(last.start, last.first_seq, last.records, last.payload)
+                write_all(self._fd, header + last.payload, last.start.offset)
             os.fdatasync(self._fd)
         except OSError as error:
             self._fail(error)
@@ -245,7 +252,12 @@ class Journal:
         """Keep zeros ahead of the end from now on; none come below `end`."""
         if self._ahead is None:
             path = segment_path(self._directory, self.end.segment)
-            self._ahead = Prewriter(path, end, self._segment_bytes)
+            try:
+                self._ahead = Prewriter(path, end, self._segment_bytes)
+            except (OSError, RuntimeError) as error:  # No descriptor or no thread: it goes without.
+                log.warning("no zeros are written ahead of the journal: %s", error)
+                self._prewrite_from = end + PREWRITE_FROM_BYTES
+                return
         self._ahead.claim(end)
 
     def _end_prewriting(self) -> bool:
@@ -265,6 +277,7 @@ class Journal:
         self.close()
         self._fd = fd
         self.end = Position(first_seq, 0)
+        self._prewrite_from = PREWRITE_FROM_BYTES
 
     def _undo(self, error: OSError) -> NoReturn:
         """Take back a record for which there was no room; anything else is unknown."""
@@ -292,7 +305,7 @@ class Journal:
             size = os.fstat(file.fileno()).st_size
             file.seek(offset)
             while (batch := _next(file, segment, offset)) is not None:
-                offset = batch.end.offset
+                offset, self._last = batch.end.offset, batch
             if offset > size:
                 raise Corrupt(
                     f"journal {path}: {size} bytes long, but was known to reach {offset}",
@@ -394,6 +407,11 @@ def _next(file: BinaryIO, segment: int, offset: int) -> Batch | None:
         return None
     end = Position(segment, offset + HEADER.size + payload_bytes)
     return Batch(first_seq, records, payload, Position(segment, offset), end)
+
+
+def _header(place: Position, first_seq: int, records: int, payload: bytes) -> bytes:
+    checksum = _checksum(*place, first_seq, records, payload)
+    return HEADER.pack(MAGIC, len(payload), checksum, first_seq, records)
 
 
 def _checksum(segment: int, offset: int, first_seq: int, records: int, payload: bytes) -> int:

@@ -25,6 +25,9 @@ class Prewriter:
     """Keeps zeros beyond the end of one segment, from `start` on, until it is closed.
 
     Invariant: no zero is written below an offset that was claimed before.
+
+    Raises:
+        OSError, RuntimeError: there is no descriptor or no thread to be had.
     """
 
     def __init__(self, path: Path, start: int, stop: int) -> None:
@@ -36,7 +39,11 @@ class Prewriter:
         self._due = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="ksi-prewrite", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def claim(self, end: int) -> None:
         """The journal is about to write up to `end`; waits for zeros on their way."""

@@ -20,6 +20,7 @@ COMMANDS = sorted(
 ROWS = {
     "append": ["64 callers, appends/s", "16 callers", "1 caller", "processes", "appends a sync"],
     "ask": ["raw echo over CURVE, p50", "Client.ask, p50", "AsyncClient.ask, p99"],
+    "completion": ["empty queue, p50 us", "100 waiting, p99 us", "granted and reported/s"],
     "growth": ["append, 64 callers, 100 sessions", "append, 1 caller", "ask", "read", "restart"],
     "index": [
         "64 callers, appends/s",
@@ -28,6 +29,7 @@ ROWS = {
         "verified, lines/s",
     ],
     "memory": ["supervisor", "sessions", "the idle system, MB", "a client over its imports"],
+    "publish": ["1 subscriber, messages/s", "10 subscribers", "100 subscribers", "silently lost"],
     "read": ["decoded, p50 us", "typed, owner stopped, p50 us"],
     "restart": ["kills, p50 ms", "kills, p99 ms"],
     "start_stop": ["start, cold", "start, warm", "stop, warm"],

@@ -16,7 +16,7 @@ from system import System
 from trouble import entries, kill, kill_all, living, paused, paused_supervisor, rows, rss_mb, until
 
 from ksi.actors.owners import load
-from ksi.actors.owners.sessions import Append, Create, Get
+from ksi.actors.owners.sessions import Append, Create, Get, ListSessions
 from ksi.actors.process import open_store
 from ksi.storage.store import restore
 from ksi.transport import Client
@@ -36,6 +36,7 @@ from ksi.transport.errors import (
 from ksi.transport.identity import KeyRing
 from ksi.transport.limits import WINDOW_COMMANDS_MAX
 from ksi.transport.link import CREDIT, SILENCE_S, Delivery
+from ksi.transport.message import encode
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +95,12 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_sent(alice: Client) 
         alice.ask("session:create", title="\ud800")
     with pytest.raises(Invalid, match="timeout_s"):
         alice.ask("session:create", timeout_s=float("nan"))
-    with pytest.raises(Invalid, match="is a command"):
-        alice.read("session:create")
+    for what in ("session:create", Create()):
+        with pytest.raises(Invalid, match="session:create is a command"):
+            alice.read(what)
+    for what in ("session:list", ListSessions()):
+        with pytest.raises(Invalid, match="session:list is a query"):
+            alice.tell(what)
 
     assert unknown.value.hint == "did you mean session:append?"
     assert (link.window.acked, link.window.commands) == (before, {})
@@ -365,7 +370,7 @@ def test_deliveries_come_in_order_and_say_from_whom(
         heard.append(news.next(5.0))
 
     topic = f"session.{session}.appended"
-    first = Delivery(topic, {"session_id": session, "seq": 1}, "alice", 1, 0)
+    first = Delivery(topic, "alice", 1, 0, encode({"session_id": session, "seq": 1}))
     assert heard[0] == first
     assert [each.message["seq"] for each in heard[:600]] == list(range(1, 601))
     assert [each.seq for each in heard] == list(range(1, 602))

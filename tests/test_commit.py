@@ -8,8 +8,8 @@ import pytest
 
 from ksi.actors import commit, delivery
 from ksi.actors.delivery import EVICTED, GOODBYE, SENT, Record
-from ksi.actors.owner import Decision, Given, Reply, Send, Sender
-from ksi.actors.owners import registry
+from ksi.actors.owner import Decision, Given, Reply, Send, Sender, Tick
+from ksi.actors.owners import bus, registry
 from ksi.actors.owners.registry import Registry
 from ksi.actors.owners.sessions import Append, Sessions, SessionTables
 from ksi.actors.testing import Twin, reply_of, work_of
@@ -255,13 +255,13 @@ def test_a_transient_refusal_takes_no_number_and_holds_up_what_follows(
     twin = Twin(Registry())
     say(twin, work(1, "agent:register"))
     monkeypatch.setattr(commit, "OUTBOX_ROWS_MAX", 1)
-    said = say(twin, *(work(number, "agent:heartbeat") for number in (2, 3, 4)))
-    assert said == [(2, "done"), (3, Busy)]
+    spawn = [work(number, "agent:spawn", argv=["run"]) for number in (2, 3, 4)]
+    assert say(twin, *spawn) == [(2, "done"), (3, Busy)]
     assert len(twin.sends) == 1
-    sent = Record[Any]("sessions", b"", 1, SENT, b"", [], [])
+    sent = Record[Any]("supervisor", b"", 1, SENT, b"", [], [])
     twin.run([], [sent])
-    assert say(twin, work(4, "agent:heartbeat")) == [(3, "resend")]
-    assert say(twin, work(3, "agent:heartbeat", again=True)) == [(3, "done")]
+    assert say(twin, spawn[2]) == [(3, "resend")]
+    assert say(twin, spawn[1]._replace(again=True)) == [(3, "done")]
     assert len(twin.sends) == 2
 
 
@@ -314,6 +314,18 @@ def test_request_ids_are_of_one_identity_and_one_operation(twin: Twin) -> None:
     contribute["data"] = {"n": 4}
     say(twin, work_of(Sender("bob", "agent"), "session:contribute", contribute, 1))
     assert numbers(twin) == [2, 3, 4]
+
+
+def test_a_request_id_that_names_something_else_is_not_the_commands(twin: Twin) -> None:
+    completion = Sender("completion", "owner")
+    fields = {"session_id": "s", "request_id": "r1", "agent_id": "alice", "data": {}}
+    named = ("completion:request", "completion:result")
+    works = [
+        work(number, "session:record", sender=completion, **fields, event=name)
+        for number, name in enumerate(named, 1)
+    ]
+    twin.run(works)
+    assert twin.log.content["s"].count(b"\n") == 2
 
 
 def test_a_refusal_is_not_remembered_under_its_request_id(twin: Twin) -> None:
@@ -420,22 +432,72 @@ def test_a_batch_too_large_for_the_journal_is_written_in_parts(twin: Twin) -> No
 def test_messages_to_other_owners_are_numbered_an_owner_and_kept_until_they_are_sent() -> None:
     twin = Twin(Registry())
     say(twin, work(1, "agent:register"))
-    say(twin, *(work(number, "agent:heartbeat") for number in (2, 3)))
-    say(twin, work(4, "agent:spawn", agent_id="scout", argv=["run"]))
+    say(twin, *(work(number, "agent:spawn", argv=["run"]) for number in (2, 3)))
+    say(twin, work(4, "agent:heartbeat"))
     twin.restart()
-    say(twin, work(5, "agent:heartbeat"))
+    say(twin, work(5, "agent:spawn", argv=["run"]))
     assert [(owner, number, operation) for owner, number, operation, _ in twin.sends] == [
-        ("sessions", 1, "session:heartbeat"),
-        ("sessions", 2, "session:heartbeat"),
         ("supervisor", 1, "child:start"),
-        ("sessions", 3, "session:heartbeat"),
+        ("supervisor", 2, "child:start"),
+        ("sessions", 1, "session:heartbeat"),
+        ("supervisor", 3, "child:start"),
     ]
     outbox = twin.store.tables["ksi.outbox"]
-    waiting = [("sessions", 1), ("sessions", 2), ("sessions", 3), ("supervisor", 1)]
+    waiting = [("sessions", 1), ("supervisor", 1), ("supervisor", 2), ("supervisor", 3)]
     assert [key for key, _ in outbox.range()] == waiting
-    twin.run([], [Record("sessions", b"", 2, SENT, b"", [], [])])
-    assert [key for key, _ in outbox.range()] == waiting[2:]
+    twin.run([], [Record("supervisor", b"", 2, SENT, b"", [], [])])
+    assert [key for key, _ in outbox.range()] == [waiting[0], waiting[3]]
     assert twin.recovered().store.rows()["ksi.outbox"] == twin.store.rows()["ksi.outbox"]
+
+
+def test_a_message_is_left_out_while_an_equal_one_waits() -> None:
+    """However long the sessions are down, as many beats wait for them as there are agents."""
+    twin = Twin(Registry())
+    outbox = twin.store.tables["ksi.outbox"]
+    say(twin, work(1, "agent:register"))
+    bob = Sender("bob", "agent")
+    say(twin, work(1, "agent:register", sender=bob))
+    for number in range(2, 200):
+        beats = [work(number, "agent:heartbeat", sender=who) for who in (ALICE, bob)]
+        assert say(twin, *beats) == [(number, "done")] * 2
+        if number == 100:
+            twin.restart()  # What waits is in rows.
+    assert [key for key, _ in outbox.range()] == [("sessions", 1), ("sessions", 2)]
+    twin.run([], [Record("sessions", b"", 1, SENT, b"", [], [])])
+    say(twin, work(200, "agent:heartbeat"), work(200, "agent:heartbeat", sender=bob))
+    assert [key for key, _ in outbox.range()] == [("sessions", 2), ("sessions", 3)]
+    assert twin.recovered().store.rows()["ksi.outbox"] == twin.store.rows()["ksi.outbox"]
+
+
+def test_what_was_answered_while_there_was_no_room_leaves_the_outbox_later() -> None:
+    twin = Twin(Registry())
+    outbox = twin.store.tables["ksi.outbox"]
+    say(twin, work(1, "agent:register"), work(2, "agent:heartbeat"))
+    say(twin, *(work(number, "agent:spawn", argv=["run"]) for number in (3, 4)))
+    twin.store.full = True
+    for owner, number in (("sessions", 1), ("supervisor", 1), ("supervisor", 2)):
+        twin.run([], [Record(owner, b"", number, SENT, b"", [], [])])
+    twin.store.full = False
+    assert outbox.count() == 3
+    twin.pass_time(1)
+    assert outbox.count() == 0
+    say(twin, work(5, "agent:heartbeat"))
+    assert outbox.count() == 1
+    assert twin.recovered().store.rows()["ksi.outbox"] == twin.store.rows()["ksi.outbox"]
+
+
+def test_a_message_that_was_undone_does_not_wait() -> None:
+    twin = Twin(Registry())
+    say(twin, work(1, "agent:register"))
+    say(twin, work(2, "agent:heartbeat"))
+    twin.run([], [Record("sessions", b"", 1, SENT, b"", [], [])])
+    twin.store.full = True
+    say(twin, work(3, "agent:heartbeat"))
+    twin.store.full = False
+    twin.store.fails = StorageFull("there is no room for the journal")
+    assert say(twin, work(3, "agent:heartbeat")) == [(3, StorageFull)]
+    say(twin, work(3, "agent:heartbeat"))
+    assert [key for key, _ in twin.store.tables["ksi.outbox"].range()] == [("sessions", 2)]
 
 
 def test_a_tick_that_finds_the_outbox_full_waits_for_the_next(
@@ -451,6 +513,28 @@ def test_a_tick_that_finds_the_outbox_full_waits_for_the_next(
     twin.pass_time(1)
     assert twin.read("agent:info", agent_id="scout").status == "starting"
     assert twin.errors == []
+
+
+class Insistent(Sessions):
+    """Ticks after an append, and once more after each of two ticks."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+
+    def decide(self, command: Any, sender: Sender, tables: Any, given: Given) -> Decision:
+        if isinstance(command, Tick):
+            self.ticks += 1
+            return Decision(tick=self.ticks % 3 != 0)
+        return replace(super().decide(command, sender, tables, given), tick=True)
+
+
+def test_a_tick_a_decision_asks_for_follows_its_batch_and_so_do_those_it_asks_for() -> None:
+    owner = Insistent()
+    twin = Twin(owner)
+    twin.run([work(1, "session:create", session_id="s"), work(2), work(3)])
+    assert owner.ticks == 3
+    twin.run([work(3)])  # again: nothing is decided
+    assert owner.ticks == 3
 
 
 def test_a_tick_that_changes_nothing_writes_nothing(twin: Twin) -> None:
@@ -580,3 +664,99 @@ def test_a_decision_is_given_the_fact_it_wants_of_another_owners_state() -> None
     assert say(twin, work(3, event="a")) == [(3, "done")]
     assert numbers(twin) == [3]
     assert asked == [registry.Describe(agent_id="alice")] * 3
+
+
+# Signals: numbered like commands, written nowhere.
+
+
+@pytest.fixture
+def relay() -> Twin:
+    return Twin(bus.OWNER)
+
+
+def signal(number: int, topic: str = "a", **how: Any) -> commit.Work:
+    return work_of(
+        ALICE, "message:publish", {"topic": topic, "message": {"n": number}}, number, **how
+    )
+
+
+def keep(number: int, durable: str = "d", pattern: str = "kept", **how: Any) -> commit.Work:
+    fields = {"durable": durable, "pattern": pattern}
+    return work_of(ALICE, "message:subscribe", fields, number, **how)
+
+
+def heard(twin: Twin) -> list[str]:
+    return [told.topic for told in twin.told]
+
+
+def test_a_signal_is_answered_and_passed_on_in_the_order_of_numbers_and_once(relay: Twin) -> None:
+    assert say(relay, signal(1), signal(2, "b")) == [(1, "done"), (2, "done")]
+    assert say(relay, signal(4)) == [(3, "resend")]
+    assert say(relay, signal(2, "b", again=True), signal(3, "c")) == [(2, "done"), (3, "done")]
+    assert heard(relay) == ["a", "b", "c"]
+    assert relay.store.journal == []
+
+
+def test_signals_and_commands_of_one_sender_share_a_sequence(relay: Twin) -> None:
+    works = [signal(1), keep(2), signal(3, "kept"), signal(4, "b")]
+    assert say(relay, *works) == [(n, "done") for n in range(1, 5)]
+    assert heard(relay) == ["a", "kept", "message.alice.d", "b"]
+    assert say(relay, *(replace_again(each) for each in works)) == [
+        (n, "done") for n in range(1, 5)
+    ]
+    assert len(heard(relay)) == 4
+
+
+def replace_again(work: commit.Work) -> commit.Work:
+    return work._replace(again=True)
+
+
+def test_a_refused_signal_uses_up_its_number_as_a_refused_command_does(relay: Twin) -> None:
+    assert say(relay, signal(1, "a..b"), signal(2)) == [(1, Invalid), (2, "done")]
+    assert say(relay, signal(1, "a..b", again=True)) == [(1, Invalid)]
+    assert say(relay, signal(3, expires_s=-1.0)) == [(3, Expired)]
+
+
+def test_after_a_crash_signals_go_on_where_the_client_says_and_old_ones_are_answered(
+    relay: Twin,
+) -> None:
+    say(relay, keep(1), signal(2), signal(3))
+    relay.restart()
+    # Number 3 was not acknowledged: it is passed on again, and what follows goes on.
+    again = say(relay, signal(3, acked=2, again=True), keep(4, "e", acked=2), signal(5, acked=2))
+    assert again == [(3, "done"), (4, "done"), (5, "done")]
+    relay.restart()
+    # The journal knows number 4, and so that all before it are done.
+    assert say(relay.recovered(), signal(3, acked=2, again=True)) == [(3, "done")]
+
+
+def test_a_full_disk_takes_back_no_signal_that_was_answered(relay: Twin) -> None:
+    say(relay, signal(1), signal(2))
+    relay.store.fails = StorageFull("no room")
+    assert say(relay, signal(3), keep(4)) == [(3, StorageFull), (4, StorageFull)]
+    assert heard(relay) == ["a", "a"]
+    assert say(relay, signal(2, again=True), signal(3), keep(4)) == [
+        (2, "done"), (3, "done"), (4, "done"),
+    ]  # fmt: skip
+    assert heard(relay) == ["a", "a", "a"]
+
+
+def test_a_defect_beside_a_signal_passes_it_on_once(
+    relay: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_down(*_: Any) -> Decision:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(bus, "_subscribe", break_down)
+    assert say(relay, signal(1)) == [(1, "done")]
+    assert say(relay, signal(2), keep(3), signal(4, "b")) == [
+        (2, "done"), (3, Internal), (4, "done"),
+    ]  # fmt: skip
+    assert heard(relay) == ["a", "a", "b"]
+
+
+def test_a_signal_that_comes_again_is_not_evicted(relay: Twin) -> None:
+    say(relay, keep(1, instance=b"j" * 16))
+    relay.run([], [Record("alice", b"j" * 16, 0, EVICTED, b"", [], [])])
+    assert say(relay, signal(9, acked=8, again=True)) == [(9, "done")]
+    assert say(relay, keep(9, acked=8, again=True, instance=b"k" * 16)) == [(9, Evicted)]

@@ -318,6 +318,36 @@ def test_status_answers_in_a_fifth_of_a_second(system: Shell) -> None:
     assert min(taken_s) < 0.2
 
 
+def test_what_is_sent_is_printed_by_who_subscribes(system: Shell) -> None:
+    command = [*KSI, "--as", "ear", "subscribe", "news.*", "--count", "2", "--json"]
+    with subprocess.Popen(
+        command, env=system.environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as ear:  # fmt: skip
+        assert ear.stdout is not None
+        assert ear.stderr is not None
+        assert ear.stderr.readline() == "listening to news.* as ear\n"
+        for n in (1, 2):
+            message = json.dumps({"n": n})
+            sent = system("send", "message:publish", "--topic", "news.x", "--message", message)
+            assert sent.json["delivered"] is True
+        heard = [json.loads(line) for line in ear.stdout]
+    assert ear.returncode == 0
+    assert [each["message"] for each in heard] == [{"n": 1}, {"n": 2}]
+    assert heard[0].keys() == {"topic", "sender", "seq", "gap", "redelivered", "message"}
+    assert {(each["topic"], each["sender"]) for each in heard} == {("news.x", "operator")}
+
+
+def test_a_durable_subscription_prints_what_came_while_nobody_read_and_only_once(
+    system: Shell,
+) -> None:
+    subscribe = ("--as", "ear", "subscribe", "later.*", "--durable", "d", "--timeout", "100ms")
+    assert system(*subscribe).out == ""
+    system("send", "message:publish", "--topic", "later.x", "--message", '{"n": 1}')
+    assert re.fullmatch(r"\d\d:\d\d:\d\d later\.x operator: \{\"n\": 1\}\n", system(*subscribe).out)
+    assert system(*subscribe).out == ""
+
+
 def test_what_is_asked_is_read_back_and_counted(system: Shell) -> None:
     created = system("ask", "session:create", "--session-id", "talk", "--title", "-x --y")
     assert created.json["epoch"] == 1
@@ -433,6 +463,56 @@ def test_tail_follows_a_session_as_it_grows(system: Shell) -> None:
             assert json.loads(tail.stdout.readline())["seq"] == number
         tail.send_signal(signal.SIGINT)
         assert tail.wait(5) == 130
+
+
+def test_the_queue_is_listed_shown_cancelled_and_watched(system: Shell) -> None:
+    assert system("ask", "session:create", "--session-id", "queued").code == 0
+    async_ = ("ask", "completion:async", "--session-id", "queued", "--requires", "echo")
+    watching = subprocess.Popen(
+        [*KSI, "queue", "watch", "--json"],
+        env=system.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert watching.stderr is not None
+    assert "watching" in watching.stderr.readline()
+    for request_id in ("q1", "q2"):
+        assert system(*async_, "--prompt", "\x1b[31mhi", "--request-id", request_id).code == 0
+    listed = system("queue", "--json").json
+    assert (listed["waiting"], listed["active"], listed["workers"]) == (2, 0, [])
+    assert [each["request_id"] for each in listed["requests"]] == ["q1", "q2"]
+    assert system("status", "--json").json["queue"] == {"waiting": 2, "active": 0, "workers": 0}
+    assert "needs echo" in system("queue", "list", "--session", "queued").out
+    cancelled = system("queue", "cancel", "q2", "--reason", "not needed", "--json").json
+    assert cancelled["status"] == "cancelled"
+    assert system("queue", "cancel", "q2").code == 5
+    assert system("queue", "show", "none").code == 6
+
+    worker = subprocess.Popen(
+        [*KSI, "--as", "w1", "worker", "--provider", "echo"],
+        env=system.environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert watching.stdout is not None
+    said = [json.loads(watching.stdout.readline()) for _ in range(5)]
+    worker.send_signal(signal.SIGTERM)
+    _out, words = worker.communicate(timeout=20)
+    assert (worker.returncode, words) == (0, "w1 answers with echo\n")
+    assert [(each["request_id"], each["what"]) for each in said] == [
+        ("q1", "queued"), ("q2", "queued"), ("q2", "cancelled"), ("q1", "granted"),
+        ("q1", "result"),
+    ]  # fmt: skip
+    watching.send_signal(signal.SIGINT)
+    watching.communicate(timeout=20)
+    assert watching.returncode == 130
+    shown = system("queue", "show", "q1")
+    assert "\\x1b[31mhi" in shown.out
+    finished = system("queue", "list", "--status", "finished", "--json").json["requests"]
+    assert [each["status"] for each in finished] == ["completed", "cancelled"]
+
+
+def test_a_worker_needs_a_provider_it_knows_and_a_system(system: Shell, nothing: Shell) -> None:
+    assert system("worker").code == 2
+    unknown = system("worker", "--provider", "oracle")
+    assert (unknown.code, "oracle" in unknown.err) == (2, True)
+    assert nothing("worker", "--provider", "echo").code == 3
 
 
 def test_ps_lists_every_process_of_the_system(system: Shell) -> None:
@@ -590,6 +670,8 @@ def test_stopped_it_is_still_read_and_status_answers_from_disk(nothing: Shell) -
     sessions = next(each for each in status.json["owners"] if each["name"] == "sessions")
     assert sessions["state"] == "STOPPED"
     assert sessions["journal_seq"] >= 1
+    (files,) = status.json["followers"]
+    assert files["journal_seq"] == sessions["journal_seq"]
     assert nothing("read", "session:get", "--session-id", "kept").code == 0
     assert nothing("ask", "session:get", "--session-id", "kept").code == 3
 

@@ -17,7 +17,7 @@ import pytest
 
 from ksi.actors.owners import OWNERS
 from ksi.console import demo_proof as prove
-from ksi.console.demo_agent import Acked
+from ksi.console.demo_agent import Acked, Told
 from ksi.console.demo_play import AGENTS, Play, from_logs, shipped
 from ksi.transport.errors import NotFound
 
@@ -37,8 +37,8 @@ def test_the_demo_proves_everything_and_leaves_nothing_behind(tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All of it held" in done.stdout
     assert "KSI healthy" in done.stdout or "KSI degraded" in done.stdout
-    assert done.stdout.count("  yes  ") == 8
-    assert "kill -9" in done.stderr
+    assert done.stdout.count("  yes  ") == 11
+    assert done.stderr.count("kill -9") == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,6 +206,69 @@ def test_a_kill_before_or_after_everything_proves_nothing() -> None:
     acked, _ = performed(shipped())
     assert not prove.survived(acked, 0.0, 0.01).kept
     assert not prove.survived(acked, 1e9, 0.01).kept
+
+
+def test_messages_that_nobody_speaks_of_are_seen() -> None:
+    play = shipped()
+    told = [Told(play.turns, 0, {}, []), Told(play.turns - 2, 2, {}, [])]
+    assert prove.heard(play, told).kept
+
+    told[1] = Told(play.turns - 2, 1, {}, [])
+    assert not prove.heard(play, told).kept
+
+
+def at_the_desk() -> tuple[Told, list[dict[str, Any]]]:
+    """Return what an agent is told of three requests, and what stands in the file of the desk."""
+    prompts = {f"ada_{n}": f"{n}?" for n in (1, 2, 3)}
+    outcomes = [
+        {
+            "request_id": request_id,
+            "granted_at": float(at),
+            "finished_at": at + 1.0,
+            "attempt": 2 if request_id == "ada_2" else 1,
+            "result": {"response": prompt},
+        }
+        for at, (request_id, prompt) in enumerate(prompts.items())
+    ]
+    desk = [
+        {"event": f"completion:{event}", "correlation_id": request_id}
+        for request_id in prompts
+        for event in ("request", "result")
+    ]
+    return Told(0, 0, prompts, outcomes), desk
+
+
+def test_requests_that_are_answered_one_by_one_hold() -> None:
+    told, desk = at_the_desk()
+    assert prove.answered([told], desk, "ada_2").kept
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda told, desk: told.outcomes[0].update(finished_at=1.5),
+        lambda told, desk: told.outcomes[1].update(attempt=1),
+        lambda told, desk: told.outcomes[2].update(result=None),
+        lambda told, desk: told.outcomes[2].update(result={"response": "1?"}),
+        lambda told, desk: desk.pop(),
+        lambda told, desk: desk.append(desk[-1]),
+        lambda told, desk: told.outcomes.clear(),
+    ],
+)
+def test_two_at_once_or_an_answer_too_many_or_too_few_is_seen(
+    harm: Callable[[Told, list[Any]], None],
+) -> None:
+    told, desk = at_the_desk()
+    harm(told, desk)
+    assert not prove.answered([told], desk, "ada_2").kept
+
+
+def test_an_index_that_differs_from_the_files_is_seen() -> None:
+    files = {"s": [{}, {}]}
+    assert prove.indexed({"rows": 2, "differences": 0}, files).kept
+    assert not prove.indexed({"rows": 1, "differences": 0}, files).kept
+    assert not prove.indexed({"rows": 2, "differences": 1}, files).kept
+    assert not prove.indexed({"rows": 0, "differences": 0}, {}).kept
 
 
 def test_a_torn_last_line_is_not_taken_for_a_file(tmp_path: Path) -> None:

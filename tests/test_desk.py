@@ -153,7 +153,7 @@ def test_clients_beyond_the_bound_push_out_the_longest_silent(desk: Desk) -> Non
         (None, *STOP_X, "forbidden"),
         (OPERATOR, "child:stap", {}, "unknown_operation"),
         (OPERATOR, "session:append", {}, "unknown_operation"),
-        (OPERATOR, "system:status", {}, "unknown_operation"),  # a query is no command
+        (OPERATOR, "system:status", {}, "invalid"),  # a query is no command
         (OPERATOR, "child:stop", {}, "invalid"),
         (OPERATOR, "child:stop", {"name": "../x"}, "invalid"),
         (OPERATOR, "child:stop", {"name": "x", "more": 1}, "invalid"),
@@ -194,7 +194,7 @@ def test_queries_are_answered_beside_commands(desk: Desk) -> None:
 
     assert [kind for kind, _items in answers] == [Kind.ANSWERS]
     found = outcomes(answers[0][1])
-    assert (found[9]["pid"], found[10]) == (1, "unknown_operation")
+    assert (found[9]["pid"], found[10]) == (1, "invalid")
 
 
 def test_hello_is_answered_with_who_is_there(desk: Desk) -> None:
@@ -219,3 +219,12 @@ def test_hello_is_answered_with_who_is_there(desk: Desk) -> None:
 )
 def test_garbage_has_no_answer(desk: Desk, payload: bytes) -> None:
     assert list(desk.take(payload, OPERATOR, time.monotonic())) == []
+
+
+def test_a_command_is_no_query_and_a_query_no_command(desk: Desk) -> None:
+    asked = frame(Kind.QUERIES, (1, *STOP_X))
+    ((_, (answer,)),) = desk.take(asked, OPERATOR, time.monotonic())
+    assert answer.error[:2] == ["invalid", "child:stop is a command, not a query"]
+    asked = frame(Kind.COMMANDS, (1, "system:status", {}))
+    ((_, (answer,)),) = desk.take(asked, OPERATOR, time.monotonic())
+    assert answer.error[:2] == ["invalid", "system:status is a query, not a command"]

@@ -33,11 +33,23 @@ PRINTED = {
         r"bob was: \['analyst'\]",
         r"the line: {'response': 'It is.', 'role': 'analyst'}",
     ],
+    "own_model": [
+        r"completed {'response': 'stressed', 'model': 'backwards-1'}",
+        r"8 entries in sess_",
+        r"the worker has left",
+    ],
+    "peers": [
+        r"curious: librarian can search",
+        r"librarian: curious looks for the capital of France",
+        r"curious: librarian found Paris",
+        r"curious: librarian found Lima",
+    ],
     "read_while_stopped": [
         r"asked: unavailable: ",
         r"read: \['one', 'two', 'three'\]",
         r"asked again: 3 entries",
     ],
+    "team": [r"lea: the team is ada, ben", r"ada: author then critic", r"ben: critic then author"],
     "two_processes": [r"reader: writer noted {'n': 1}", r"{'n': 5}", r"both done: \[0, 0\]"],
 }
 

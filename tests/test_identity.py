@@ -25,8 +25,11 @@ from ksi.transport.identity import (
     KeyRing,
     bell_endpoint,
     endpoint,
+    hold_run_directory,
     make_run_directory,
+    remove_run_directory,
     run_directory,
+    sweep_run_directories,
 )
 from ksi.transport.limits import SOCKET_PATH_BYTES_MAX
 
@@ -509,6 +512,46 @@ def test_a_session_that_has_ended_is_replaced(
     assert run_directory(deep) == gone
     assert make_run_directory(deep).parent == session
     assert run_directory(deep).parent == session
+
+
+def test_the_short_run_directory_is_removed_and_nothing_else(
+    session: Path, deep: Path, var: Path
+) -> None:
+    short = make_run_directory(deep)
+    (short / "sessions.stat").touch()
+    remove_run_directory(deep)
+    assert not short.exists()
+    assert make_run_directory(deep) == short
+    (short / "var").unlink()
+    (short / "var").symlink_to(session)  # It belongs to somebody else.
+    remove_run_directory(deep)
+    assert short.exists()
+    remove_run_directory(var)
+    usual = make_run_directory(var)
+    remove_run_directory(var)
+    assert usual.exists()
+
+
+def test_short_run_directories_are_swept_when_they_are_ours_dead_and_without_their_var(
+    session: Path, deep: Path
+) -> None:
+    kept = make_run_directory(deep)
+    gone, live, open_to_all = (
+        make_run_directory(deep.with_name(name)) for name in ("gone", "live", "open")
+    )
+    for name in ("gone", "live", "open"):
+        shutil.rmtree(deep.with_name(name))
+    open_to_all.chmod(0o755)
+    (strange := session / "ksi-strange").mkdir(0o700)
+    (linked := session / "ksi-linked").symlink_to(gone)
+    held = hold_run_directory(live)
+    sweep_run_directories(session)
+    assert not gone.exists()
+    assert all(each.exists() for each in (kept, live, open_to_all, strange))
+    assert linked.is_symlink()
+    os.close(held)
+    sweep_run_directories(session)
+    assert not live.exists()
 
 
 def test_a_run_directory_that_is_not_ours_alone_is_refused(var: Path, tmp_path: Path) -> None:

@@ -210,6 +210,38 @@ def test_zeros_are_written_ahead_only_of_a_journal_that_grows(
     assert path.stat().st_size == journal.end.offset
 
 
+def test_zeros_are_written_ahead_in_the_next_segment_as_soon_as_in_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_journal, "PREWRITE_FROM_BYTES", 3000)
+    monkeypatch.setattr(prewrite, "_ZEROS", bytes(1000))
+    filled(tmp_path, b"a" * 9000)
+    journal = Journal(tmp_path, segment_bytes=10_000)
+    journal.append(2, b"b" * 2000)
+    for number in range(3, 7):
+        journal.append(number, b"c" * 1000)
+    assert journal.end.segment == 3
+    until(lambda: segment_path(tmp_path, 3).stat().st_size > journal.end.offset)
+    journal.close()
+
+
+def test_a_journal_goes_on_where_nothing_can_write_zeros_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(_thread: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(storage_journal, "PREWRITE_FROM_BYTES", 0)
+    monkeypatch.setattr(prewrite.threading.Thread, "start", no_thread)
+    journal = Journal(tmp_path)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for number in range(1, 4):
+        journal.append(number, b"x")
+    assert payloads(journal) == [b"x"] * 3
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    journal.close()
+
+
 def test_zeros_never_hit_a_record_however_fast_the_journal_grows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,6 +530,30 @@ def test_after_a_failed_sync_the_outcome_is_unknown_and_nothing_more_is_taken(
         with pytest.raises(UnknownOutcome):
             journal.append(number, b"later")
     assert payloads(Journal(tmp_path)) in ([b"first"], [b"first", b"second"])
+
+
+def test_a_record_whose_sync_may_have_failed_is_written_again_before_it_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel drops what it could not write and calls it clean: fsync(2), ERRORS."""
+    path = filled(tmp_path, b"one", b"two")
+    whole = path.read_bytes()
+    journal = Journal(tmp_path)
+    found = payloads(journal)  # as the page cache has it ...
+    second = whole.rindex(b"KSJ1")
+    with path.open("r+b") as file:  # ... and the disk has not.
+        file.seek(second)
+        file.write(bytes(len(whole) - second))
+    calls = recorded(monkeypatch, "pwrite", "fdatasync")
+
+    journal.sync()
+
+    assert found == [b"one", b"two"]
+    assert path.read_bytes() == whole
+    assert calls == ["pwrite", "fdatasync"]
+    journal.sync()
+    assert calls[2:] == ["fdatasync"]
+    journal.close()
 
 
 def test_a_reader_follows_a_writer_through_segments_up_to_each_committed_place(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -320,6 +321,45 @@ def test_a_claimed_routing_id_is_no_identity(place: Place, transport: str) -> No
             (forged,) = place.next_letters(1)
         assert forged.route == claim
         assert forged.sender == eve.certificate.user_id
+
+
+def test_routes_cannot_be_foreseen(place: Place) -> None:
+    """A peer that claims the route of who comes next ends the process: ZeroMQ asserts it is free.
+
+    Routes are counted up from a random number; here it is drawn from the same seed twice.
+    """
+
+    def first_route() -> bytes:
+        place.mailbox.close()
+        context: zmq.Context[Socket] = zmq.Context()
+        context.socket(zmq.PAIR).close()  # The context seeds with the time when it is first used.
+        ctypes.CDLL(None).srand(5)
+        place.mailbox = place.open(context)
+        peer = place.known("early")
+        peer.dealer.send(b"hello")
+        (letter,) = place.next_letters(1)
+        place.peers.pop().close()
+        place.mailbox.close()
+        context.term()
+        return letter.route
+
+    assert first_route() != first_route()
+
+
+def test_a_claimed_route_shuts_out_its_claimant_alone(place: Place) -> None:
+    alice, eve = place.known("alice"), place.known("eve")
+    alice.dealer.send(b"one")
+    (letter,) = place.next_letters(1)
+    with bare(place, eve.certificate, routing_id=letter.route) as squatter:
+        squatter.send(b"mine")
+        assert place.serves()
+        alice.dealer.send(b"two")
+        (second,) = place.next_letters(1)
+        assert (second.route, second.payload) == (letter.route, b"two")
+        assert place.mailbox.send(letter.route, b"answer")
+        assert alice.dealer.poll(PATIENCE_MS)
+        assert alice.dealer.recv() == b"answer"
+        assert not squatter.poll(0)
 
 
 def test_whoever_claims_the_route_of_another_does_not_get_its_answers(place: Place) -> None:

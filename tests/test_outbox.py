@@ -37,8 +37,7 @@ class Wire:
         self.mailbox = Mailbox(self.context, self._place, self._theirs, keys)
         self.mailbox.timeout_s = 0.01
         self.registry, self.sessions = Twin(Registry()), Twin(Sessions())
-        self.registry.ask("alice", "agent:register")
-        self.sessions.ask("alice", "session:create", lease_s=60)
+        self.beats = 0
         self.warnings: list[dict[str, Any]] = []
         self.outbox = self.new_outbox()
         self.sent = 0  # how many of the registry's messages were given to the outbox
@@ -66,9 +65,13 @@ class Wire:
         return self.registry.store.tables["ksi.outbox"]
 
     def beat(self, count: int) -> None:
-        """Let alice beat; each is a message to the sessions."""
+        """Let so many agents beat that have not yet; each is a message to the sessions."""
         for _ in range(count):
-            self.registry.ask("alice", "agent:heartbeat")
+            self.beats += 1
+            agent_id = f"agent-{self.beats}"
+            self.registry.ask(agent_id, "agent:register")
+            self.sessions.ask(agent_id, "session:create", lease_s=60)
+            self.registry.ask(agent_id, "agent:heartbeat")
         for owner, number, operation, body in self.registry.sends[self.sent :]:
             self.outbox.push(owner, number, operation, body)
         self.sent = len(self.registry.sends)
@@ -206,6 +209,7 @@ def test_messages_whose_answers_were_dropped_are_sent_again_after_a_silence(betw
 
 
 def test_a_refused_message_is_logged_and_those_behind_it_arrive(between: Wire) -> None:
+    between.sessions.ask("alice", "session:create", lease_s=60)
     between.outbox.push("sessions", 1, "session:close", wire.encode({"session_id": "ghost"}))
     between.outbox.push("sessions", 2, "session:heartbeat", wire.encode({"agent_id": "alice"}))
     between.until(lambda: between.seen() == 1)
@@ -215,8 +219,8 @@ def test_a_refused_message_is_logged_and_those_behind_it_arrive(between: Wire) -
 
 
 def test_a_message_that_finds_no_room_waits_and_goes_again(between: Wire) -> None:
-    between.sessions.store.full = True
     between.beat(3)
+    between.sessions.store.full = True
     for _ in range(20):
         between.turn()
     assert between.rows().count() == 3

@@ -346,16 +346,16 @@ def test_deliveries_stop_at_the_credit_and_the_gap_is_told(peer: Peer) -> None:
     )  # fmt: skip
     notes = [[number, "session:append", note_of(session)] for number in range(2, 6)]
     assert peer.ask(COMMANDS, notes, acked=1)[0] == REPLIES
-    kind, deliveries = peer.receive()
-    assert kind == DELIVERIES
-    assert [delivery[3:5] for delivery in deliveries] == [[1, 0], [2, 0]]
-    assert msgpack.unpackb(deliveries[1][5]) == {"session_id": session, "seq": 2}
+    kind, [[number, seq, gap, [[topic, sender, bodies]]]] = peer.receive()
+    assert (kind, number, seq, gap) == (DELIVERIES, 3, 1, 0)
+    assert [msgpack.unpackb(body)["seq"] for body in bodies] == [1, 2]
 
-    assert peer.ask(CREDIT, [[3, 10]], acked=5) == (DELIVERIES, [[3, "", "", 4, 2, b""]])
+    assert peer.ask(CREDIT, [[3, 10]], acked=5) == (DELIVERIES, [[3, 4, 2, []]])
     peer.send(COMMANDS, [[6, "session:append", note_of(session)]], acked=5)
     assert peer.receive()[0] == REPLIES
-    _, [delivery] = peer.receive()
-    assert delivery[1:5] == [f"session.{session}.appended", deliveries[0][2], 5, 0]
+    _, [[_, seq, gap, [[*said, [_]]]]] = peer.receive()
+    assert (seq, gap, said) == (5, 0, [topic, sender])
+    assert (topic, sender) == (f"session.{session}.appended", peer.name)
 
     peer.send(UNSUBSCRIBE, [3], acked=6)
     peer.reply(7, "session:append", session_id=session, event="note")

@@ -286,7 +286,7 @@ def test_without_a_lease_an_agent_is_never_suspect(twin: Twin) -> None:
     assert status(twin, "alice") == "active"
 
 
-def test_every_beat_is_passed_on_to_the_sessions(twin: Twin) -> None:
+def test_beats_are_passed_on_to_the_sessions(twin: Twin) -> None:
     twin.ask("alice", "agent:register")
     twin.ask("alice", "agent:heartbeat")
     ((operation, fields),) = sent(twin, "sessions")

@@ -4,6 +4,7 @@ import json
 import random
 from typing import Any
 
+import msgspec
 import pytest
 
 from ksi.actors.owner import Sender
@@ -23,6 +24,7 @@ from ksi.transport.limits import FRAME_BYTES_MAX
 
 OPERATOR = Sender("op", "operator")
 REGISTRY = Sender("registry", "owner")
+COMPLETION = Sender("completion", "owner")
 NAMES = ("alice", "alice", "alice", "bob", "carol")
 IDS = ("s1", "s2")
 DATA: tuple[dict[str, Any], ...] = (
@@ -55,6 +57,7 @@ def choose(chance: random.Random) -> Asked:
         Asked(who, "session:transfer", {**session, "to_agent": other, **epoch}),
         Asked(who, "session:claim", session),
         Asked(REGISTRY, "session:heartbeat", {"agent_id": name}),
+        *[Asked(COMPLETION, "session:record", {**session, **record_of(chance, name)})] * 4,
         Asked(who, "session:get", session),
         Asked(who, "session:history", {**session, "after": chance.choice((None, 0, 63, 64, 70))}),
         Asked(who, "session:participants", session),
@@ -63,6 +66,12 @@ def choose(chance: random.Random) -> Asked:
     if chance.random() < 0.03:
         return Asked(who, "session:close", {**session, **epoch})
     return chance.choice(choices)
+
+
+def record_of(chance: random.Random, name: str) -> dict[str, Any]:
+    event = chance.choice(("completion:request", "completion:request", "completion:result"))
+    request_id = f"r{chance.randint(1, 3)}"
+    return {"request_id": request_id, "agent_id": name, "event": event, "data": {"prompt": "x"}}
 
 
 def test_the_sessions_keep_the_promises_of_every_owner() -> None:
@@ -713,3 +722,80 @@ def test_a_role_is_taken_by_the_participant_that_says_so_and_joins_it(twin: Twin
     twin.ask("bob", "session:contribute", session_id=session_id, event="n", data={"role": "x"})
     _, bob = twin.read("session:participants", session_id=session_id).participants
     assert (bob.role, bob.joined_at) == ("x", twin.now)
+
+
+# Completions.
+
+
+def record(twin: Twin, session_id: str, event: str, agent_id: str = "bob", **data: Any) -> None:
+    fields = {"session_id": session_id, "request_id": "r1", "agent_id": agent_id, "data": data}
+    twin.ask(COMPLETION, "session:record", event=f"completion:{event}", **fields)
+
+
+def sent(twin: Twin) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, msgspec.msgpack.decode(body)) for _, _, name, body in twin.sends]
+
+
+def test_a_request_and_its_result_are_written_once_each_in_the_documented_form(twin: Twin) -> None:
+    session_id = create(twin)
+    asked = {"prompt": "Let us", "to_agent": "model"}
+    record(twin, session_id, "request", **asked)
+    record(twin, session_id, "result", "model", response="Agreed", agent_id_of="x")
+    record(twin, session_id, "result", "model", response="again")
+    request, result = lines(twin, session_id)
+    assert (request["event"], request["data"]) == ("completion:request", asked)
+    assert (result["event"], result["data"]["response"]) == ("completion:result", "Agreed")
+    assert [each["correlation_id"] for each in (request, result)] == ["r1", "r1"]
+    assert [each["metadata"]["agent_id"] for each in (request, result)] == ["bob", "model"]
+    joined = twin.read("session:participants", session_id=session_id).participants
+    assert [each.agent_id for each in joined] == ["alice", "bob", "model"]
+    assert twin.sends == []
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        ({"admission": "closed"}, "session s1 admits nobody else, not bob"),
+        (
+            {"admission": "invited", "invited": ["carol"]},
+            "session s1 admits those invited, not bob",
+        ),
+        ({"admission": "open", "closed": True}, "session s1 is closed"),
+        (None, "there is no session s1"),
+    ],
+)
+def test_a_request_that_is_not_recorded_is_sent_back_with_the_reason(
+    twin: Twin, made: dict[str, Any] | None, why: str
+) -> None:
+    if made is not None:
+        closed = made.pop("closed", False)
+        create(twin, session_id="s1", **made)
+        if closed:
+            twin.ask("alice", "session:close", session_id="s1")
+    record(twin, "s1", "request")
+    record(twin, "s1", "result", "model")
+    assert sent(twin) == [("completion:refuse", {"request_id": "r1", "reason": why})]
+    assert lines(twin, "s1") == []
+
+
+def test_a_request_outlives_a_transfer_of_its_session(twin: Twin) -> None:
+    session_id = create(twin, admission="closed")
+    record(twin, session_id, "request", "alice")
+    twin.ask("alice", "session:transfer", session_id=session_id, to_agent="carol")
+    record(twin, session_id, "result", "model")
+    assert [each["event"] for each in lines(twin, session_id)] == [
+        "completion:request", "completion:result",
+    ]  # fmt: skip
+
+
+def test_a_closed_session_tells_of_its_open_requests_and_only_then(twin: Twin) -> None:
+    quiet, answered, open_ = create(twin), create(twin), create(twin)
+    record(twin, answered, "request")
+    record(twin, answered, "failed")
+    record(twin, open_, "request")
+    for session_id in (quiet, answered, open_):
+        twin.ask("alice", "session:close", session_id=session_id)
+    assert sent(twin) == [("completion:session_closed", {"session_id": open_})]
+    record(twin, open_, "cancelled")
+    assert len(lines(twin, open_)) == 1
+    assert twin.store.rows()["open"] == {}

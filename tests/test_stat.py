@@ -136,7 +136,7 @@ def test_a_reader_beside_a_busy_writer_sees_only_whole_records(path: Path) -> No
     if child == 0:
         writer = StatWriter(path)
         while True:
-            writer.commands = writer.queries = writer.commits = writer.db_bytes = (
+            writer.commands = writer.queries = writer.commits = writer.journal_seq = (
                 writer.commands * 31 + 7
             ) % (1 << 62)
             writer.end_turn(time.monotonic())
@@ -145,7 +145,7 @@ def test_a_reader_beside_a_busy_writer_sees_only_whole_records(path: Path) -> No
         until_s = time.monotonic() + 0.5
         while time.monotonic() < until_s:
             stat = reading(path)
-            assert stat.commands == stat.queries == stat.commits == stat.db_bytes
+            assert stat.commands == stat.queries == stat.commits == stat.journal_seq
             seen.add(stat.commands)
         assert len(seen) > 10
     finally:

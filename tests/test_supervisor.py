@@ -9,9 +9,11 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -260,6 +262,15 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(system: System) -> None:
     assert (ended.exit_code, "before it was ready" in ended.reason) == (1, True)
 
 
+def test_after_a_start_that_failed_the_next_may_begin_at_once(system: System) -> None:
+    with pytest.raises(Internal, match="ended before it was ready"):
+        system.start(
+            {"name": "a", "role": "stubborn"}, {"name": "b", "role": "broken"}, shutdown_s=0.7
+        )
+    assert lock.holder(system.var) is None
+    system.start({"name": "a"})
+
+
 def test_a_child_that_is_never_ready_fails_the_start(system: System) -> None:
     with pytest.raises(Internal, match=r"a ended before it was ready \(killed: not ready for"):
         system.start({"name": "a", "role": "silent"}, start_s=0.5)
@@ -277,8 +288,45 @@ def test_a_start_that_is_stopped_says_so(system: System) -> None:
         with pytest.raises(Draining, match="stopped while starting: SIGTERM"):
             system.start({"name": "a"}, {"name": "b", "role": "silent"}, shutdown_s=0.2)
         stopping.result()
-    until(lambda: lock.holder(system.var) is None)
+    assert lock.holder(system.var) is None
     assert ("stop", "a") in system.trace()
+
+
+def test_a_temporary_directory_too_deep_for_sockets_keeps_nothing_from_starting(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path.joinpath("d" * 60, "e" * 60)
+    deep.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(deep))
+    system.start({"name": "a"})
+    with system.operator() as client:
+        said = ["sh", "-c", "echo $TMPDIR"]
+        client.ask("child:start", {"name": "worker", "argv": said, "restart": "temporary"})
+    assert until(lambda: log.output(system.var, "worker").read_text()) == f"{deep}\n"
+
+
+def test_a_run_directory_elsewhere_goes_with_an_orderly_stop_or_with_its_var(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", session := tempfile.mkdtemp())
+    deep = tmp_path / ("d" * 100)
+    first, second = System(deep / "first", monkeypatch), System(deep / "second", monkeypatch)
+    first.start({"name": "a"})
+    second.start({"name": "a"})
+    assert len(os.listdir(session)) == 2
+    first.stop()
+    second.signal(signal.SIGKILL)
+    assert second.ended()
+    assert os.listdir(session) == [run_directory(second.var).name]
+    shutil.rmtree(second.var)
+    first.start({"name": "a"})
+    shutil.rmtree(first.var)  # It lives on, and its directory with it.
+    second.start({"name": "a"})
+    assert len(os.listdir(session)) == 2
+    first.signal(signal.SIGKILL)
+    second.stop()
+    assert first.ended()
+    shutil.rmtree(session)
 
 
 def test_settings_that_are_wrong_are_refused_before_anything_starts(system: System) -> None:
@@ -543,6 +591,19 @@ def test_a_hangup_takes_up_settings_and_leaves_children_running(system: System) 
     assert time.monotonic() - began_s < 2.0
 
 
+def test_hangups_leave_no_files_open(system: System) -> None:
+    system.start({"name": "a"})
+
+    def hang_up(times: int) -> int:
+        """Return how many files the supervisor has open after so many hangups in all."""
+        system.signal(signal.SIGHUP)
+        until(lambda: system.said().count("settings reloaded") == times)
+        return psutil.Process(system.pid).num_fds()
+
+    first = hang_up(1)
+    assert [hang_up(times) for times in range(2, 6)] == [first] * 4
+
+
 def test_a_hangup_with_settings_that_are_wrong_changes_nothing(system: System) -> None:
     system.start({"name": "a"})
     (system.var / "ksi.toml").write_text("[supervisor]\nshutdwn_s = 0.2\n")
@@ -663,6 +724,10 @@ def test_the_registry_is_told_what_becomes_of_agents(system: System) -> None:
         for name, words in (("worker", "nowhere"), ("other", "nowhere")):
             with pytest.raises(Invalid):
                 client.ask("child:start", {"name": name, "argv": [words]})
+        with pytest.raises(Invalid, match="env"):
+            client.ask("child:start", {"name": "odd", "argv": ["sleep"], "env": {"a-b": ""}})
+        with pytest.raises(Conflict, match="name of an owner"):
+            client.ask("child:start", {"name": "registry", "argv": ["sleep"]})
         with pytest.raises(NotFound):
             client.ask("child:stop", {"name": "unknown"})
         client.ask("child:start", {"name": "last", "argv": ["sleep", "60"]})
@@ -692,6 +757,7 @@ def test_the_registry_is_told_what_becomes_of_agents(system: System) -> None:
     assert [(fate, words.startswith(missing)) for fate, _, words, _ in of("other")] == [
         ("failed", True)
     ]
+    assert [fate for fate, *_ in of("odd")] == [fate for fate, *_ in of("registry")] == ["failed"]
     assert of("unknown") == [("exited", None, None, False)]
     assert of("last")[-1] == ("exited", None, "signal_15_(SIGTERM)", False)
 

@@ -45,6 +45,10 @@ def choose(chance: random.Random) -> Asked:
                 for query in ("get", "history", "participants")
             ],
             Asked(bob, "session:list", {}),
+            Asked(Sender("completion", "owner"), "session:record", {
+                **one, "request_id": "r", "agent_id": "bob", "event": "completion:request",
+                "data": {},
+            }),
         ]
     )  # fmt: skip
 

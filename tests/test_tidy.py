@@ -49,8 +49,12 @@ MAY_IMPORT = {
     "console": ("ksi.console", "ksi.transport", "ksi.actors"),
     "adapters": ("ksi.adapters", "ksi.transport", *DECLARATIONS),
 }
-# The one exception to the arrows: `read` runs a query in place, where the data is.
-LATE_IMPORTS = {"transport/caller.py": ("ksi.actors.reading", *DECLARATIONS)}
+# The exceptions to the arrows: `read` runs a query in place, where the data is; and `ksi worker` is
+# a way to start an adapter.
+LATE_IMPORTS = {
+    "transport/caller.py": ("ksi.actors.reading", *DECLARATIONS),
+    "console/worker.py": ("ksi.adapters",),
+}
 
 IMPURE = frozenset(
     {

@@ -293,10 +293,10 @@ def test_queries_have_numbers_of_their_own(window: Window) -> None:
 
 def test_answers_to_subscriptions_and_deliveries_are_kept_for_the_caller(window: Window) -> None:
     settled(window, from_owner(Kind.ANSWERS, [wire.Answer(-3, b"")]))
-    delivery = wire.Delivery(3, "a.b", "alice", 1, 0, b"body")
-    settled(window, from_owner(Kind.DELIVERIES, [delivery]))
+    run = wire.Run(3, 1, 0, [wire.Said("a.b", "alice", [b"body", b"more"])])
+    settled(window, from_owner(Kind.DELIVERIES, [run]))
     assert [answer.number for answer in window.subscribed] == [-3]
-    assert window.deliveries == [delivery]
+    assert window.deliveries == [run]
 
 
 def test_the_cut_only_grows_and_goes_with_every_frame(window: Window) -> None:

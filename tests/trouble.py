@@ -16,6 +16,7 @@ import zmq
 from system import System
 
 from ksi.actors.lock import holder
+from ksi.actors.owners import OWNERS
 from ksi.actors.reading import reader_of
 from ksi.transport.identity import Certificate, Directory, KeyRing
 
@@ -67,7 +68,7 @@ def kill(system: System, name: str = "sessions") -> None:
 
 def kill_all(system: System) -> None:
     """Kill the supervisor, and wait until all its children are gone with it."""
-    pids = [living(system, name) for name in ("registry", "sessions", "files")]
+    pids = [living(system, name) for name in (*OWNERS, "files")]
     held = holder(system.var)
     assert held is not None
     os.kill(held.pid, signal.SIGKILL)

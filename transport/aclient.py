@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, overload
 
+from ksi.transport import outcomes
 from ksi.transport.caller import Caller, Known, Prepared, Ticket
+from ksi.transport.durable import INBOX, LOOK_S, DurableDelivery, bell_of, delivery_of
 from ksi.transport.errors import KsiError, NotFound, Unavailable
-from ksi.transport.limits import ASK_TIMEOUT_S
-from ksi.transport.link import Delivery, Link, Subscribed
+from ksi.transport.limits import ASK_TIMEOUT_S, OUTCOME_TIMEOUT_S
+from ksi.transport.link import CREDIT, Delivery, Link, Subscribed
 from ksi.transport.message import Command, Message, Query, Role
 from ksi.transport.window import Pending
 
@@ -38,7 +43,8 @@ class AsyncClient:
     """An agent's way to the system. Use it from one event loop.
 
     Args:
-        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`.
+        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`, or the
+            only key in a directory that was carried from another machine.
         var: the runtime directory. Default: `KSI_VAR`, or `./var`.
         role: the role to enrol with, if the name is new.
 
@@ -122,7 +128,7 @@ class AsyncClient:
 
         A refusal is raised by the next `flush` or `close`.
         """
-        prepared = self._caller.prepare(what, fields, named)
+        prepared = self._caller.prepare_command(what, fields, named)
         pending = await self._send(prepared, None)
         pending.future = _TOLD
 
@@ -154,8 +160,11 @@ class AsyncClient:
     ) -> Any:
         """Answer a query from the owner's committed state, in this process: no message, no wait.
 
-        It works while the owner is busy, stopped or dead.
+        It works while the owner is busy, stopped or dead. From another machine it is asked.
         """
+        if self._caller.remote:
+            self._caller.require_query(what)
+            return await self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]
         return self._caller.read_local(what, fields, named)
 
     async def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
@@ -179,14 +188,35 @@ class AsyncClient:
             known = Known(known.operation, body, None)
         return self._caller.settled(ticket, known)
 
-    async def subscribe(self, pattern: str, *, owner: str | None = None) -> Subscription:
+    @overload
+    async def subscribe(
+        self, pattern: str, *, owner: str | None = ..., credit: int = ..., durable: None = ...
+    ) -> Subscription: ...
+    @overload
+    async def subscribe(self, pattern: str, *, durable: str) -> DurableSubscription: ...
+    async def subscribe(
+        self,
+        pattern: str,
+        *,
+        owner: str | None = None,
+        credit: int = CREDIT,
+        durable: str | None = None,
+    ) -> Subscription | DurableSubscription:
         """Hear what is announced under topics that match `pattern`: `*` a word, `>` the rest.
+
+        With `durable`, messages published on the bus are kept under that name until they are
+        acknowledged, whether this agent is there or not. Else `credit` is how many may be sent
+        ahead of their reader; what comes beyond it is counted, and the next delivery says how many.
 
         Raises:
             Invalid, Quota: the pattern is none, or one too many.
         """
+        if durable is not None:
+            await self.ask("message:subscribe", pattern=pattern, durable=durable)
+            bell = await self.subscribe(bell_of(self.name, durable), credit=1)
+            return DurableSubscription(self, durable, bell)
         link = self._link(owner or self._caller.owner_of_topic(pattern))
-        subscribed = link.subscribe(pattern)
+        subscribed = link.subscribe(pattern, credit)
         subscription = Subscription(self, link, subscribed)
         self._look_again(link)
         try:
@@ -195,6 +225,71 @@ class AsyncClient:
             subscription.close()
             raise
         return subscription
+
+    async def outcome(
+        self, request_id: str, *, timeout_s: float = OUTCOME_TIMEOUT_S
+    ) -> dict[str, Any]:
+        """Wait until a completion of this client has ended; return what `completion:status` says.
+
+        It does not matter whether it has ended before, or what is restarted meanwhile.
+
+        Raises:
+            NotFound: there is no such request, or its outcome is not kept any more.
+            Unavailable: it has not ended in time; it goes on.
+            Quota: as many are waited for already as a connection may hold subscriptions.
+        """
+        deadline_s = self._caller.deadline_s(timeout_s)
+        async with await self.subscribe(outcomes.topic(self.name, request_id)) as news:
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                status = await self.ask(
+                    "completion:status", request_id=request_id, timeout_s=left_s
+                )
+                if outcomes.has_ended(status):
+                    return status
+                left_s = min(deadline_s - time.monotonic(), outcomes.RECHECK_S)
+                with contextlib.suppress(TimeoutError):
+                    while not outcomes.may_have_ended(await news.next(left_s)):
+                        pass
+        raise outcomes.still_open(request_id, timeout_s)
+
+    async def inbox(self) -> DurableSubscription:
+        """Read what others send to this agent: direct messages, broadcasts and tasks."""
+        return await self.subscribe(INBOX, durable=INBOX)
+
+    async def request(
+        self, to_agent: str, message: Mapping[str, Any], *, timeout_s: float = ASK_TIMEOUT_S
+    ) -> DurableDelivery:
+        """Send a message to an agent and wait for its answer, which is acknowledged.
+
+        Raises:
+            KsiError: the refusal of `agent:send_message`.
+            Unavailable: it waits in the inbox of the agent, and no answer has come in time.
+        """
+        deadline_s = self._caller.deadline_s(timeout_s)
+        async with await self.subscribe(bell_of(self.name, INBOX), credit=1) as bell:
+            sent = await self.ask("agent:send_message", to_agent=to_agent, message=message)
+            asked = sent["message_id"]
+            while True:
+                page = await self.ask(
+                    "message:waiting",
+                    agent_id=self.name,
+                    durable=INBOX,
+                    after=asked,
+                    in_reply_to=asked,
+                )
+                for answer in page["messages"]:
+                    number = [answer["message_id"]]
+                    await self.ask("message:ack", durable=INBOX, message_ids=number)
+                    return delivery_of(answer, 0, _settled)
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    raise Unavailable(
+                        f"{to_agent} did not answer message {asked} in {timeout_s} s",
+                        hint=f"an answer will wait in the inbox of {self.name}",
+                        message_id=asked,
+                    )
+                with contextlib.suppress(TimeoutError):
+                    await bell.next(min(left_s, LOOK_S))
 
     async def close(self, timeout_s: float = _CLOSE_S) -> None:
         """Wait until all is acknowledged, say goodbye and close. Raises what `flush` raises."""
@@ -374,16 +469,26 @@ class Subscription:
             Forbidden: the key of this client was revoked. Other refusals likewise.
             Unavailable: the client is closed.
         """
+        return await self._next(timeout_s, self._link.next_delivery)
+
+    async def take(self, timeout_s: float | None = None) -> list[Delivery]:
+        """Return all deliveries that have come, one at least: cheaper than one by one.
+
+        Raises what `next` raises.
+        """
+        return await self._next(timeout_s, self._link.all_deliveries)
+
+    async def _next(self, timeout_s: float | None, take: Callable[[Subscribed], R]) -> R:
         while not self._subscribed.arrived:
             if self._subscribed.error is not None:
                 raise self._subscribed.error
             self._arrived.clear()
             await asyncio.wait_for(self._arrived.wait(), timeout_s)
         granted = self._subscribed.granted
-        delivery = self._link.next_delivery(self._subscribed)
+        taken = take(self._subscribed)
         if self._subscribed.granted != granted:
             self._client._look_again(self._link)
-        return delivery
+        return taken
 
     def close(self) -> None:
         """End the subscription."""
@@ -400,3 +505,77 @@ class Subscription:
                 raise Unavailable(f"{self._link.owner} did not answer the subscription") from None
         if self._subscribed.error is not None:
             raise self._subscribed.error
+
+
+class DurableSubscription:
+    """What waits under a name, in order, until it is acknowledged: as `Subscription`.
+
+    Each message comes once to each of these objects; what was not acknowledged comes again to the
+    next one of the same name.
+    """
+
+    def __init__(self, client: AsyncClient, durable: str, bell: Subscription) -> None:
+        self._client = client
+        self._durable = durable
+        self._bell = bell
+        self._page: deque[DurableDelivery] = deque()
+        self._after = 0
+        self._look = True  # Something may wait that was not fetched.
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> AsyncIterator[DurableDelivery]:
+        return self
+
+    async def __anext__(self) -> DurableDelivery:
+        return await self.next()
+
+    async def next(self, timeout_s: float | None = None) -> DurableDelivery:
+        """Return the next message that waits.
+
+        Raises:
+            TimeoutError: none came in time.
+            NotFound: the subscription was ended.
+            Unavailable: the bus does not answer, or the client is closed.
+        """
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not self._page:
+            if self._look:
+                await self._fetch()
+                continue
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError(f"nothing waits in {self._durable} after {timeout_s} s")
+            with contextlib.suppress(TimeoutError):
+                await self._bell.next(min(left_s, LOOK_S))
+            self._look = True
+        return self._page.popleft()
+
+    def close(self) -> None:
+        """Stop reading. The subscription stays, and what comes waits in it."""
+        self._bell.close()
+
+    async def _fetch(self) -> None:
+        ask, durable = self._client.ask, self._durable
+        page = await ask(
+            "message:waiting", agent_id=self._client.name, durable=durable, after=self._after
+        )
+        self._look = page["next"] is not None
+        messages = page["messages"]
+        if messages:
+            self._after = messages[-1]["message_id"]
+            handed = await ask("message:receive", durable=durable, upto=self._after)
+            for message in messages:
+                settle = partial(self._settle, message["message_id"])
+                self._page.append(delivery_of(message, handed["redelivered"], settle))
+
+    async def _settle(self, number: int) -> None:
+        await self._client.tell("message:ack", durable=self._durable, message_ids=[number])
+
+
+async def _settled() -> None:
+    """An answer is acknowledged before it is returned."""

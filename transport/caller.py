@@ -20,7 +20,7 @@ import msgspec
 import zmq
 
 from ksi.transport.errors import Forbidden, Invalid, KsiError, NotRunning, Unavailable
-from ksi.transport.identity import Directory, KeyRing
+from ksi.transport.identity import Certificate, Directory, KeyRing
 from ksi.transport.limits import WINDOW_COMMANDS_MAX
 from ksi.transport.link import Link
 from ksi.transport.mailbox import connect
@@ -34,6 +34,7 @@ from ksi.transport.message import (
     operation_of,
     unknown,
 )
+from ksi.transport.remote import is_remote
 from ksi.transport.window import Pending
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ _FENCED: Final = frozenset(
 _TEACHING: Final = frozenset({"session:create", "session:claim", "session:transfer"})
 _EPOCHS_MAX: Final = 100_000  # Sessions whose epoch a client remembers; the oldest go first.
 _ALONE_S: Final = 1.0  # No supervisor for this long, and none is waited for: a restart is shorter.
+_FAR_ALONE_S: Final = 3.0  # The same where only failed attempts to connect tell of it.
+_FAILURES: Final = 2  # That many in a row: one is what remains of a connection that has ended.
 
 _decode = msgspec.msgpack.decode
 
@@ -103,16 +106,11 @@ class Caller:
         self, name: str | None = None, *, var: str | Path | None = None, role: Role = "agent"
     ) -> None:
         self.var = Path(var) if var is not None else default_var()
-        self.name = name or os.environ.get("KSI_AGENT") or ""
-        if not self.name:
-            raise Invalid("a client needs a name", hint="Client('alice'), or set KSI_AGENT")
         if not self.var.is_dir():
             raise NotRunning(f"there is no directory {self.var}", hint="ksi start")
-        try:
-            self.certificate = KeyRing(self.var).enroll(self.name, role)
-        except OSError as error:
-            text = f"{self.name} cannot be enrolled in {self.var}: {error.strerror or error}"
-            raise Forbidden(text, hint="use another --var, or have its owner enrol it") from error
+        self.remote = is_remote(self.var)
+        self.certificate = self._carried(name) if self.remote else self._enrolled(name, role)
+        self.name = self.certificate.name
         self.links: dict[str, Link] = {}
         self._epochs: dict[str, int] = {}
         self._readers: dict[str, OwnerReader] = {}
@@ -136,8 +134,8 @@ class Caller:
             if declared.name in _FENCED and getattr(what, "epoch", 0) is None:
                 epoch = self._epochs.get(getattr(what, "session_id", ""))
                 what = msgspec.structs.replace(what, epoch=epoch)
-            kind = declared.kind == "command"
-            return Prepared(declared.name, declared.owner, kind, encode(what), declared.reply)
+            changes = declared.changes
+            return Prepared(declared.name, declared.owner, changes, encode(what), declared.reply)
         owner = self.directory.commands.get(what)
         is_command = owner is not None
         if owner is None:
@@ -153,6 +151,16 @@ class Caller:
                 named["epoch"] = epoch
         return Prepared(what, owner, is_command, encode(named), None)
 
+    def prepare_command(
+        self, what: str | Message, fields: Mapping[str, Any] | None, named: dict[str, Any]
+    ) -> Prepared:
+        """Return the request for a command. Raises `Invalid` for a query, else as `prepare`."""
+        prepared = self.prepare(what, fields, named)
+        if not prepared.is_command:
+            text = f"{prepared.operation} is a query: without its answer it does nothing"
+            raise Invalid(text, hint=f"ask or read it: client.read({prepared.operation!r}, ...)")
+        return prepared
+
     def deadline_s(self, timeout_s: float) -> float:
         """Return when `timeout_s` from now is over. Raises `Invalid` if that is no time."""
         deadline_s = time.monotonic() + timeout_s
@@ -162,18 +170,21 @@ class Caller:
 
     def is_alone(self, link: Link, now_s: float) -> bool:
         """Whether the owner is gone and nobody is there to start it, for a while now."""
-        if link.up or is_held(self.var):
+        if self._is_there(link):
             link.alone_s = None
             return False
         if link.alone_s is None:
             link.alone_s = now_s
-        return now_s - link.alone_s >= _ALONE_S
+        return now_s - link.alone_s >= (_FAR_ALONE_S if self.remote else _ALONE_S)
 
     def link(self, owner: str) -> Link:
         """Return the link to an owner, made if there is none."""
         link = self.links.get(owner)
         if link is None:
             place = self.directory.owners.get(owner)
+            if place is None and self.remote:
+                text = f"the {owner} does not listen for other machines"
+                raise Forbidden(text, hint="ask it on the machine of the system")
             if place is None:
                 raise NotRunning(f"{owner} is no part of this system", hint="ksi status")
             sockets = connect(
@@ -233,10 +244,17 @@ class Caller:
 
     def no_answer(self, link: Link, what: str) -> KsiError:
         """Return what to tell who asked for something that has not happened."""
-        if not link.up and not is_held(self.var):
-            return NotRunning(f"no supervisor runs on {self.var}", hint="ksi start")
         text = f"{link.owner} did not answer {what} in time"
-        return Unavailable(text, hint="ksi status", owner=link.owner)
+        if not self.remote:
+            if self._is_there(link):
+                return Unavailable(text, hint="ksi status", owner=link.owner)
+            return NotRunning(f"no supervisor runs on {self.var}", hint="ksi start")
+        address = self.directory.owners[link.owner].endpoint
+        if self._is_there(link):
+            text, hint = f"{text} at {address}", "ksi status, on the machine of the system"
+            return Unavailable(text, hint=hint, owner=link.owner)
+        text = f"the system is not running: nobody who has the key of {link.owner} is at {address}"
+        return NotRunning(text, hint="on its machine, ksi start, or enrol --to once more")
 
     def keep(
         self, link: Link, pending: Pending, body: bytes | None, error: KsiError | None
@@ -257,17 +275,26 @@ class Caller:
             return None
         return link.window.commands.get(ticket.number)
 
+    def require_query(self, what: str | Message) -> None:
+        """Raise `Invalid` if `what` is a command."""
+        name = what if isinstance(what, str) else operation_of(what).name
+        if name in self.directory.commands:
+            raise Invalid(f"{name} is a command", hint=f"ask it: client.ask({name!r}, ...)")
+
     def read_local(
         self, what: str | Message, fields: Mapping[str, Any] | None, named: dict[str, Any]
     ) -> Any:
         """Run a query here, on the owner's committed state. No message is sent."""
         if isinstance(what, Message):
-            reader = self._reader(operation_of(what).owner)
-            return reader.answer(cast("Query[Any]", what))
-        declared = CATALOGUE.get(what) or self._declared(what)
-        if declared.kind == "command":
-            raise Invalid(f"{what} is a command", hint=f"ask it: client.ask({what!r}, ...)")
+            declared = operation_of(what)
+        else:
+            declared = CATALOGUE.get(what) or self._declared(what)
+        if declared.changes:
+            name = declared.name
+            raise Invalid(f"{name} is a {declared.kind}", hint=f"ask it: client.ask({name!r}, ...)")
         reader = self._reader(declared.owner)
+        if isinstance(what, Message):
+            return reader.answer(cast("Query[Any]", what))
         if fields is not None:
             named = {**fields, **named}
         try:
@@ -275,6 +302,34 @@ class Caller:
         except msgspec.ValidationError as error:
             raise Invalid(f"{what}: {error}", hint=declared.hint) from None
         return msgspec.to_builtins(reader.answer(query))
+
+    def _enrolled(self, name: str | None, role: Role) -> Certificate:
+        name = name or os.environ.get("KSI_AGENT")
+        if not name:
+            raise Invalid("a client needs a name", hint="Client('alice'), or set KSI_AGENT")
+        try:
+            return KeyRing(self.var).enroll(name, role)
+        except OSError as error:
+            text = f"{name} cannot be enrolled in {self.var}: {error.strerror or error}"
+            raise Forbidden(text, hint="use another --var, or have its owner enrol it") from error
+
+    def _carried(self, name: str | None) -> Certificate:
+        """Return the key of `name`, or the only one that is there."""
+        ring = KeyRing(self.var)
+        names = ring.names()
+        name = name or os.environ.get("KSI_AGENT") or (names[0] if len(names) == 1 else None)
+        if name is None:
+            held = f"the keys of {', '.join(names)}: say whose" if names else "no key"
+            raise Invalid(f"{self.var} holds {held}", hint="Client('alice'), or set KSI_AGENT")
+        certificate = ring.load(name)
+        if certificate is None:
+            hint = f"on the machine of the system: ksi agents enroll {name} --to DIR"
+            raise Forbidden(f"{self.var} holds no key of {name}", hint=hint)
+        return certificate
+
+    def _is_there(self, link: Link) -> bool:
+        """Whether there is a system at the other end, for all that can be seen from here."""
+        return link.up or (link.failures < _FAILURES if self.remote else is_held(self.var))
 
     def _declared(self, operation: str) -> Operation:
         """Return a declaration that is not loaded yet."""

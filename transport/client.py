@@ -10,19 +10,24 @@ things. A client may be shared by threads; their calls then take turns. For many
 from __future__ import annotations
 
 import contextlib
+import math
 import select
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, overload
 
 import zmq
 
+from ksi.transport import outcomes
 from ksi.transport.caller import Caller, Known, Prepared, Ticket
+from ksi.transport.durable import INBOX, LOOK_S, DurableDelivery, bell_of, delivery_of
 from ksi.transport.errors import KsiError, NotFound, Unavailable
-from ksi.transport.limits import ASK_TIMEOUT_S
-from ksi.transport.link import Delivery, Link, Subscribed
+from ksi.transport.limits import ASK_TIMEOUT_S, OUTCOME_TIMEOUT_S
+from ksi.transport.link import CREDIT, Delivery, Link, Subscribed
 from ksi.transport.message import Command, Message, Query, Role
 from ksi.transport.window import Pending
 
@@ -51,7 +56,8 @@ class Client:
     """An agent's way to the system.
 
     Args:
-        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`.
+        name: who speaks; enrolled on first use over a local var. Default: `KSI_AGENT`, or the
+            only key in a directory that was carried from another machine.
         var: the runtime directory. Default: `KSI_VAR`, or `./var`.
         role: the role to enrol with, if the name is new.
 
@@ -140,9 +146,10 @@ class Client:
         A refusal is raised by the next `flush` or `close`.
 
         Raises:
+            Invalid: it is a query.
             Unavailable: the window is full and nothing in it is answered; it was not sent.
         """
-        prepared = self._caller.prepare(what, fields, named)
+        prepared = self._caller.prepare_command(what, fields, named)
         with self._lock:
             _link, pending = self._send(prepared, None)
             pending.future = _TOLD
@@ -173,8 +180,11 @@ class Client:
     ) -> Any:
         """Answer a query from the owner's committed state, in this process: no message, no wait.
 
-        It works while the owner is busy, stopped or dead.
+        It works while the owner is busy, stopped or dead. From another machine it is asked.
         """
+        if self._caller.remote:
+            self._caller.require_query(what)
+            return self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]
         return self._caller.read_local(what, fields, named)
 
     def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
@@ -198,17 +208,38 @@ class Client:
                 known = Known(known.operation, slot.body, slot.error)
         return self._caller.settled(ticket, known)
 
-    def subscribe(self, pattern: str, *, owner: str | None = None) -> Subscription:
+    @overload
+    def subscribe(
+        self, pattern: str, *, owner: str | None = ..., credit: int = ..., durable: None = ...
+    ) -> Subscription: ...
+    @overload
+    def subscribe(self, pattern: str, *, durable: str) -> DurableSubscription: ...
+    def subscribe(
+        self,
+        pattern: str,
+        *,
+        owner: str | None = None,
+        credit: int = CREDIT,
+        durable: str | None = None,
+    ) -> Subscription | DurableSubscription:
         """Hear what is announced under topics that match `pattern`: `*` a word, `>` the rest.
+
+        With `durable`, messages published on the bus are kept under that name until they are
+        acknowledged, whether this agent is there or not. Else `credit` is how many may be sent
+        ahead of their reader; what comes beyond it is counted, and the next delivery says how many.
 
         Raises:
             Invalid, Quota: the pattern is none, or one too many.
             Unavailable: no answer.
         """
+        if durable is not None:
+            self.ask("message:subscribe", pattern=pattern, durable=durable)
+            bell = self.subscribe(bell_of(self.name, durable), credit=1)
+            return DurableSubscription(self, durable, bell)
         deadline_s = time.monotonic() + ASK_TIMEOUT_S
         with self._lock:
             link = self._link(owner or self._caller.owner_of_topic(pattern))
-            subscribed = link.subscribe(pattern)
+            subscribed = link.subscribe(pattern, credit)
             if not self._wait(lambda: subscribed.ready, deadline_s, link):
                 link.unsubscribe(subscribed)
                 raise self._caller.no_answer(link, "the subscription")
@@ -217,6 +248,67 @@ class Client:
                 raise subscribed.error
         self._keep()
         return Subscription(self, link, subscribed)
+
+    def outcome(self, request_id: str, *, timeout_s: float = OUTCOME_TIMEOUT_S) -> dict[str, Any]:
+        """Wait until a completion of this client has ended; return what `completion:status` says.
+
+        It does not matter whether it has ended before, or what is restarted meanwhile.
+
+        Raises:
+            NotFound: there is no such request, or its outcome is not kept any more.
+            Unavailable: it has not ended in time; it goes on.
+            Quota: as many are waited for already as a connection may hold subscriptions.
+        """
+        deadline_s = self._caller.deadline_s(timeout_s)
+        with self.subscribe(outcomes.topic(self.name, request_id)) as news:
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                status = self.ask("completion:status", request_id=request_id, timeout_s=left_s)
+                if outcomes.has_ended(status):
+                    return status
+                left_s = deadline_s - time.monotonic()
+                with contextlib.suppress(TimeoutError):
+                    while not outcomes.may_have_ended(news.next(min(left_s, outcomes.RECHECK_S))):
+                        pass
+        raise outcomes.still_open(request_id, timeout_s)
+
+    def inbox(self) -> DurableSubscription:
+        """Read what others send to this agent: direct messages, broadcasts and tasks."""
+        return self.subscribe(INBOX, durable=INBOX)
+
+    def request(
+        self, to_agent: str, message: Mapping[str, Any], *, timeout_s: float = ASK_TIMEOUT_S
+    ) -> DurableDelivery:
+        """Send a message to an agent and wait for its answer, which is acknowledged.
+
+        Raises:
+            KsiError: the refusal of `agent:send_message`.
+            Unavailable: it waits in the inbox of the agent, and no answer has come in time.
+        """
+        deadline_s = self._caller.deadline_s(timeout_s)
+        with self.subscribe(bell_of(self.name, INBOX), credit=1) as bell:
+            sent = self.ask("agent:send_message", to_agent=to_agent, message=message)
+            asked = sent["message_id"]
+            while True:
+                page = self.ask(
+                    "message:waiting",
+                    agent_id=self.name,
+                    durable=INBOX,
+                    after=asked,
+                    in_reply_to=asked,
+                )
+                for answer in page["messages"]:
+                    number = [answer["message_id"]]
+                    self.ask("message:ack", durable=INBOX, message_ids=number)
+                    return delivery_of(answer, 0, lambda: None)
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    raise Unavailable(
+                        f"{to_agent} did not answer message {asked} in {timeout_s} s",
+                        hint=f"an answer will wait in the inbox of {self.name}",
+                        message_id=asked,
+                    )
+                with contextlib.suppress(TimeoutError):
+                    bell.next(min(left_s, LOOK_S))
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
         """Wait until all is acknowledged, say goodbye and close. Raises what `flush` raises."""
@@ -251,6 +343,8 @@ class Client:
             link = self._caller.link(owner)
             self._poller.register(link.dealer, zmq.POLLIN)
             self._poller.register(link.monitor, zmq.POLLIN)
+            if self._caller.remote:
+                self._keep()  # Its monitor tells of every attempt to connect, and must be read.
         return link
 
     def _send(self, prepared: Prepared, deadline_s: float | None) -> tuple[Link, Pending]:
@@ -344,14 +438,24 @@ class Subscription:
             Forbidden: the key of this client was revoked. Other refusals likewise.
             Unavailable: the client is closed.
         """
-        deadline_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        return self._next(timeout_s, self._link.next_delivery)
+
+    def take(self, timeout_s: float | None = None) -> list[Delivery]:
+        """Return all deliveries that have come, one at least: cheaper than one by one.
+
+        Raises what `next` raises.
+        """
+        return self._next(timeout_s, self._link.all_deliveries)
+
+    def _next(self, timeout_s: float | None, take: Callable[[Subscribed], R]) -> R:
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         client, link, subscribed = self._client, self._link, self._subscribed
         while True:
             with client._lock:  # Only for a moment: other threads want to ask.
                 if not subscribed.arrived:
                     client._take_all()
                 if subscribed.arrived:
-                    return link.next_delivery(subscribed)
+                    return take(subscribed)
                 descriptors = () if link.closed else link.descriptors()
             if subscribed.error is not None:
                 raise subscribed.error
@@ -369,3 +473,71 @@ class Subscription:
         """End the subscription."""
         with self._client._lock:
             self._link.unsubscribe(self._subscribed)
+
+
+class DurableSubscription:
+    """What waits under a name, in order, until it is acknowledged: as `Subscription`.
+
+    Each message comes once to each of these objects; what was not acknowledged comes again to the
+    next one of the same name.
+    """
+
+    def __init__(self, client: Client, durable: str, bell: Subscription) -> None:
+        self._client = client
+        self._durable = durable
+        self._bell = bell
+        self._page: deque[DurableDelivery] = deque()
+        self._after = 0
+        self._look = True  # Something may wait that was not fetched.
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[DurableDelivery]:
+        while True:
+            yield self.next()
+
+    def next(self, timeout_s: float | None = None) -> DurableDelivery:
+        """Return the next message that waits.
+
+        Raises:
+            TimeoutError: none came in time.
+            NotFound: the subscription was ended.
+            Unavailable: the bus does not answer, or the client is closed.
+        """
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not self._page:
+            if self._look:
+                self._fetch()
+                continue
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError(f"nothing waits in {self._durable} after {timeout_s} s")
+            with contextlib.suppress(TimeoutError):
+                self._bell.next(min(left_s, LOOK_S))
+            self._look = True
+        return self._page.popleft()
+
+    def close(self) -> None:
+        """Stop reading. The subscription stays, and what comes waits in it."""
+        self._bell.close()
+
+    def _fetch(self) -> None:
+        ask, durable = self._client.ask, self._durable
+        page = ask(
+            "message:waiting", agent_id=self._client.name, durable=durable, after=self._after
+        )
+        self._look = page["next"] is not None
+        messages = page["messages"]
+        if messages:
+            self._after = messages[-1]["message_id"]
+            handed = ask("message:receive", durable=durable, upto=self._after)
+            for message in messages:
+                settle = partial(self._settle, message["message_id"])
+                self._page.append(delivery_of(message, handed["redelivered"], settle))
+
+    def _settle(self, number: int) -> None:
+        self._client.tell("message:ack", durable=self._durable, message_ids=[number])

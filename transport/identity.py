@@ -16,10 +16,12 @@ Source: certificates as in ZPL (ZeroMQ RFC 4) and czmq's zcert; addresses: unix(
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import secrets
+import shutil
 import stat
 import struct
 import time
@@ -32,9 +34,10 @@ import msgspec
 import zmq
 from zmq.utils import z85
 
-from ksi.transport.errors import Forbidden, Invalid, NotRunning
+from ksi.transport.errors import Conflict, Forbidden, Invalid, NotRunning
 from ksi.transport.limits import ID_PATTERN, RUN_NAME_BYTES_MAX, SOCKET_PATH_BYTES_MAX
 from ksi.transport.message import ANYONE, Role
+from ksi.transport.remote import REMOTE_NAME, is_remote
 
 RESERVED: Final = frozenset(
     {"archive", "bus", "completion", "events", "files", "index", "registry", "sessions"}
@@ -44,6 +47,9 @@ BELL_SUFFIX: Final = ".bell"  # The doorbell of an owner is beside its socket.
 
 _SETTLED_NS: Final = 20_000_000  # Two changes within one tick of the file clock look like one.
 _DIRECTORY_NAME: Final = "endpoints.json"
+_WILDCARDS: Final = frozenset({"0.0.0.0", "[::]"})  # "all addresses": where none can connect
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,253}|\[?[0-9A-Fa-f:.]{2,45}(%\w+)?\]?")
+_VAR_NAME: Final = "var"  # In a short run directory: a link to the var it belongs to.
 _FILE_BYTES_MAX: Final = 1 << 20
 _ID: Final = re.compile(ID_PATTERN)
 _USER_ID: Final = re.compile(r"[0-9a-f]{64}")
@@ -197,6 +203,14 @@ class KeyRing:
         self._secret_path(name).unlink(missing_ok=True)
         _sync(self.directory)
 
+    def carry(self, certificate: Certificate) -> None:
+        """Take up a key pair that was enrolled in another ring."""
+        _make_private(self.directory)
+        self.forget(certificate.name)
+        public = certificate._replace(secret=None)
+        _write(self._public_path(certificate.user_id), _text_of(public))
+        _write(self._secret_path(certificate.name), _text_of(certificate))
+
     def _enrolled(self, user_id: str) -> Identity | None:
         if not _USER_ID.fullmatch(user_id):
             return None
@@ -216,14 +230,22 @@ class KeyRing:
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Where an owner listens, and the public key (Z85) it proves to be itself with."""
+    """Where an owner listens, and the public key (Z85) it proves to be itself with.
+
+    Attributes:
+        tcp: where it listens for other machines, too; empty: nowhere.
+    """
 
     endpoint: str
     key: str
+    tcp: str = ""
 
 
 class Directory(msgspec.Struct, frozen=True):
     """Who owns what and where: `run/endpoints.json`, written by the supervisor.
+
+    A directory with a `remote.json` in its place stands for the system of another machine: that
+    file, and keys, are all there is in it.
 
     Attributes:
         commands, queries: the owner of each operation of that kind.
@@ -242,20 +264,49 @@ class Directory(msgspec.Struct, frozen=True):
 
         Raises:
             NotRunning: there is none.
+            Invalid: what was carried from another machine is damaged.
             Forbidden: it is not ours alone.
         """
-        path = run_directory(var) / _DIRECTORY_NAME
+        path = var / REMOTE_NAME if is_remote(var) else run_directory(var) / _DIRECTORY_NAME
         try:
             return msgspec.json.decode(_read(path, closed_to=0o022), type=cls)
         except FileNotFoundError:
             raise NotRunning(f"nothing runs on {var}", hint="ksi start") from None
         except msgspec.MsgspecError as error:
-            raise NotRunning(f"{path} is unreadable: {error}", hint="ksi restart") from None
+            text = f"{path} is unreadable: {error}"
+            if is_remote(var):
+                hint = "on the machine of the system: ksi agents enroll NAME --to DIR"
+                raise Invalid(text, hint=hint) from None
+            raise NotRunning(text, hint="ksi restart") from None
 
     def write(self, var: Path) -> None:
         """Publish it in one step: a reader sees the former one or this one."""
         text = msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=2)
         _write(make_run_directory(var) / _DIRECTORY_NAME, text.decode())
+
+    def carry(self, to: Path, host: str = "") -> None:
+        """Make the directory `to` stand for this system on another machine.
+
+        Args:
+            host: the name or address of this machine there; by default the one it listens on.
+
+        Raises:
+            Invalid: no owner listens on tcp, or on all addresses and `host` does not say which.
+            Conflict: `to` holds something else.
+        """
+        owners = {
+            name: Address(_seen_from_afar(place.tcp, host), place.key)
+            for name, place in self.owners.items()
+            if place.tcp
+        }
+        if not owners:
+            hint = "set transport.tcp_host in ksi.toml, then ksi restart"
+            raise Invalid("this system does not listen on tcp", hint=hint)
+        _require_ours_to_carry(to, {place.key for place in owners.values()})
+        to.mkdir(mode=0o700, parents=True, exist_ok=True)
+        seen = msgspec.structs.replace(self, owners=owners)
+        text = msgspec.json.format(msgspec.json.encode(seen, order="sorted"), indent=2)
+        _write(to / REMOTE_NAME, text.decode())
 
     @staticmethod
     def remove(var: Path) -> None:
@@ -294,7 +345,52 @@ def make_run_directory(var: Path) -> Path:
             _write(usual / "elsewhere", f"{_short_directory(usual.parent)}\n")
     directory = run_directory(var)
     _make_private(directory)
+    if directory != usual and _var_of(directory) != usual.parent:
+        (directory / _VAR_NAME).unlink(missing_ok=True)
+        os.symlink(usual.parent, directory / _VAR_NAME)
     return directory
+
+
+def hold_run_directory(directory: Path) -> int:
+    """Return a descriptor that keeps the directory from being swept, with its var gone or not."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
+
+
+def remove_run_directory(var: Path) -> None:
+    """Remove the short run directory of `var`, if it has one. For its holder, as the last thing.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    directory = run_directory(var)
+    if _var_of(directory) == _real(var):
+        shutil.rmtree(directory)
+
+
+def sweep_run_directories(parent: Path) -> None:
+    """Remove the short run directories in `parent` that are ours, dead, and whose var is gone."""
+    for directory in parent.glob("ksi-*"):
+        with suppress(OSError, Forbidden):
+            var = _var_of(directory)
+            if var is None or var.is_dir():
+                continue
+            _require_private(directory)
+            held = hold_run_directory(directory)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory)
+            finally:
+                os.close(held)
+
+
+def _var_of(directory: Path) -> Path | None:
+    """Return the var of which this is the short run directory; None if it does not say so."""
+    try:
+        return Path(os.readlink(directory / _VAR_NAME))
+    except OSError:
+        return None
 
 
 def endpoint(var: Path, name: str) -> str:
@@ -368,6 +464,32 @@ def _is_pair(certificate: Certificate) -> bool:
         return zmq.curve_public(certificate.secret or b"") == certificate.public
     except (ValueError, zmq.ZMQError):
         return False
+
+
+def _seen_from_afar(tcp: str, host: str) -> str:
+    bound, _, port = tcp.removeprefix("tcp://").rpartition(":")
+    if host and not _HOST.fullmatch(host):
+        raise Invalid(f"{host[:200]!r} is no name or address of a machine")
+    if not host and bound in _WILDCARDS:
+        hint = "--host says under which name or address the other machine finds this one"
+        raise Invalid(f"this system listens on all addresses ({bound})", hint=hint)
+    return tcp_endpoint(host or bound, port)
+
+
+def _require_ours_to_carry(to: Path, keys: set[str]) -> None:
+    """Raise `Conflict` unless `to` is empty, or stands for the system with these keys."""
+    if is_remote(to):
+        former = Directory.read(to)
+        if keys.isdisjoint(place.key for place in former.owners.values()):
+            raise Conflict(f"{to} holds keys to another system", hint="name another directory")
+    elif to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise Conflict(f"{to} is not empty", hint="name a new directory")
+
+
+def tcp_endpoint(host: str, port: int | str) -> str:
+    """Return the address of a port; an IPv6 address gets its brackets."""
+    bare = host.strip("[]")
+    return f"tcp://[{bare}]:{port}" if ":" in bare else f"tcp://{bare}:{port}"
 
 
 def _real(var: Path) -> Path:

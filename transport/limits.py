@@ -30,8 +30,32 @@ CLIENT_ROWS_MAX: Final = 100_000  # Remembered client instances an owner; 200 by
 CLIENT_IDLE_S_MAX: Final = 30 * 86_400.0  # An instance silent this long is forgotten.
 REQUEST_ID_S_MAX: Final = 30 * 86_400.0  # How long a caller's `request_id` is remembered.
 SUBSCRIPTIONS_MAX: Final = 256  # Patterns one connection may hold at one owner.
-CREDIT_MAX: Final = 4096  # Deliveries in flight to one subscription before they are counted as gap.
+PATTERN_CHARS_MAX: Final = 512  # Topics and patterns: some words, not a text.
+CREDIT_MAX: Final = 4096  # Messages in flight to one subscription before they are counted as gap.
+RUN_BYTES_MAX: Final = 256 << 10  # Messages that are encoded as one run: some fit into a frame.
 OUTBOX_ROWS_MAX: Final = 100_000  # Messages waiting for another owner; beyond it `busy`.
+
+# Completions
+WAITING_MAX: Final = 100_000  # Requests waiting in all sessions; beyond it the answer is `busy` ...
+WAITING_SESSION_MAX: Final = 10_000  # ... or in one session: nobody lives to see the last answered.
+WAITING_BYTES_MAX: Final = 1 << 30  # What they say, on disk; the same.
+ENTRY_BYTES_MAX: Final = 512 << 10  # A request or result as JSON: half of the line it becomes.
+PROGRESS_BYTES_MAX: Final = 16 << 10  # One report of progress: it goes through the journal.
+ACTIVE_MAX: Final = 1024  # Grants at a time in all; what an operator may set.
+ACTIVE_USUAL: Final = 256  # The same, where none has been set: more than providers let through.
+WORKERS_MAX: Final = 1024  # Each has a few rows that a grant rewrites.
+SLOTS_MAX: Final = 64  # Grants a worker may hold: what is requeued in one decision when it goes.
+OFFERS_MAX: Final = 16  # Capabilities of one worker: rows rewritten with each of its grants.
+WORKER_LEASE_S: Final = 15.0  # A worker silent this long is taken for dead, where it says nothing.
+REQUEST_RUN_S: Final = 300.0  # How long one attempt may run, where the request does not say.
+LAPSES_MAX: Final = (
+    5  # Workers that may vanish over one request before it is given up: it may be why.
+)
+AGEING_S: Final = 30.0  # Waiting this long is worth one step of priority: nothing starves.
+FINISHED_MAX: Final = 10_000  # Outcomes kept for those who ask; the record is the session's file.
+FINISHED_BYTES_MAX: Final = 256 << 20  # The same, for large results.
+FINISHED_S: Final = 86_400.0  # The same: nobody asks after a day.
+ENDED_MAX: Final = 250  # Requests of a closed session ended in one decision: it is felt.
 
 # Disk
 RECORD_BYTES_MAX: Final = 4 * BATCH_BYTES_MAX  # Of the journal: events may outgrow their commands.
@@ -59,6 +83,7 @@ RUN_NAME_BYTES_MAX: Final = 24  # Of a socket in `run/`, so that the path is kno
 
 # Time
 ASK_TIMEOUT_S: Final = 5.0  # What a caller waits when it does not say.
+OUTCOME_TIMEOUT_S: Final = 600.0  # What a requester waits for an outcome when it does not say.
 TICK_S: Final = 0.25  # How often an owner lets time pass: the precision of leases.
 HUNG_TURN_S: Final = 10.0  # No turn of its loop for this long and an owner is hung ...
 HUNG_COMMIT_S: Final = 60.0  # ... or this long inside a commit: slow disks are not hung owners.
@@ -69,3 +94,5 @@ HEARTBEAT_MS_MAX: Final = 15_000  # ... and is given up after this.
 BACKLOG: Final = 512  # Connections waiting to be accepted: a fleet that starts at once.
 RECONNECT_MS: Final = 1  # ZeroMQ's default of 100 alone makes a restart take 142 ms.
 RECONNECT_MS_MAX: Final = 4  # What a restart costs beyond itself; 250 tries a second are cheap.
+TCP_RECONNECT_MS_MAX: Final = 128  # The same over a network, where they are not.
+TCP_CONNECT_MS: Final = 3000  # One attempt; the kernel would wait ever longer between its packets.

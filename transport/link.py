@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 import zmq
 
-from ksi.transport.errors import Forbidden, KsiError, from_wire
+from ksi.transport.errors import Forbidden, Invalid, KsiError, from_wire
 from ksi.transport.mailbox import read_monitor
 from ksi.transport.window import Outcome, Pending, Window
 from ksi.transport.wire import Kind, Subscribe
@@ -25,13 +25,12 @@ from ksi.transport.wire import Kind, Subscribe
 _EVENTS: Final = int(zmq.EVENTS)  # Enums would be converted on every call.
 _POLLIN: Final = int(zmq.POLLIN)
 _NOW: Final = int(zmq.DONTWAIT)
-CREDIT: Final = 256  # Deliveries an owner may send ahead of their reader.
+CREDIT: Final = 256  # Messages an owner may send ahead of their reader.
 SILENCE_S: Final = 1.0  # After this long without an answer what is unanswered is sent again.
 CROWDED_S: Final = 0.1  # An owner that takes nothing in is given this long before the next try.
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True, gc=False):
     """One message that was announced under `topic` by `sender`.
 
     `seq` numbers what was announced to a subscription from 1, for each connection; `gap` is how
@@ -39,10 +38,23 @@ class Delivery:
     """
 
     topic: str
-    message: Any
     sender: str
     seq: int
     gap: int
+    body: bytes
+    redelivered: bool = False
+
+    @property
+    def message(self) -> Any:
+        """The message; None of a notice of a gap.
+
+        Raises:
+            Invalid: its sender has sent what is no message.
+        """
+        try:
+            return msgspec.msgpack.decode(self.body) if self.topic else None
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise Invalid(f"{self.sender} sent what is no message: {error}") from None
 
 
 @dataclass(slots=True)
@@ -51,9 +63,10 @@ class Subscribed:
 
     number: int
     pattern: str
+    credit: int = CREDIT
     arrived: deque[Delivery] = field(default_factory=deque)
     received: int = 0  # since the connection came up
-    granted: int = CREDIT
+    granted: int = 0  # likewise
     error: KsiError | None = None
     ready: bool = False
     wake: Callable[[], None] = lambda: None
@@ -76,6 +89,7 @@ class Link:
         self.up = False
         self.denied = False
         self.closed = False
+        self.failures = 0  # attempts to connect since it was up, over tcp
         self.subscribed: dict[int, Subscribed] = {}
         self.heard_s = 0.0  # when something last came, or was first waited for
         self.alone_s: float | None = None  # since when no supervisor has been seen
@@ -129,10 +143,13 @@ class Link:
                     late.append(pending)
         return late
 
-    def subscribe(self, pattern: str) -> Subscribed:
-        """Add a subscription; it is renewed whenever the connection comes up."""
+    def subscribe(self, pattern: str, credit: int = CREDIT) -> Subscribed:
+        """Add a subscription; it is renewed whenever the connection comes up.
+
+        `credit` is how many messages the owner may send ahead of their reader.
+        """
         number = next(self._numbers)
-        subscribed = self.subscribed[number] = Subscribed(number, pattern)
+        subscribed = self.subscribed[number] = Subscribed(number, pattern, credit)
         if self.up:
             self._ask(subscribed)
         return subscribed
@@ -145,12 +162,15 @@ class Link:
     def next_delivery(self, subscribed: Subscribed) -> Delivery:
         """Take the next delivery that has arrived, and grant credit for more in time."""
         delivery = subscribed.arrived.popleft()
-        # What has come and is not taken, and what may still come, are `CREDIT` at the most.
-        grant = subscribed.received + CREDIT - len(subscribed.arrived)
-        if grant - subscribed.granted >= CREDIT // 2:
-            subscribed.granted = grant
-            self._control(Kind.CREDIT, [(subscribed.number, grant)])
+        self._grant(subscribed)
         return delivery
+
+    def all_deliveries(self, subscribed: Subscribed) -> list[Delivery]:
+        """Take all that have arrived, likewise."""
+        deliveries = list(subscribed.arrived)
+        subscribed.arrived.clear()
+        self._grant(subscribed)
+        return deliveries
 
     def descriptors(self) -> tuple[int, int]:
         """Return what to poll: they signal edges, so take until nothing is left."""
@@ -177,7 +197,7 @@ class Link:
 
     def _changed(self, change: str, now_s: float, outcomes: list[Outcome]) -> None:
         if change == "up":
-            self.up, self.denied, self.heard_s = True, False, now_s
+            self.up, self.denied, self.heard_s, self.failures = True, False, now_s, 0
             self.window.not_before_s = 0.0  # It was the former one that was to be given time.
             for subscribed in self.subscribed.values():
                 self._ask(subscribed)
@@ -185,6 +205,8 @@ class Link:
             self.up = False
             self._unsent.clear()
             self.window.lost()
+        elif change == "failed":
+            self.failures += 1
         elif change == "denied":
             self.denied = True
             error = Forbidden(
@@ -195,8 +217,15 @@ class Link:
             for subscribed in self.subscribed.values():
                 subscribed.fail(error)
 
+    def _grant(self, subscribed: Subscribed) -> None:
+        # What has come and is not taken, and what may still come, are `credit` at the most.
+        grant = subscribed.received + subscribed.credit - len(subscribed.arrived)
+        if grant - subscribed.granted >= (subscribed.credit + 1) // 2:
+            subscribed.granted = grant
+            self._control(Kind.CREDIT, [(subscribed.number, grant)])
+
     def _ask(self, subscribed: Subscribed) -> None:
-        subscribed.granted = CREDIT - len(subscribed.arrived)
+        subscribed.granted = max(0, subscribed.credit - len(subscribed.arrived))
         subscribed.received = 0
         asked = Subscribe(subscribed.number, subscribed.pattern, subscribed.granted)
         self._control(Kind.SUBSCRIBE, [asked])
@@ -222,13 +251,17 @@ class Link:
                 subscribed.wake()
 
     def _delivered(self) -> None:
-        deliveries, self.window.deliveries = self.window.deliveries, []
-        for each in deliveries:
-            subscribed = self.subscribed.get(each.number)
+        runs, self.window.deliveries = self.window.deliveries, []
+        for run in runs:
+            subscribed = self.subscribed.get(run.number)
             if subscribed is None:
                 continue
-            subscribed.received += 1
-            message = msgspec.msgpack.decode(each.body) if each.topic else None
-            delivery = Delivery(each.topic, message, each.sender, each.seq, each.gap)
-            subscribed.arrived.append(delivery)
+            arrive, seq, gap = subscribed.arrived.append, run.seq, run.gap
+            if not run.said:
+                arrive(Delivery("", "", seq, gap, b""))
+            for said in run.said:
+                for body in said.bodies:
+                    arrive(Delivery(said.topic, said.sender, seq, gap, body))
+                    seq, gap = seq + 1, 0
+            subscribed.received += seq - run.seq
             subscribed.wake()

@@ -27,12 +27,13 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 import zmq
 
+from ksi.transport.errors import Conflict, Invalid
 from ksi.transport.identity import BELL_SUFFIX, Certificate, Identity, KeyRing
 from ksi.transport.limits import (
     BACKLOG,
@@ -48,13 +49,15 @@ from ksi.transport.limits import (
     RECONNECT_MS_MAX,
     REPLY_FRAMES_MAX,
     REQUEST_FRAMES_MAX,
+    TCP_CONNECT_MS,
+    TCP_RECONNECT_MS_MAX,
     TICK_S,
 )
 
 if TYPE_CHECKING:
     from pykka._envelope import Envelope
 
-Change = Literal["up", "down", "denied"]
+Change = Literal["up", "down", "denied", "failed"]
 _Socket: TypeAlias = "zmq.Socket[bytes]"
 _Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
 
@@ -75,6 +78,7 @@ _CHANGES: Final[dict[int, Change]] = {
     zmq.EVENT_HANDSHAKE_SUCCEEDED: "up",
     zmq.EVENT_DISCONNECTED: "down",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "denied",
+    zmq.EVENT_CONNECT_RETRIED: "failed",
 }
 _MONITOR_EVENT: Final = struct.Struct("=HI")
 
@@ -135,6 +139,7 @@ class Mailbox:
         self._closed = False
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._zap = context.socket(zmq.ROUTER)
+        _make_routes_unforeseeable()
         self._router = context.socket(zmq.ROUTER)
         self._bell = context.socket(zmq.PUB)
         try:
@@ -254,11 +259,9 @@ class Mailbox:
         self._bind_file(router, endpoint.removeprefix("ipc://"))
         self._bind_file(self._bell, endpoint.removeprefix("ipc://") + BELL_SUFFIX)
         if tcp is not None:
-            _beat(router)
+            _over_tcp(router, tcp)
             router.bind(tcp)
-            bound = router.getsockopt(zmq.LAST_ENDPOINT)
-            assert isinstance(bound, bytes)
-            self.tcp_endpoint = bound.rstrip(b"\0").decode()
+            self.tcp_endpoint = _bound_to(router)
 
     def _bind_file(self, socket: _Socket, path: str) -> None:
         """Bind to a socket file, 0600, that replaces the one that is there in one step.
@@ -398,7 +401,8 @@ def connect(
     Sending on it without waiting fails (`zmq.Again`) until the monitor says "up". After "denied"
     it is dead: close both, and connect anew once the key is enrolled. "down" again and again
     without "up" means that someone else answers there: look up the address and key again. Read
-    the monitor regularly: it holds two thousand changes, and then it stops the connection.
+    the monitor regularly: it holds two thousand changes, and then it stops the connection, and
+    with it all others of the context.
 
     Args:
         server_public: the public key (Z85) the owner proves to be itself with.
@@ -412,9 +416,13 @@ def connect(
     dealer.reconnect_ivl_max = RECONNECT_MS_MAX
     dealer.sndhwm = dealer.rcvhwm = CLIENT_FRAMES_MAX
     _bound(dealer)
+    monitored = _MONITORED
     if endpoint.startswith("tcp:"):
-        _beat(dealer)
-    monitor = dealer.get_monitor_socket(_MONITORED)
+        _over_tcp(dealer, endpoint)
+        dealer.connect_timeout = TCP_CONNECT_MS
+        dealer.reconnect_ivl_max = TCP_RECONNECT_MS_MAX
+        monitored |= zmq.EVENT_CONNECT_RETRIED
+    monitor = dealer.get_monitor_socket(monitored)
     dealer.connect(endpoint)
     return dealer, monitor
 
@@ -423,7 +431,8 @@ def read_monitor(monitor: _Socket) -> list[Change]:
     """Return what has become of a connection since the last call, in order. Does not wait.
 
     "up": the owner has proven itself and admitted this key; frames can be sent. "down": the
-    connection, or an attempt at one, has ended. "denied": this key is not enrolled.
+    connection, or an attempt at one, has ended. "denied": this key is not enrolled. "failed", over
+    tcp only: there is no connection, and it is tried again after a pause.
     """
     changes = []
     with suppress(zmq.Again):
@@ -448,6 +457,17 @@ def listen(context: _Context, bell_endpoint: str) -> _Socket:
     return bell
 
 
+def _make_routes_unforeseeable() -> None:
+    """Keep the routing ids of the next ROUTER from being guessed; its context is in use already.
+
+    It counts them up from a number of `rand`, which ZeroMQ seeds with time and pid. Whoever claims
+    an id before it is given to somebody else aborts the process (libzmq 4.3, `socket_base.cpp`).
+    """
+    import ctypes  # Clients import this module, too.
+
+    ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4)))
+
+
 def _bound(socket: _Socket) -> None:
     """Set what all sockets have in common."""
     socket.linger = 0
@@ -455,8 +475,47 @@ def _bound(socket: _Socket) -> None:
     socket.handshake_ivl = HANDSHAKE_MS
 
 
-def _beat(socket: _Socket) -> None:
+def require_free(endpoints: Mapping[str, str]) -> dict[str, str]:
+    """Bind each of these tcp addresses for a moment, and return them in numbers.
+
+    Raises:
+        Conflict: one of them is taken.
+        Invalid: one of them is none of this machine, or is not for this user.
+    """
+    if not endpoints:
+        return {}
+    bound: dict[str, str] = {}
+    context: _Context = zmq.Context()
+    try:
+        for name, endpoint in endpoints.items():
+            with context.socket(zmq.ROUTER) as socket:
+                _over_tcp(socket, endpoint)
+                socket.bind(endpoint)
+                bound[name] = _bound_to(socket)
+        return bound
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EADDRINUSE:
+            raise Conflict(
+                f"{endpoint} is taken by another process",
+                hint="transport.tcp_port names other ports; `ss -ltnp` shows who has which",
+            ) from None
+        raise Invalid(
+            f"{endpoint} cannot be bound: {os.strerror(error.errno or 0)}",
+            hint="transport.tcp_host is an IP address or an interface of this machine",
+        ) from None
+    finally:
+        context.term()  # Waits until they are free again.
+
+
+def _bound_to(socket: _Socket) -> str:
+    bound = socket.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(bound, bytes)
+    return bound.rstrip(b"\0").decode()
+
+
+def _over_tcp(socket: _Socket, endpoint: str) -> None:
     """Find out when the machine at the other end is gone. For what is bound or connected next."""
+    socket.ipv6 = "[" in endpoint
     socket.heartbeat_ivl = HEARTBEAT_MS
     socket.heartbeat_timeout = HEARTBEAT_MS_MAX
 

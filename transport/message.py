@@ -2,7 +2,7 @@
 
 An operation is declared once, as a message class under `@operation(...)`. From that declaration
 come validation, `ksi help`, `ksi discover`, JSON Schema, `docs/operations.md` and typed replies.
-A command changes state, a query is a pure function of one read transaction.
+A command changes state, a query is a pure function of one read transaction, a signal is passed on.
 
 On the wire a body is a MessagePack map of the fields. Values that a field leaves open (`Any`) are
 checked to be plain: what JSON, MessagePack and every reader can hold alike.
@@ -49,6 +49,14 @@ class Command(Message, Generic[R], frozen=True, kw_only=True):
     """Asks an owner to change state; `R` is the type of its reply."""
 
 
+class Signal(Command[R], frozen=True, kw_only=True):
+    """Asks an owner to pass something on: numbered and sent like a command, kept nowhere.
+
+    Its reply means: accepted. The owner reads it with the fields whose values are left open still
+    encoded, and may choose to treat it as a command.
+    """
+
+
 class Query(Message, Generic[R], frozen=True, kw_only=True):
     """Asks what is; answered from one committed state, by the owner or in place."""
 
@@ -70,7 +78,7 @@ class Operation:
 
     name: str
     owner: str
-    kind: Literal["command", "query"]
+    kind: Literal["command", "signal", "query"]
     message: type[Message]
     reply: Any
     roles: frozenset[Role]
@@ -78,6 +86,13 @@ class Operation:
     example: Mapping[str, Any]
     open_fields: tuple[str, ...]  # those whose values are left open, or may be a NaN
     decoder: msgspec.msgpack.Decoder[Any] = field(repr=False)
+    signal: type[msgspec.Struct] | None  # a signal as it is read, its open fields still encoded
+    header: msgspec.msgpack.Decoder[Any] | None = field(repr=False)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is numbered and carried out in order: a command or a signal."""
+        return self.kind != "query"
 
     @property
     def doc(self) -> str:
@@ -86,12 +101,7 @@ class Operation:
 
     def decode(self, body: bytes | memoryview) -> Message:
         """Return the validated message of a body; raise `Invalid` with the path of the field."""
-        try:
-            message: Message = self.decoder.decode(body)
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise Invalid(f"{self.name}: {_plain_words(error)}", hint=self.hint) from None
-        except (RecursionError, UnicodeDecodeError, ValueError) as error:
-            raise Invalid(f"{self.name}: unreadable body: {error}", hint=self.hint) from None
+        message: Message = self._decode(self.decoder, body)
         for name in self.open_fields:
             value = getattr(message, name)
             if (
@@ -101,6 +111,18 @@ class Operation:
             ):
                 require_plain(value, f"$.{name}", self.name)
         return message
+
+    def decode_header(self, body: bytes | memoryview) -> Any:
+        """Return a signal with its open fields as `msgspec.Raw`; raise `Invalid` likewise."""
+        return self._decode(self.header, body)
+
+    def _decode(self, decoder: Any, body: bytes | memoryview) -> Any:
+        try:
+            return decoder.decode(body)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise Invalid(f"{self.name}: {_plain_words(error)}", hint=self.hint) from None
+        except (RecursionError, UnicodeDecodeError, ValueError) as error:
+            raise Invalid(f"{self.name}: unreadable body: {error}", hint=self.hint) from None
 
     @property
     def hint(self) -> str:
@@ -123,10 +145,11 @@ def operation(
 
     def declare(message: M) -> M:
         assert name not in CATALOGUE, f"{name} is declared twice"
+        signal = _header_of(message) if issubclass(message, Signal) else None
         declared = Operation(
             name=name,
             owner=owner,
-            kind="command" if issubclass(message, Command) else "query",
+            kind=_kind_of(message),
             message=message,
             reply=_reply_type(message),
             roles=roles,
@@ -134,6 +157,8 @@ def operation(
             example=example or {},
             open_fields=_open_fields(message),
             decoder=msgspec.msgpack.Decoder(message, ext_hook=_refuse_extension),
+            signal=signal,
+            header=None if signal is None else msgspec.msgpack.Decoder(signal),
         )
         CATALOGUE[name] = _BY_MESSAGE[message] = declared
         return message
@@ -151,6 +176,18 @@ def unknown(name: str, known: Any) -> UnknownOperation:
     near = difflib.get_close_matches(name[:128], list(known), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "ksi discover lists all operations"
     return UnknownOperation(f"there is no operation {name!r}"[:200], hint=hint)
+
+
+def not_taken(name: str, owner: str, kind: Literal["command", "query"]) -> KsiError:
+    """Return the refusal of a request for `name` that `owner` does not take as a `kind`."""
+    declared = CATALOGUE.get(name)
+    if declared is None:
+        return unknown(name, [each.name for each in CATALOGUE.values() if each.owner == owner])
+    if declared.owner != owner:
+        text = f"{owner} has no operation {name}"
+        return UnknownOperation(text, hint=f"send it to {declared.owner}")
+    frame = "COMMANDS, with a number of its own" if declared.changes else "QUERIES"
+    return Invalid(f"{name} is a {declared.kind}, not a {kind}", hint=f"send it in {frame}")
 
 
 def encode(fields: Any) -> bytes:
@@ -214,6 +251,28 @@ def require_plain(value: Any, path: str, what: str, depth: int = 1) -> None:
 
 def _refuse_extension(code: int, _payload: memoryview) -> Any:
     raise ValueError(f"extension type {code} is not part of this protocol")
+
+
+def _kind_of(message: type[Message]) -> Literal["command", "signal", "query"]:
+    if issubclass(message, Signal):
+        return "signal"
+    return "command" if issubclass(message, Command) else "query"
+
+
+def _header_of(message: type[Message]) -> type[msgspec.Struct]:
+    """Return a class of the same fields that leaves the open ones encoded."""
+    left = _open_fields(message)
+    fields = [
+        (
+            each.name,
+            msgspec.Raw if each.name in left else each.type,
+            msgspec.field(default=each.default),
+        )
+        for each in msgspec.structs.fields(message)
+    ]
+    return msgspec.defstruct(
+        f"{message.__name__}Header", fields, frozen=True, kw_only=True, forbid_unknown_fields=True
+    )
 
 
 def _reply_type(message: type[Message]) -> Any:

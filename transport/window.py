@@ -33,7 +33,12 @@ _FRAME_ROOM: Final = FRAME_BYTES_MAX - 512  # What is left of a frame beside its
 
 _decode_frame = msgspec.msgpack.Decoder(wire.OwnerFrame).decode
 _decode_replies = msgspec.msgpack.Decoder(wire.RepliesFrame).decode
-_ANSWER_KINDS: Final = frozenset({Kind.REPLIES, Kind.ANSWERS})
+_decode_deliveries = msgspec.msgpack.Decoder(wire.DeliveriesFrame).decode
+_DECODERS: Final[dict[int, Any]] = {
+    Kind.REPLIES: _decode_replies,
+    Kind.ANSWERS: _decode_replies,
+    Kind.DELIVERIES: _decode_deliveries,
+}
 
 
 class Pending:
@@ -97,7 +102,7 @@ class Window:
         self.queries: dict[int, Pending] = {}
         self.command_bytes = 0
         self.not_before_s = 0.0  # nothing is sent before this moment: a refusal asked for patience
-        self.deliveries: list[wire.Delivery] = []  # pushed to subscriptions, for the caller to take
+        self.deliveries: list[wire.Run] = []  # pushed to subscriptions, for the caller to take
         self.subscribed: list[wire.Answer] = []  # answers to SUBSCRIBE, likewise
         self.welcome: wire.Welcome | None = None
         self.farewell = False
@@ -192,8 +197,8 @@ class Window:
         Raises:
             msgspec.MsgspecError: the frame is not of this protocol.
         """
-        answers = len(frame) > 2 and frame[2] in _ANSWER_KINDS
-        header: Any = _decode_replies(frame) if answers else _decode_frame(frame)
+        decode = _DECODERS.get(frame[2], _decode_frame) if len(frame) > 2 else _decode_frame
+        header: Any = decode(frame)
         if header.store != self.store:
             if self.store:
                 return self._start_anew(
@@ -206,11 +211,11 @@ class Window:
         if header.cut > self.cut:
             self.cut = header.cut
         kind = header.kind
-        if answers:
+        if decode is _decode_replies:
             waiting = self.commands if kind == Kind.REPLIES else self.queries
             return self._settle(header.items, waiting, now_s)
         if kind == Kind.DELIVERIES:
-            self.deliveries += msgspec.convert(header.items, list[wire.Delivery])
+            self.deliveries += header.items
         elif kind == Kind.RESEND_FROM:
             self._resend_from(int(header.items[0]))
         elif kind == Kind.WELCOME:

@@ -9,6 +9,7 @@ byte strings of their own, so that one bad body spoils one request, not the fram
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Annotated, Any, Final, Literal
 
@@ -27,17 +28,17 @@ class Kind(IntEnum):
     """What a frame carries. Requests are below 64, what owners send is above."""
 
     HELLO = 1  # items: none; answered WELCOME; changes nothing
-    COMMANDS = 2  # items: Request, numbered and carried out in order, effectively once
+    COMMANDS = 2  # items: Request, commands and signals, numbered and carried out in order
     QUERIES = 3  # items: Request, answered from the state after the commands before it
     SUBSCRIBE = 4  # items: Subscribe
     UNSUBSCRIBE = 5  # items: numbers of subscriptions
-    CREDIT = 6  # items: (number of subscription, deliveries it may have sent in total)
+    CREDIT = 6  # items: (number of subscription, messages it may have sent in total)
     GOODBYE = 7  # items: none; this instance is done, its row may go
 
     WELCOME = 65  # items: one Welcome
     REPLIES = 66  # items: Answer, to commands
     ANSWERS = 67  # items: Answer, to queries and subscriptions
-    DELIVERIES = 68  # items: Delivery
+    DELIVERIES = 68  # items: Run
     RESEND_FROM = 69  # items: one number; what was sent from it on was not carried out
     FAREWELL = 70  # items: none; the answer to GOODBYE
 
@@ -112,19 +113,25 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True):
     window_bytes: int
 
 
-class Delivery(msgspec.Struct, array_like=True, frozen=True):
-    """One announcement to one subscription.
+class Said(msgspec.Struct, array_like=True, frozen=True):
+    """Messages one after the other under one topic by one sender, each a body."""
 
-    `seq` counts what was delivered or missed on the subscription from 1; `gap` is how many were
-    missed right before this one.
+    topic: str
+    sender: str
+    bodies: list[bytes]
+
+
+class Run(msgspec.Struct, array_like=True, frozen=True):
+    """A run of messages to one subscription; `said` is the same bytes for all who share a pattern.
+
+    `seq` is the number of the first message: they count what was announced to the subscription,
+    delivered or missed, from 1. `gap` is how many were missed right before it.
     """
 
     number: int
-    topic: str
-    sender: str
     seq: int
     gap: int
-    body: bytes
+    said: list[Said]
 
 
 class OwnerFrame(msgspec.Struct, array_like=True, frozen=True):
@@ -147,4 +154,24 @@ class RepliesFrame(msgspec.Struct, array_like=True, frozen=True):
     items: list[Answer]
 
 
+class DeliveriesFrame(msgspec.Struct, array_like=True, frozen=True):
+    """`OwnerFrame` with items that are runs of messages."""
+
+    version: int
+    kind: int
+    store: str
+    cut: int
+    items: list[Run]
+
+
 encode = msgspec.msgpack.Encoder().encode
+_NOTHING: Final = msgspec.Raw(b"")  # Stands where bytes follow that are encoded already.
+
+
+def encode_runs(store: str, cut: int, runs: Sequence[tuple[int, int, int, bytes]]) -> bytes:
+    """Return a DELIVERIES frame of runs whose messages are encoded: each is copied once."""
+    items = [_NOTHING] * len(runs)
+    parts = [encode(OwnerFrame(VERSION, Kind.DELIVERIES, store, cut, items))]
+    for number, seq, gap, said in runs:
+        parts += (encode((number, seq, gap, _NOTHING)), said)
+    return b"".join(parts)

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from ksi.actors.owner import Owner
 
-OWNERS: Final = ("registry", "sessions", "index")  # in the order they start
+# In the order they start.
+OWNERS: Final = ("registry", "sessions", "completion", "bus", "index")
 
 
 def load(name: str) -> Owner[Any]:

@@ -690,7 +690,8 @@ def _beat(command: Beat, sender: Sender, tables: RegistryTables, given: Given) -
     if status not in ("active", "stopping"):
         event, status = _changed(agent_id, agent, "active", sender.name, given), "active"
     reply = Presence(agent_id=agent_id, epoch=agent.epoch, status=status)
-    told = Send("sessions", "session:heartbeat", SessionHeartbeat(agent_id=agent_id))
+    beat = SessionHeartbeat(agent_id=agent_id)
+    told = Send("sessions", "session:heartbeat", beat, unless_waiting=True)
     return Decision((event,), reply, (told,))
 
 

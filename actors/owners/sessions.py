@@ -8,6 +8,9 @@ Owns who may write which session, and what was said in it, in one total order.
   bytes of a session's file are fixed by its events, whoever writes the file and however often.
 - Others contribute through the system, if the session admits them, and become participants.
 - A session with a lease may be claimed once its owner has been silent for `lease_s`.
+- Completions are recorded for their owner: a request if its session admits who made it, else its
+  owner is told why not; an outcome once, for a request that was recorded. A closed session tells of
+  its open requests.
 
 Source: "KSI Dynamic Storage Architecture": session ownership, JSONL session files, patterns and
 role transitions. Fencing tokens: Kafka's epochs, decided where the write is decided.
@@ -33,15 +36,24 @@ from ksi.actors.owner import (
     Owner,
     Query,
     Reply,
+    Send,
     Sender,
     Table,
     Tables,
     Tick,
 )
-from ksi.transport.errors import Conflict, Forbidden, NotFound, NotOwner, StaleEpoch, TooLarge
+from ksi.transport.errors import (
+    Conflict,
+    Forbidden,
+    KsiError,
+    NotFound,
+    NotOwner,
+    StaleEpoch,
+    TooLarge,
+)
 from ksi.transport.limits import FRAME_BYTES_MAX
 from ksi.transport.message import OWNER as OWNERS_ONLY
-from ksi.transport.message import Id, Plain, Text, operation
+from ksi.transport.message import Id, Message, Plain, Text, operation
 
 LINE_BYTES_MAX: Final = FRAME_BYTES_MAX  # A line must fit into the frame that reads it back.
 PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # One page of history, with room for its header.
@@ -53,6 +65,9 @@ ANCHOR_EVERY: Final = 64  # Entries between two known offsets: a page of history
 
 Admission = Literal["open", "invited", "closed"]
 Status = Literal["active", "closed"]
+Recorded = Literal[
+    "completion:request", "completion:result", "completion:failed", "completion:cancelled"
+]
 EventName = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Epoch = Annotated[int, msgspec.Meta(ge=1)]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_ENTRIES_MAX)]
@@ -267,6 +282,42 @@ class Heartbeat(Command[None], frozen=True, kw_only=True):
     agent_id: Id
 
 
+@operation(
+    "session:record",
+    owner="sessions",
+    roles=OWNERS_ONLY,
+    refuses=(TooLarge,),
+    example={
+        "session_id": "sess_1",
+        "request_id": "req_1",
+        "agent_id": "alice",
+        "event": "completion:request",
+        "data": {"prompt": "What is an epoch?", "session_id": "sess_1", "agent_id": "alice"},
+    },
+)
+class RecordEntry(Command[None], frozen=True, kw_only=True):
+    """Write a request or its outcome into a session. Sent by the owner of completions."""
+
+    session_id: Id
+    request_id: Id
+    agent_id: Id
+    event: Recorded
+    data: Plain
+
+
+class Refusal(Message, frozen=True, kw_only=True):
+    """What the owner of completions is told of a request that is not recorded."""
+
+    request_id: str
+    reason: str
+
+
+class ClosedSession(Message, frozen=True, kw_only=True):
+    """What it is told of a session that had open requests."""
+
+    session_id: str
+
+
 @operation("session:get", owner="sessions", refuses=(NotFound,), example={"session_id": "sess_1"})
 class Get(Query[SessionView], frozen=True, kw_only=True):
     """Return one session: owner, epoch, how much was said and when."""
@@ -358,6 +409,16 @@ class SessionClosed(Event, frozen=True, array_like=True, tag="closed"):
     now: float
 
 
+class RequestOpened(Event, frozen=True, array_like=True, tag="request"):
+    session_id: str
+    request_id: str
+
+
+class RequestSettled(Event, frozen=True, array_like=True, tag="settled"):
+    session_id: str
+    request_id: str
+
+
 class OwnerSeen(Event, frozen=True, array_like=True, tag="seen"):
     agent_id: str
     time_s: float
@@ -412,6 +473,7 @@ class SessionTables(Tables):
     owned: Annotated[Table[bytes], Keyed(str, str)]  # by owner and session
     leased: Annotated[Table[bytes], Keyed(str, str)]  # likewise, those with a lease
     seen: Table[Seen]  # by agent: its last heartbeat, where it owns a session with a lease
+    open: Annotated[Table[bytes], Keyed(str, str)]  # by session and request: those that wait or run
     lines: Log
 
 
@@ -429,6 +491,8 @@ class Sessions(Owner[SessionTables]):
         | OwnerChanged
         | SessionClosed
         | OwnerSeen
+        | RequestOpened
+        | RequestSettled
     )
 
     def decide(self, command: Any, sender: Sender, tables: SessionTables, given: Given) -> Decision:
@@ -439,6 +503,8 @@ class Sessions(Owner[SessionTables]):
                 return _append_many(command, sender, tables, given)
             case Contribute():
                 return _contribute(command, sender, tables, given)
+            case RecordEntry():
+                return _record(command, tables, given)
             case Create():
                 return _create(command, sender, tables, given)
             case Transfer():
@@ -458,6 +524,10 @@ class Sessions(Owner[SessionTables]):
         match event:
             case EntryAppended():
                 _entry_appended(event, tables)
+            case RequestOpened():
+                tables.open.put((event.session_id, event.request_id), b"")
+            case RequestSettled():
+                tables.open.delete((event.session_id, event.request_id))
             case SessionCreated():
                 _session_created(event, tables)
             case Joined():
@@ -575,22 +645,60 @@ def _contribute(
 ) -> Decision:
     session_id = command.session_id
     session = _open(tables, session_id)
-    name = sender.name
-    if session.owner != name and session.admission != "open":
-        invited = tables.invited.get((session_id, name)) is not None
-        if session.admission == "closed" or not invited:
-            raise Forbidden(
-                f"session {session_id} admits {_ADMITS[session.admission]}, not {name}",
-                hint=f"ask its owner, {session.owner}",
-                owner=session.owner,
-            )
-    events = _entry_events(session_id, session, command, name, given)
-    if tables.participants.get((session_id, name)) is None:
-        events = (Joined(session_id, name, given.now), *events)
+    _require_admitted(session_id, session, sender.name, tables)
+    events = _contributed(session_id, session, command, sender.name, tables, given)
     reply = Appended(
         session_id=session_id, seq=session.seq + 1, epoch=session.epoch, timestamp=given.now
     )
     return Decision(events, reply)
+
+
+def _require_admitted(session_id: str, session: Session, name: str, tables: SessionTables) -> None:
+    if session.owner == name or session.admission == "open":
+        return
+    invited = tables.invited.get((session_id, name)) is not None
+    if session.admission == "closed" or not invited:
+        raise Forbidden(
+            f"session {session_id} admits {_ADMITS[session.admission]}, not {name}",
+            hint=f"ask its owner, {session.owner}",
+            owner=session.owner,
+        )
+
+
+def _contributed(
+    session_id: str,
+    session: Session,
+    entry: Contribute | Entry,
+    name: str,
+    tables: SessionTables,
+    given: Given,
+) -> tuple[Event, ...]:
+    """Return the events of an entry by anyone: who is new becomes a participant."""
+    events = _entry_events(session_id, session, entry, name, given)
+    if tables.participants.get((session_id, name)) is None:
+        return (Joined(session_id, name, given.now), *events)
+    return events
+
+
+def _record(command: RecordEntry, tables: SessionTables, given: Given) -> Decision:
+    """Record what the owner of completions has accepted, unless it is not to be any more."""
+    session_id, request_id = command.session_id, command.request_id
+    is_request = command.event == "completion:request"
+    if not is_request and tables.open.get((session_id, request_id)) is None:
+        return Decision()  # The request was not recorded.
+    try:
+        session = _open(tables, session_id)
+        if is_request:
+            _require_admitted(session_id, session, command.agent_id, tables)
+    except KsiError as error:
+        if is_request:
+            refusal = Refusal(request_id=request_id, reason=error.text)
+            return Decision(sends=(Send("completion", "completion:refuse", refusal),))
+        return Decision((RequestSettled(session_id, request_id),))
+    entry = Entry(event=command.event, data=command.data, correlation_id=request_id)
+    events = _contributed(session_id, session, entry, command.agent_id, tables, given)
+    mark = (RequestOpened if is_request else RequestSettled)(session_id, request_id)
+    return Decision((*events, mark))
 
 
 _ADMITS: Final = {"open": "anyone", "invited": "those invited", "closed": "nobody else"}
@@ -628,8 +736,14 @@ def _close(command: Close, sender: Sender, tables: SessionTables, given: Given) 
         session = _open(tables, command.session_id)
     else:
         session = _writable(tables, command.session_id, sender, command.epoch)
-    reply = Ownership(session_id=command.session_id, owner=session.owner, epoch=session.epoch)
-    return Decision((SessionClosed(command.session_id, sender.name, given.now),), reply)
+    session_id = command.session_id
+    reply = Ownership(session_id=session_id, owner=session.owner, epoch=session.epoch)
+    sends: tuple[Send, ...] = ()
+    for _ in tables.open.range(prefix=(session_id,)):
+        word = ClosedSession(session_id=session_id)
+        sends = (Send("completion", "completion:session_closed", word),)
+        break
+    return Decision((SessionClosed(session_id, sender.name, given.now),), reply, sends)
 
 
 def _heartbeat(command: Heartbeat, tables: SessionTables, given: Given) -> Decision:
@@ -909,6 +1023,8 @@ def _owner_changed(event: OwnerChanged, tables: SessionTables) -> None:
 def _session_closed(event: SessionClosed, tables: SessionTables) -> None:
     session = _known(tables, event.session_id)
     tables.leased.delete((session.owner, event.session_id))
+    for key in [key for key, _ in tables.open.range(prefix=(event.session_id,))]:
+        tables.open.delete(key)
     closed = msgspec.structs.replace(session, status="closed", updated_at=event.now)
     tables.sessions.put(event.session_id, closed)
 

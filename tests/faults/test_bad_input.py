@@ -183,7 +183,7 @@ def test_bytes_that_are_no_body_are_refused(
 def test_a_query_that_is_wrong_is_refused(peer: Stranger, session: str) -> None:
     wrong = [
         ("session:histroy", {"session_id": session}, "unknown_operation"),
-        ("session:append", {"session_id": session, "event": "n"}, "unknown_operation"),
+        ("session:append", {"session_id": session, "event": "n"}, "invalid"),
         ("agent:list", {}, "unknown_operation"),
         ("session:history", {"session_id": session, "limit": 0}, "invalid"),
         ("session:history", {"session_id": session, "limit": 2**63}, "invalid"),
@@ -214,6 +214,20 @@ def test_an_operation_nobody_knows_is_refused_with_the_nearest(peer: Stranger) -
         code, text, found, _ = peer.error(number, operation, pack({}))
         assert (code, len(text) < 300) == ("unknown_operation", True)
         assert hint == found or operation == "agent:register"
+
+
+def test_a_command_is_no_query_and_a_query_no_command(peer: Stranger) -> None:
+    wrong = {
+        "session:append": "session:append is a command, not a query",
+        "agent:list": "sessions has no operation agent:list",
+    }
+    asked = [[number, operation, pack({})] for number, operation in enumerate(wrong, 1)]
+    kind, answers = peer.ask(QUERIES, asked)
+    assert kind == ANSWERS
+    assert [answer[2][1] for answer in answers] == [*wrong.values()]
+    assert peer.error(1, "session:list", pack({}))[:3] == [
+        "invalid", "session:list is a query, not a command", "send it in QUERIES"
+    ]  # fmt: skip
 
 
 def test_nobody_speaks_as_the_host(system: System, peer: Stranger) -> None:

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,31 @@ def test_files_that_were_changed_are_mended_at_the_next_start(
     system.start()
 
     assert [written(system, session, 5) for session in sessions] == before
+
+
+def test_what_is_acknowledged_until_the_last_moment_of_a_stop_is_in_its_file(
+    tmp_path: Path,
+) -> None:
+    system = System(tmp_path / "var")
+    acknowledged: list[int] = []
+
+    def append() -> None:
+        with system.client("alice") as client:
+            client.ask("session:create", session_id="s")
+            with suppress(KsiError):
+                while True:
+                    ack = note(client, "s", len(acknowledged), timeout_s=1.0)
+                    acknowledged.append(ack["seq"])
+
+    with ThreadPoolExecutor(1) as pool:
+        appending = pool.submit(append)
+        try:
+            until(lambda: len(acknowledged) > 200)
+        finally:
+            system.stop()
+        appending.result()
+    lines = system.file("s").read_bytes().splitlines()
+    assert len(lines) >= len(acknowledged)  # One more may have been stored and not answered.
 
 
 @pytest.mark.parametrize("kind", ["a symlink", "a directory"])

@@ -1,0 +1,633 @@
+"""Completion: one grant a session, order, leases, attempts, cancelling, bounds, records."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+
+from ksi.actors.owner import Query, Reply, Sender
+from ksi.actors.owners import completion
+from ksi.actors.owners.completion import OWNER
+from ksi.actors.owners.sessions import SessionView
+from ksi.actors.testing import Asked, Twin, TwinTable, check_owner
+from ksi.transport.errors import (
+    Busy,
+    Conflict,
+    Forbidden,
+    KsiError,
+    NotFound,
+    NotOwner,
+    Quota,
+    StaleEpoch,
+    TooLarge,
+)
+from ksi.transport.limits import AGEING_S, ENTRY_BYTES_MAX, FINISHED_S, LAPSES_MAX
+
+OPERATOR = Sender("op", "operator")
+SESSIONS = Sender("sessions", "owner")
+W1, W2 = Sender("w1", "worker"), Sender("w2", "worker")
+LEASE_S = 15.0
+
+
+def choose(chance: random.Random) -> Asked:
+    """Draw what a few agents and workers ask about a few sessions."""
+    agent = OPERATOR if chance.random() < 0.1 else Sender(chance.choice(("alice", "bob")), "agent")
+    worker = chance.choice((W1, W2))
+    session = {"session_id": chance.choice(("s1", "s2", "s3"))}
+    request = {"request_id": f"r{chance.randint(1, 12)}"}
+    held = {**request, "attempt": chance.choice((1, 1, 1, 1, 2, 3))}
+    priority, requires = {"priority": chance.choice((1, 5, 9))}, chance.choice((None, "gpu"))
+    prompt = {"prompt": chance.choice(("hi", "\u2028 \x85")), "requires": requires}
+    lease = {"lease_s": chance.choice((1.0, 20.0)), "slots": chance.choice((0, 1, 3))}
+    epoch = {"epoch": chance.randint(1, 8)}
+    offers = {"capabilities": chance.choice(([], ["gpu"], ["gpu", "gpu", "cpu"]))}
+    status, after = chance.choice(("queued", "active", "finished")), chance.choice((None, "x/1/2"))
+    timeout = {"run_s": chance.choice((0.2, 300.0))}
+    choices: list[Asked] = [
+        *[Asked(agent, "completion:async", {**session, **prompt, **priority, **timeout})] * 3,
+        *[Asked(agent, "completion:async", {**session, **prompt, **request})] * 8,
+        *[Asked(worker, "worker:report", {**held, "result": {"response": "x"}})] * 8,
+        Asked(worker, "worker:report", {**held, "error": "it broke"}),
+        *[Asked(worker, "worker:progress", {**held, "progress": {"tokens": 3}})] * 4,
+        *[Asked(worker, "worker:register", {**offers, **lease})] * 3,
+        *[Asked(worker, "worker:renew", {**epoch, "slots": chance.choice((None, 2))})] * 3,
+        Asked(worker, "worker:leave", epoch),
+        Asked(agent, "completion:cancel", {**request, **chance.choice(({}, session))}),
+        Asked(SESSIONS, "completion:refuse", {**request, "reason": "no"}),
+        Asked(OPERATOR, "completion:limit", {"limit": chance.choice((0, 1, 2, 256))}),
+        Asked(agent, "completion:status", request),
+        Asked(agent, "completion:session_status", session),
+        Asked(agent, "completion:list", {"status": status, "limit": 2, "after": after}),
+        Asked(worker, "worker:grants", {"worker": worker.name}),
+        Asked(agent, "worker:list", {}),
+    ]
+    if chance.random() < 0.05:
+        return Asked(SESSIONS, "completion:session_closed", session)
+    return chance.choice(choices)
+
+
+def test_completion_keeps_the_promises_of_every_owner() -> None:
+    check_owner(OWNER, choose)
+
+
+@pytest.fixture
+def twin() -> Twin:
+    return Twin(OWNER)
+
+
+def view(session_id: str = "s1", **fields: Any) -> SessionView:
+    usual: dict[str, Any] = {
+        "session_id": session_id, "owner": "alice", "epoch": 1, "status": "active", "seq": 0,
+        "size_bytes": 0, "created_at": 0.0, "updated_at": 0.0, "pattern": "general",
+        "admission": "open", "lease_s": None, "title": "",
+    }  # fmt: skip
+    return SessionView(**{**usual, **fields})
+
+
+def submit(twin: Twin, session_id: str = "s1", who: str = "alice", **fields: Any) -> str:
+    fields = {"prompt": "hi", **fields}
+    accepted = twin.ask(who, "completion:async", session_id=session_id, **fields)
+    request_id: str = accepted.request_id
+    return request_id
+
+
+def register(twin: Twin, worker: Sender = W1, **fields: Any) -> int:
+    epoch: int = twin.ask(worker, "worker:register", **{"lease_s": LEASE_S, **fields}).epoch
+    return epoch
+
+
+def held(twin: Twin, worker: Sender = W1) -> dict[str, int]:
+    found = twin.read("worker:grants", worker=worker.name).grants
+    return {each.request_id: each.attempt for each in found}
+
+
+def report(twin: Twin, request_id: str, attempt: int = 1, worker: Sender = W1, **more: Any) -> Any:
+    fields = more or {"result": {"response": "done"}}
+    return twin.ask(worker, "worker:report", request_id=request_id, attempt=attempt, **fields)
+
+
+def status(twin: Twin, request_id: str) -> Any:
+    return twin.read("completion:status", request_id=request_id)
+
+
+def drain(twin: Twin, worker: Sender = W1) -> list[str]:
+    """Report whatever is granted until nothing is; return the order."""
+    order = []
+    while grants := held(twin, worker):
+        for request_id, attempt in grants.items():
+            order.append(request_id)
+            report(twin, request_id, attempt, worker)
+    return order
+
+
+def told(twin: Twin, request_id: str, requester: str = "alice") -> list[str]:
+    """Return what was announced of a request, in order."""
+    start = f"completion.{requester}.{request_id}."
+    return [each.topic.removeprefix(start) for each in twin.told if each.topic.startswith(start)]
+
+
+def recorded(twin: Twin) -> list[tuple[str, str]]:
+    """Return the entries the owner of sessions was told to write: name and request."""
+    sent = [msgspec.msgpack.decode(body) for _, _, name, body in twin.sends if name]
+    return [(each["event"], each["request_id"]) for each in sent]
+
+
+# Order and grants.
+
+
+def test_a_session_runs_one_request_at_a_time_in_the_order_they_were_accepted(twin: Twin) -> None:
+    submitted = [submit(twin) for _ in range(5)]
+    register(twin, slots=8)
+    assert list(held(twin)) == submitted[:1]
+    assert drain(twin) == submitted
+
+
+def test_sessions_run_beside_each_other_as_far_as_slots_and_the_limit_go(twin: Twin) -> None:
+    first = [submit(twin, f"s{n}") for n in range(6)]
+    register(twin, slots=4)
+    assert list(held(twin)) == sorted(first[:4])
+    twin.ask(OPERATOR, "completion:limit", limit=5)
+    register(twin, W2, slots=4)
+    assert list(held(twin, W2)) == [first[4]]
+    twin.ask(OPERATOR, "completion:limit", limit=6)
+    assert sorted(held(twin, W2)) == sorted(first[4:])
+
+
+def test_the_least_busy_worker_is_granted_first(twin: Twin) -> None:
+    register(twin, W1, slots=4)
+    register(twin, W2, slots=4)
+    for n in range(6):
+        submit(twin, f"s{n}")
+    assert (len(held(twin, W1)), len(held(twin, W2))) == (3, 3)
+
+
+def test_one_decision_grants_all_that_can_be_and_spreads_it(twin: Twin) -> None:
+    twin.ask(OPERATOR, "completion:limit", limit=0)
+    register(twin, W1, slots=4, capabilities=["cpu", "gpu"])
+    register(twin, W2, slots=4, capabilities=["cpu", "gpu", "tpu"])
+    for n in range(6):
+        submit(twin, f"s{n}", requires=("cpu", "gpu", None)[n % 3])
+    batches = len(twin.store.journal)
+    twin.ask(OPERATOR, "completion:limit", limit=6)
+    assert (len(held(twin, W1)), len(held(twin, W2))) == (3, 3)
+    assert len(twin.store.journal) == batches + 1
+
+
+def test_lower_priority_numbers_go_first_and_waiting_makes_up_for_it(twin: Twin) -> None:
+    low = submit(twin, priority=5)
+    high = submit(twin, priority=1)
+    also_high = submit(twin, priority=1)
+    twin.pass_time(4 * AGEING_S + 1)
+    late = submit(twin, priority=1)  # came long after `low`, which has aged four steps by now
+    register(twin)
+    assert drain(twin) == [high, also_high, low, late]
+
+
+def test_across_sessions_the_same_order_decides_who_gets_the_only_slot(twin: Twin) -> None:
+    low, high = submit(twin, "s1", priority=9), submit(twin, "s2", priority=1)
+    plain = submit(twin, "s3")
+    register(twin)
+    assert drain(twin) == [high, plain, low]
+
+
+def test_a_request_waits_for_a_worker_that_offers_what_it_requires(twin: Twin) -> None:
+    gpu = submit(twin, "s1", requires="gpu")
+    behind = submit(twin, "s1")
+    register(twin, capabilities=["cpu"])
+    anything = submit(twin, "s2")
+    assert list(held(twin)) == [anything]
+    register(twin, W2, capabilities=["gpu", "gpu-2"])
+    assert list(held(twin, W2)) == [gpu]
+    report(twin, gpu, worker=W2)
+    assert list(held(twin, W2)) == [behind]
+
+
+def test_a_request_before_the_head_is_granted_though_the_head_finds_no_worker(twin: Twin) -> None:
+    register(twin, capabilities=["cpu"])
+    submit(twin, requires="gpu")
+    urgent = submit(twin, requires="cpu", priority=1)
+    assert list(held(twin)) == [urgent]
+
+
+def test_many_commands_of_one_batch_are_followed_by_one_decision_on_grants(twin: Twin) -> None:
+    register(twin, slots=64)
+    for n in range(10):
+        submit(twin, f"s{n}")
+    assert len(held(twin)) == 10
+
+
+def test_a_worker_is_given_all_it_needs(twin: Twin) -> None:
+    register(twin)
+    request_id = submit(
+        twin, prompt="hello", model="m1", options={"t": 0.5}, data={"to_agent": "bob"}
+    )
+    (grant,) = twin.read("worker:grants", worker="w1", request_ids=[request_id]).grants
+    assert (grant.prompt, grant.model, grant.options) == ("hello", "m1", {"t": 0.5})
+    assert (grant.data, grant.requester, grant.attempt) == ({"to_agent": "bob"}, "alice", 1)
+    assert twin.read("worker:grants", worker="w1", request_ids=["other"]).grants == []
+    assert [each.topic for each in twin.told if "w1.granted" in each.topic] == ["worker.w1.granted"]
+
+
+def test_large_prompts_come_in_pages(twin: Twin) -> None:
+    register(twin, slots=4)
+    asked = [submit(twin, f"s{n}", prompt="x" * 300_000) for n in range(4)]
+    page = twin.read("worker:grants", worker="w1")
+    assert (len(page.grants), page.more) == (2, True)
+    left = sorted({*asked} - {each.request_id for each in page.grants})
+    assert len(twin.read("worker:grants", worker="w1", request_ids=left).grants) == 2
+
+
+def test_choosing_reads_no_more_rows_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows_read(waiting: int) -> int:
+        twin = Twin(OWNER)
+        register(twin)
+        for n in range(waiting):
+            submit(twin, f"s{n % 20}", requires=("gpu", None)[n % 2])
+        (request_id,) = held(twin)
+        count = 0
+        ranged = TwinTable.range
+
+        def counting(table: Any, *args: Any, **more: Any) -> Any:
+            nonlocal count
+            for each in ranged(table, *args, **more):
+                count += 1
+                yield each
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TwinTable, "range", counting)
+            report(twin, request_id)
+        assert len(held(twin)) == 1
+        return count
+
+    assert rows_read(400) == rows_read(1200) < 30
+
+
+# What becomes of a request.
+
+
+def test_a_result_ends_a_request_and_is_kept_announced_and_recorded(twin: Twin) -> None:
+    register(twin)
+    request_id = submit(twin, prompt="hello", data={"prompt": "forged", "agent_id": "forged"})
+    twin.ask(W1, "worker:progress", request_id=request_id, attempt=1, progress={"tokens": 3})
+    assert status(twin, request_id).progress == {"tokens": 3}
+    assert report(twin, request_id).status == "completed"
+    ended = status(twin, request_id)
+    assert (ended.result, ended.worker, ended.attempt) == ({"response": "done"}, "w1", 1)
+    assert told(twin, request_id) == ["queued", "granted", "progress", "result"]
+    assert recorded(twin) == [("completion:request", request_id), ("completion:result", request_id)]
+    entries = [msgspec.msgpack.decode(body)["data"] for *_, body in twin.sends]
+    assert entries == [
+        {"prompt": "hello", "agent_id": "alice", "session_id": "s1"},
+        {"response": "done", "agent_id": "w1"},
+    ]
+
+
+def test_an_error_a_worker_reports_fails_the_request_with_its_words(twin: Twin) -> None:
+    register(twin)
+    request_id = submit(twin)
+    report(twin, request_id, error="the model is on fire")
+    ended = status(twin, request_id)
+    assert (ended.status, ended.reason, ended.result) == ("failed", "the model is on fire", None)
+    assert told(twin, request_id)[-1] == "failed"
+    assert recorded(twin)[-1] == ("completion:failed", request_id)
+
+
+def test_a_report_is_taken_once_and_from_the_holder_of_the_grant_only(twin: Twin) -> None:
+    register(twin)
+    register(twin, W2, slots=0)
+    request_id = submit(twin)
+    with pytest.raises(NotOwner, match="granted to w1"):
+        report(twin, request_id, worker=W2)
+    with pytest.raises(StaleEpoch, match="attempt 2 is over"):
+        report(twin, request_id, attempt=2)
+    report(twin, request_id)
+    with pytest.raises(StaleEpoch, match="completed"):
+        report(twin, request_id)
+    with pytest.raises(NotFound):
+        report(twin, "never")
+
+
+def test_what_waits_is_cancelled_and_never_starts(twin: Twin) -> None:
+    first, second, third = (submit(twin) for _ in range(3))
+    cancelled = twin.ask("alice", "completion:cancel", request_id=second, reason="changed my mind")
+    assert (cancelled.status, cancelled.reason) == ("cancelled", "changed my mind")
+    register(twin)
+    assert drain(twin) == [first, third]
+    assert recorded(twin)[3] == ("completion:cancelled", second)
+
+
+def test_what_runs_is_cancelled_its_worker_told_and_its_session_free_at_once(twin: Twin) -> None:
+    register(twin)
+    first, second = submit(twin), submit(twin)
+    twin.ask(OPERATOR, "completion:cancel", request_id=first)
+    assert list(held(twin)) == [second]
+    assert twin.told[-1].topic == "worker.w1.granted" or "worker.w1.revoked" in [
+        each.topic for each in twin.told
+    ]
+    with pytest.raises(StaleEpoch, match="cancelled"):
+        report(twin, first)
+    assert told(twin, first)[-1] == "cancelled"
+
+
+def test_what_has_ended_is_not_cancelled_whatever_its_end_was(twin: Twin) -> None:
+    register(twin)
+    done, failed, cancelled = submit(twin), submit(twin), submit(twin)
+    report(twin, done)
+    report(twin, failed, error="no")
+    twin.ask("alice", "completion:cancel", request_id=cancelled)
+    for request_id in (done, failed, cancelled):
+        with pytest.raises(Conflict) as refused:
+            twin.ask("alice", "completion:cancel", request_id=request_id)
+        assert refused.value.details["status"] == status(twin, request_id).status
+    with pytest.raises(NotFound):
+        twin.ask("alice", "completion:cancel", request_id="never")
+
+
+def test_who_may_cancel_is_the_requester_an_operator_and_the_owner_of_the_session(
+    twin: Twin,
+) -> None:
+    twin.facts = lambda _query: view(owner="carol")
+    first, second = submit(twin, who="alice"), submit(twin, who="alice")
+    with pytest.raises(Forbidden, match="is of alice"):
+        twin.ask("bob", "completion:cancel", request_id=first, session_id="s1")
+    with pytest.raises(Forbidden):
+        twin.ask("carol", "completion:cancel", request_id=first)
+    twin.ask("carol", "completion:cancel", request_id=first, session_id="s1")
+    twin.ask("alice", "completion:cancel", request_id=second)
+
+
+def test_an_attempt_that_takes_too_long_fails_and_frees_its_session(twin: Twin) -> None:
+    register(twin, lease_s=3600.0)
+    slow, following = submit(twin, run_s=60.0), submit(twin)
+    twin.pass_time(59.0)
+    assert status(twin, slow).status == "active"
+    twin.pass_time(2.0)
+    assert status(twin, slow).reason == "it took longer than 60 s"
+    assert [each.topic for each in twin.told].count("worker.w1.revoked") == 1
+    last = msgspec.msgpack.decode(twin.sends[-1][3])
+    assert (last["event"], last["agent_id"]) == ("completion:failed", "w1")
+    assert list(held(twin)) == [following]
+
+
+# Workers that go.
+
+
+def test_when_a_lease_lapses_the_request_waits_again_in_its_old_place(twin: Twin) -> None:
+    register(twin, W1)
+    first, second = submit(twin), submit(twin, priority=1)
+    twin.pass_time(LEASE_S - 1)
+    assert held(twin) == {first: 1}
+    twin.pass_time(1.5)
+    assert twin.read("worker:list").workers == []
+    assert status(twin, first).status == "queued"
+    register(twin, W2)
+    assert drain(twin, W2) == [second, first]
+    assert status(twin, first).attempt == 2
+    with pytest.raises(StaleEpoch):
+        report(twin, first, attempt=1)
+    assert told(twin, first) == ["queued", "granted", "requeued", "granted", "result"]
+
+
+def test_a_worker_that_renews_keeps_what_it_holds_and_learns_what_that_is(twin: Twin) -> None:
+    epoch = register(twin, slots=2)
+    first, second = submit(twin, "s1"), submit(twin, "s2")
+    for _ in range(5):
+        twin.pass_time(LEASE_S - 1)
+        renewed = twin.ask(W1, "worker:renew", epoch=epoch)
+    have = {each.request_id: each.attempt for each in renewed.grants}
+    assert have == {first: 1, second: 1}
+
+
+def test_leases_survive_a_restart_of_the_owner_to_the_second(twin: Twin) -> None:
+    epoch = register(twin)
+    request_id = submit(twin)
+    twin.pass_time(LEASE_S - 1)
+    twin.restart()
+    recovered = twin.recovered()
+    for each in (twin, recovered):
+        assert held(each) == {request_id: 1}
+        each.pass_time(0.5)
+        assert held(each) == {request_id: 1}
+        each.pass_time(1.0)
+        assert held(each) == {}
+    with pytest.raises(NotFound, match="lapsed"):
+        twin.ask(W1, "worker:renew", epoch=epoch)
+
+
+def test_of_two_workers_with_one_name_the_later_goes_on_and_the_former_is_told(twin: Twin) -> None:
+    former = register(twin)
+    request_id = submit(twin)
+    later = register(twin)
+    assert later > former
+    assert held(twin) == {request_id: 2}
+    for command in ("worker:renew", "worker:leave"):
+        with pytest.raises(StaleEpoch, match="another registered as w1"):
+            twin.ask(W1, command, epoch=former)
+    with pytest.raises(StaleEpoch):
+        report(twin, request_id, attempt=1)
+    report(twin, request_id, attempt=2)
+
+
+def test_a_worker_that_leaves_hands_back_what_it_holds(twin: Twin) -> None:
+    epoch = register(twin)
+    register(twin, W2)
+    request_id = submit(twin)
+    twin.ask(W1, "worker:leave", epoch=epoch)
+    assert held(twin, W2) == {request_id: 2}
+    with pytest.raises(NotFound, match="it has left"):
+        twin.ask(W1, "worker:renew", epoch=epoch)
+
+
+def test_a_worker_that_drains_finishes_what_it_holds_and_gets_no_more(twin: Twin) -> None:
+    epoch = register(twin, slots=2)
+    first, second = submit(twin, "s1"), submit(twin, "s1")
+    twin.ask(W1, "worker:renew", epoch=epoch, slots=0)
+    report(twin, first)
+    assert held(twin) == {}
+    twin.ask(W1, "worker:renew", epoch=epoch, slots=1)
+    assert list(held(twin)) == [second]
+
+
+def test_a_request_over_which_workers_vanish_again_and_again_is_given_up(twin: Twin) -> None:
+    request_id = submit(twin)
+    for _ in range(LAPSES_MAX - 1):
+        twin.ask(W1, "worker:leave", epoch=register(twin))  # to leave is not to vanish
+        register(twin)
+        twin.pass_time(LEASE_S + 1)
+        assert status(twin, request_id).status == "queued"
+    twin.ask(W1, "worker:leave", epoch=register(twin))
+    assert status(twin, request_id).status == "queued"
+    register(twin)
+    twin.pass_time(LEASE_S + 1)
+    ended = status(twin, request_id)
+    assert (ended.status, ended.reason) == (
+        "failed",
+        "given up: 5 workers vanished over it, at last w1",
+    )
+    assert ended.attempt == 2 * LAPSES_MAX
+
+
+def test_there_is_a_bound_to_workers(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completion, "WORKERS_MAX", 1)
+    register(twin)
+    register(twin)
+    with pytest.raises(Quota):
+        register(twin, W2)
+
+
+# Sessions.
+
+
+@pytest.mark.parametrize(
+    ("fact", "refusal"),
+    [
+        (NotFound("there is no session s1"), NotFound),
+        (view(status="closed"), Conflict),
+        (view(owner="carol", admission="closed"), Forbidden),
+    ],
+)
+def test_who_is_known_not_to_be_admitted_is_refused(
+    twin: Twin, fact: Reply | KsiError, refusal: type[KsiError]
+) -> None:
+    asked: list[Query[Any]] = []
+    twin.facts = lambda query: (asked.append(query), fact)[1]  # type: ignore[func-returns-value]
+    with pytest.raises(refusal):
+        submit(twin)
+    assert msgspec.structs.asdict(asked[0]) == {"session_id": "s1"}
+    assert twin.sends == []
+
+
+@pytest.mark.parametrize("fact", [None, view(), view(admission="closed"), view(owner="bob")])
+def test_who_may_be_admitted_is_accepted_and_the_owner_of_sessions_decides(
+    twin: Twin, fact: Reply | None
+) -> None:
+    twin.facts = lambda _query: fact
+    register(twin)
+    request_id = submit(twin)
+    twin.ask(SESSIONS, "completion:refuse", request_id=request_id, reason="session s1 is closed")
+    ended = status(twin, request_id)
+    assert (ended.status, ended.reason) == ("cancelled", "session s1 is closed")
+    assert recorded(twin) == [("completion:request", request_id)]
+    assert held(twin) == {}
+    twin.ask(SESSIONS, "completion:refuse", request_id=request_id, reason="again")
+    assert status(twin, request_id).reason == "session s1 is closed"
+
+
+def test_all_that_waits_or_runs_in_a_session_ends_when_it_is_closed(
+    twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completion, "ENDED_MAX", 2)
+    register(twin, slots=2)
+    ended = [submit(twin) for _ in range(40)]
+    other = submit(twin, "s2")
+    twin.ask(SESSIONS, "completion:session_closed", session_id="s1")
+    while twin.read("completion:list").waiting:
+        assert set(held(twin)) <= {other, ended[0]}
+        twin.pass_time(0.25)
+    assert {status(twin, each).reason for each in ended} == {"session s1 was closed"}
+    assert held(twin) == {other: 1}
+    assert [name for name, _ in recorded(twin)] == ["completion:request"] * 41
+    assert [rows for name, rows in twin.store.rows().items() if name in ("closing", "queue")] == [
+        {}, {},
+    ]  # fmt: skip
+    twin.ask(SESSIONS, "completion:session_closed", session_id="s1")
+
+
+# Bounds, and once only.
+
+
+def test_a_request_id_is_one_request_for_whoever_uses_it(twin: Twin) -> None:
+    request_id = submit(twin, request_id="r1")
+    assert [submit(twin, request_id="r1") for _ in range(3)] == [request_id] * 3
+    with pytest.raises(Conflict, match="is of alice"):
+        submit(twin, who="bob", request_id="r1")
+    register(twin)
+    assert drain(twin) == ["r1"]
+    assert submit(twin, request_id="r1") == "r1"
+    assert held(twin) == {}
+
+
+@pytest.mark.parametrize(
+    "bound", [("WAITING_MAX", 2), ("WAITING_SESSION_MAX", 2), ("WAITING_BYTES_MAX", 150)]
+)
+def test_above_each_bound_the_answer_is_busy_and_says_when_to_try_again(
+    twin: Twin, bound: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completion, *bound)
+    first, second = submit(twin), submit(twin)
+    with pytest.raises(Busy) as refused:
+        submit(twin)
+    assert refused.value.details["retry_after_s"] > 0
+    twin.loop.delivery.client("alice", b"i" * 16)  # its number was not consumed
+    twin._numbers[Sender("alice", "agent")] -= 1
+    twin.ask(OPERATOR, "completion:cancel", request_id=first)
+    third = submit(twin)
+    register(twin)
+    assert drain(twin) == [second, third]
+
+
+def test_what_would_not_fit_a_line_is_refused(twin: Twin) -> None:
+    register(twin)
+    with pytest.raises(TooLarge, match="the request is"):
+        submit(twin, prompt="x" * ENTRY_BYTES_MAX)
+    with pytest.raises(TooLarge):
+        submit(twin, prompt="\x85" * (ENTRY_BYTES_MAX // 6 + 1))  # three times as long in a line
+    request_id = submit(twin)
+    with pytest.raises(TooLarge, match="the result is"):
+        report(twin, request_id, result={"response": "x" * ENTRY_BYTES_MAX})
+    fields = {"request_id": request_id, "attempt": 1, "progress": {"x": "y" * 20_000}}
+    with pytest.raises(TooLarge, match="the progress is"):
+        twin.ask(W1, "worker:progress", **fields)
+    report(twin, request_id)
+
+
+@pytest.mark.parametrize("bound", [("FINISHED_MAX", 3), ("FINISHED_BYTES_MAX", 120)])
+def test_outcomes_are_kept_within_bounds_the_longest_finished_go_first(
+    twin: Twin, bound: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(twin, lease_s=3600.0)
+    ids = [submit(twin) for _ in range(6)]
+    for request_id in ids:
+        twin.pass_time(1.0)
+        report(twin, request_id)
+    monkeypatch.setattr(completion, *bound)
+    twin.pass_time(0.25)
+    kept = [each.request_id for each in twin.read("completion:list", status="finished").requests]
+    assert sorted(kept) == sorted(ids[3:])
+    with pytest.raises(NotFound, match="not kept any more"):
+        status(twin, ids[0])
+
+
+def test_outcomes_are_forgotten_after_a_while(twin: Twin) -> None:
+    register(twin)
+    request_id = submit(twin)
+    report(twin, request_id)
+    twin.pass_time(FINISHED_S - 1)
+    status(twin, request_id)
+    twin.pass_time(2)
+    with pytest.raises(NotFound):
+        status(twin, request_id)
+    sizes = {name: len(rows) for name, rows in twin.store.rows().items() if rows}
+    assert not {"outcomes", "requests", "prompts"} & {*sizes}
+
+
+def test_lists_come_in_pages_that_hold_each_request_once(twin: Twin) -> None:
+    register(twin, slots=8, lease_s=3600.0)
+    for n in range(5):
+        for _ in range(2):
+            submit(twin, f"s{n}")
+    for name in ("queued", "active", "finished"):
+        found, after = [], None
+        while True:
+            page = twin.read("completion:list", status=name, limit=2, after=after)
+            found += [each.request_id for each in page.requests]
+            after = page.next
+            if after is None:
+                break
+        assert len(found) == len({*found}) == (0 if name == "finished" else 5), name
+    queue = twin.read("completion:session_status", session_id="s1")
+    assert (queue.waiting, queue.active.status, len(queue.next)) == (1, "active", 1)
+    assert twin.read("completion:session_status", session_id="none").active is None
