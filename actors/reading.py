@@ -130,7 +130,7 @@ class Facts:
 
 
 def _index_of(var: Path) -> Index:
-    from ksi.actors.indexed import IndexView  # SQLite, which hardly any reader needs
+    from ksi.actors.followers.indexed import IndexView  # SQLite, which hardly any reader needs
 
     return IndexView(var)
 

@@ -34,7 +34,7 @@ from benchmarks.measuring import (
     spread,
     wait_until,
 )
-from ksi.actors.indexed import Verification, index_directory
+from ksi.actors.followers.indexed import Verification, index_directory
 from ksi.storage.index import IndexReader, day_of
 from ksi.transport import Client
 

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self, TypeVar
 from uuid import UUID
 
-from ksi.actors.launch import start_background
-from ksi.actors.lock import holder
 from ksi.actors.stat import Stat, read_stat
+from ksi.actors.supervision.launch import start_background
+from ksi.actors.supervision.lock import holder
 from ksi.transport import AsyncClient, Client
 from ksi.transport.identity import run_directory
 from ksi.transport.message import Role

@@ -18,7 +18,7 @@ from typing import Final
 import psutil
 
 from benchmarks.measuring import Options, Report, System, Target, measuring, say, spread
-from ksi.actors.reports import read_children
+from ksi.actors.supervision.reports import read_children
 from ksi.transport import Client
 from ksi.transport.identity import run_directory
 

@@ -13,8 +13,8 @@ from typing import Any, Final
 import msgspec
 from msgspec import inspect as shape
 
-from ksi.actors import system as _supervisor  # noqa: F401  its operations, too
 from ksi.actors.owners import load_all
+from ksi.actors.supervision import system as _supervisor  # noqa: F401  its operations
 from ksi.transport.errors import (
     Busy,
     Draining,

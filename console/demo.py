@@ -186,7 +186,7 @@ def _kill_a_worker(
 
 def _verify_index(var: Path, watcher: Client, files: Stored) -> Mapping[str, Any]:
     """Compare the index with the files, once it has come as far; return what was found."""
-    from ksi.actors.indexed import Verification
+    from ksi.actors.followers.indexed import Verification
 
     lines = sum(map(len, files.values()))
     until_s = time.monotonic() + INDEX_S_MAX

@@ -19,9 +19,9 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from ksi.actors.launch import start_background
-from ksi.actors.lock import holder
-from ksi.actors.reports import read_children
+from ksi.actors.supervision.launch import start_background
+from ksi.actors.supervision.lock import holder
+from ksi.actors.supervision.reports import read_children
 from ksi.console.demo_agent import Acked, Told
 from ksi.console.demo_play import AGENTS, Play
 from ksi.console.options import Options

@@ -17,11 +17,11 @@ from typing import Any, Final, Literal
 
 from msgspec.structs import replace
 
-from ksi.actors.lock import Holder, holder
 from ksi.actors.owners import OWNERS
-from ksi.actors.reports import Exit, read_children, read_exit, read_index
 from ksi.actors.stat import Stat, read_stat
-from ksi.actors.system import ChildStatus, State, SystemStatus
+from ksi.actors.supervision.lock import Holder, holder
+from ksi.actors.supervision.reports import Exit, read_children, read_exit, read_index
+from ksi.actors.supervision.system import ChildStatus, State, SystemStatus
 from ksi.transport.errors import KsiError
 from ksi.transport.limits import FREE_BYTES_MIN, FREE_PART_MIN, MAILBOX_REQUESTS_MAX
 

@@ -134,7 +134,7 @@ def rebuild(options: Options, no_wait: bool) -> None:
 @click.pass_obj
 def verify(options: Options) -> int:
     """Compare every row with the line it speaks of. Sends no message; exit 1 if any differs."""
-    from ksi.actors.indexed import Verification
+    from ksi.actors.followers.indexed import Verification
 
     _reads(options)("index", "index:status")  # says that nothing has ever run here, if so
     verification = Verification(options.var)

@@ -62,7 +62,7 @@ class Options:
 
         From another machine only a connection can tell.
         """
-        from ksi.actors.lock import holder
+        from ksi.actors.supervision.lock import holder
 
         if not is_remote(self.var) and holder(self.var) is None:
             raise NotRunning(f"no supervisor runs on {self.var}", hint=f"ksi{self.words()} start")

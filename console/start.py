@@ -33,7 +33,7 @@ def start(
     options: Options, foreground: bool, flags: tuple[str, ...], settings: Path | None
 ) -> None:
     """Start the system and return when every owner answers."""
-    from ksi.actors.launch import run_foreground
+    from ksi.actors.supervision.launch import run_foreground
 
     pairs = dict(map(_pair, flags))
     if foreground:
@@ -49,7 +49,7 @@ def start_and_tell(
     options: Options, flags: dict[str, str], settings: Path | None = None
 ) -> dict[str, Any]:
     """Start in the background, with a line on standard error for each child that is ready."""
-    from ksi.actors.launch import start_background
+    from ksi.actors.supervision.launch import start_background
 
     children = []
 

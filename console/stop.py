@@ -42,7 +42,7 @@ def stop_and_wait(options: Options, timeout_s: float, *, now: bool = False) -> t
         NotRunning: there is none.
         Unavailable: it has not ended in time; it goes on stopping.
     """
-    from ksi.actors.lock import holder
+    from ksi.actors.supervision.lock import holder
 
     begun_s = time.monotonic()
     found = holder(options.var)

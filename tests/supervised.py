@@ -17,12 +17,12 @@ from typing import Any, NoReturn
 import msgspec
 import zmq
 
-import ksi.actors.system  # noqa: F401 - declares what the supervisor can be asked
-from ksi.actors.child import ChildSpec
-from ksi.actors.child import Kind as ChildKind
+import ksi.actors.supervision.system  # noqa: F401 - declares what the supervisor can be asked
 from ksi.actors.config import Config
 from ksi.actors.stat import StatWriter
-from ksi.actors.tree import Tree
+from ksi.actors.supervision.child import ChildSpec
+from ksi.actors.supervision.child import Kind as ChildKind
+from ksi.actors.supervision.tree import Tree
 from ksi.transport import wire
 from ksi.transport.identity import KeyRing, endpoint, run_directory
 from ksi.transport.mailbox import Mailbox

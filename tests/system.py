@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ksi.actors.launch import start_background
-from ksi.actors.lock import holder
-from ksi.actors.reports import read_children
+from ksi.actors.supervision.launch import start_background
+from ksi.actors.supervision.lock import holder
+from ksi.actors.supervision.reports import read_children
 from ksi.transport import Client
 from ksi.transport.errors import KsiError
 from ksi.transport.identity import run_directory

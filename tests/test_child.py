@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ksi.actors.child import ARGUMENTS_MAX, ChildSpec
+from ksi.actors.supervision.child import ARGUMENTS_MAX, ChildSpec
 from ksi.transport.errors import Invalid
 
 OWNER: dict[str, Any] = {"name": "sessions", "kind": "owner", "function": "ksi.actors.process:run"}

@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from ksi.actors.desk import CLIENTS_MAX, Desk
 from ksi.actors.owner import Sender
-from ksi.actors.system import Done, StartChild, Status, Stop, StopChild, SystemStatus
+from ksi.actors.supervision.desk import CLIENTS_MAX, Desk
+from ksi.actors.supervision.system import Done, StartChild, Status, Stop, StopChild, SystemStatus
 from ksi.transport import wire
 from ksi.transport.errors import Draining, NotFound
 from ksi.transport.message import Message

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ksi.actors.indexed import Describer, IndexView, Verification, index_directory
+from ksi.actors.followers.indexed import Describer, IndexView, Verification, index_directory
 from ksi.actors.owner import Sender
 from ksi.actors.owners.index import OWNER
 from ksi.actors.owners.sessions import OWNER as SESSIONS

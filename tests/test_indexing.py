@@ -17,7 +17,7 @@ import pytest
 from system import System
 from trouble import kill, paused, until
 
-from ksi.actors.indexed import Verification, index_directory
+from ksi.actors.followers.indexed import Verification, index_directory
 from ksi.storage.errors import Corrupt
 from ksi.storage.index import IndexReader
 from ksi.transport.errors import Forbidden, NotRunning

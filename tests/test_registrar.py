@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import zmq
 
-from ksi.actors.registrar import Registrar
+from ksi.actors.supervision.registrar import Registrar
 from ksi.transport.identity import KeyRing
 from ksi.transport.limits import WINDOW_COMMANDS_MAX
 from ksi.transport.mailbox import connect

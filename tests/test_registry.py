@@ -10,7 +10,7 @@ import ksi.actors.owners.sessions  # noqa: F401 - declares what the registry sen
 from ksi.actors.owner import Sender
 from ksi.actors.owners import registry
 from ksi.actors.owners.registry import OWNER, REPORT_S
-from ksi.actors.system import StartChild, StopChild
+from ksi.actors.supervision.system import StartChild, StopChild
 from ksi.actors.testing import Asked, Twin, check_owner
 from ksi.transport.errors import (
     Conflict,

@@ -24,8 +24,8 @@ import zmq
 from system import System
 from trouble import WAIT_S, entries, kill, kill_all, paused, until
 
-from ksi.actors.lock import holder
 from ksi.actors.owners.sessions import Get
+from ksi.actors.supervision.lock import holder
 from ksi.console.main import main
 from ksi.transport import AsyncClient, Client
 from ksi.transport.caller import _FAR_ALONE_S

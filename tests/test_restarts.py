@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ksi.actors.restarts import (
+from ksi.actors.supervision.restarts import (
     Backoff,
     Intensity,
     Restart,

@@ -24,10 +24,11 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
-import ksi.actors.system  # noqa: F401 - declares what the supervisor can be asked
-from ksi.actors import launch, lock, log, reports
+import ksi.actors.supervision.system  # noqa: F401 - declares what the supervisor can be asked
+from ksi.actors import log
 from ksi.actors.stat import read_stat
-from ksi.actors.system import ChildStatus
+from ksi.actors.supervision import launch, lock, reports
+from ksi.actors.supervision.system import ChildStatus
 from ksi.transport import Client
 from ksi.transport.errors import (
     Conflict,
@@ -834,7 +835,8 @@ def test_the_system_is_stopped_by_request_and_only_by_an_operator(system: System
 
 def test_in_the_foreground_it_is_the_process_that_was_started(system: System) -> None:
     system.describe({"name": "a"})
-    code = "import sys; from pathlib import Path; from ksi.actors.launch import run_foreground\n"
+    code = "import sys; from pathlib import Path\n"
+    code += "from ksi.actors.supervision.launch import run_foreground\n"
     code += "run_foreground(Path(sys.argv[1]), tree='supervised:tree', modules=['structlog'])"
     with subprocess.Popen(
         [sys.executable, "-c", code, system.var], stderr=subprocess.PIPE, text=True
@@ -853,7 +855,8 @@ def test_in_the_foreground_it_is_the_process_that_was_started(system: System) ->
 
 def test_the_exit_code_says_that_it_gave_up(system: System) -> None:
     system.describe({"name": "a", "role": "broken"})
-    code = "import sys; from pathlib import Path; from ksi.actors.launch import run_foreground\n"
+    code = "import sys; from pathlib import Path\n"
+    code += "from ksi.actors.supervision.launch import run_foreground\n"
     code += "run_foreground(Path(sys.argv[1]), tree='supervised:tree', modules=['structlog'])"
     ran = subprocess.run(
         [sys.executable, "-c", code, system.var], stderr=subprocess.PIPE, text=True, check=False

@@ -15,9 +15,9 @@ import psutil
 import zmq
 from system import System
 
-from ksi.actors.lock import holder
 from ksi.actors.owners import OWNERS
 from ksi.actors.reading import reader_of
+from ksi.actors.supervision.lock import holder
 from ksi.transport.identity import Certificate, Directory, KeyRing
 
 WAIT_S = 10.0

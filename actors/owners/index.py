@@ -1,8 +1,9 @@
 """Index: where everything that was said can be found again.
 
 Owns the orders to build the index again and to verify it. The index itself is derived: a follower
-in the same process (`actors/indexing.py`) writes it from the session files and their journal, a
-SQLite database a day, and carries the orders out. Queries read those databases, in any process.
+in the same process (`actors/followers/indexing.py`) writes it from the session files and their
+journal, a SQLite database a day, and carries the orders out. Queries read those databases, in any
+process.
 
 - A row says where an entry lies: seeking to `byte_offset` in `file_path` yields that entry.
 - `has_response` of a request becomes true when an entry of its session with its correlation id has

@@ -32,9 +32,9 @@ from trouble import (
     until,
 )
 
-from ksi.actors.launch import start_background
-from ksi.actors.lock import holder
 from ksi.actors.owners.sessions import Sessions
+from ksi.actors.supervision.launch import start_background
+from ksi.actors.supervision.lock import holder
 from ksi.actors.testing import Twin
 from ksi.storage.errors import NewerFormat
 from ksi.transport import Client

@@ -44,15 +44,17 @@ from typing import Any, Final
 import pykka
 import zmq
 
-from ksi.actors import config, log, reports
-from ksi.actors.child import ChildSpec
-from ksi.actors.children import Child, next_to_start, next_to_stop, rest_of
-from ksi.actors.desk import STORE, Desk
-from ksi.actors.forkserver import ForkServer, Running
+from ksi.actors import config, log
 from ksi.actors.owner import Sender
-from ksi.actors.probe import Probe
-from ksi.actors.registrar import REGISTRY, Fate, Registrar
-from ksi.actors.restarts import (
+from ksi.actors.stat import StatWriter, read_stat
+from ksi.actors.supervision import reports
+from ksi.actors.supervision.child import ChildSpec
+from ksi.actors.supervision.children import Child, next_to_start, next_to_stop, rest_of
+from ksi.actors.supervision.desk import STORE, Desk
+from ksi.actors.supervision.forkserver import ForkServer, Running
+from ksi.actors.supervision.probe import Probe
+from ksi.actors.supervision.registrar import REGISTRY, Fate, Registrar
+from ksi.actors.supervision.restarts import (
     Backoff,
     Intensity,
     add_restart,
@@ -60,8 +62,7 @@ from ksi.actors.restarts import (
     exit_words,
     is_restarted,
 )
-from ksi.actors.stat import StatWriter, read_stat
-from ksi.actors.system import (
+from ksi.actors.supervision.system import (
     ChildStatus,
     Done,
     RestartChild,
@@ -72,7 +73,7 @@ from ksi.actors.system import (
     StopChild,
     SystemStatus,
 )
-from ksi.actors.tree import Tree
+from ksi.actors.supervision.tree import Tree
 from ksi.transport import wire
 from ksi.transport.errors import (
     Conflict,

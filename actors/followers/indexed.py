@@ -17,7 +17,7 @@ import msgspec
 
 from ksi.actors.owners.sessions import detect_role
 from ksi.actors.reading import log_directory
-from ksi.actors.reports import read_index
+from ksi.actors.supervision.reports import read_index
 from ksi.storage.files import read_lines
 from ksi.storage.index import Indexed, IndexReader, Known, Row, day_of
 from ksi.storage.journal import segment_path, segments_in

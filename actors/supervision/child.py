@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
-from ksi.actors.restarts import Restart
+from ksi.actors.supervision.restarts import Restart
 from ksi.transport.errors import Invalid
 from ksi.transport.limits import ID_PATTERN
 

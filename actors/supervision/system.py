@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ksi.actors.restarts import Restart
+from ksi.actors.supervision.restarts import Restart
 from ksi.transport.errors import Conflict, Draining, Invalid, NotFound, Quota
 from ksi.transport.message import (
     ANYONE,

@@ -24,14 +24,14 @@ from typing import Any, Final
 
 import zmq
 
-from ksi.actors.indexed import (
+from ksi.actors.followers.indexed import (
     Describer,
     Verification,
     index_directory,
 )
 from ksi.actors.process import run_owner, wait_for_room
 from ksi.actors.reading import cursor_path, log_directory, reader_of
-from ksi.actors.reports import read_index, write_index
+from ksi.actors.supervision.reports import read_index, write_index
 from ksi.storage.atomic import make_directory
 from ksi.storage.boot import this_boot
 from ksi.storage.errors import Corrupt

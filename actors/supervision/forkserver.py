@@ -4,8 +4,8 @@
         └──── kill -9 ──▶ PDEATHSIG kills it ──▶ PDEATHSIG kills it
 
 1. The fork server (`multiprocessing`) is started by the supervisor's main thread before anything
-   heavy is imported. It loads what children need (`actors/preload.py`), has one thread, and never
-   a ZeroMQ context or an LMDB environment. A child costs a fork, not an interpreter.
+   heavy is imported. It loads what children need (`preload.py`), has one thread, and never a
+   ZeroMQ context or an LMDB environment. A child costs a fork, not an interpreter.
 2. A child sits in a session of its own, with umask 077, standard output and error in
    `var/logs/ksi/<name>.out`, and nothing of the supervisor's open files.
 3. It waits for one byte before it does anything: when that byte comes, the supervisor holds its
@@ -35,8 +35,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Final
 
-from ksi.actors import log, preload
-from ksi.actors.child import ChildSpec
+from ksi.actors import log
+from ksi.actors.supervision import preload
+from ksi.actors.supervision.child import ChildSpec
 from ksi.transport.errors import Invalid
 from ksi.transport.limits import SOCKET_PATH_BYTES_MAX
 
@@ -89,8 +90,8 @@ class ForkServer:
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
-        self._modules = ",".join(("ksi.actors.forkserver", *modules))
-        multiprocessing.set_forkserver_preload(["ksi.actors.preload"])
+        self._modules = ",".join(("ksi.actors.supervision.forkserver", *modules))
+        multiprocessing.set_forkserver_preload(["ksi.actors.supervision.preload"])
 
     def start(self) -> None:
         """Start the server if it does not run; it loads its modules while the caller goes on."""

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ksi.actors.system import SystemStatus
+from ksi.actors.supervision.system import SystemStatus
 
 CHILDREN: Final = "children.json"
 EXIT: Final = "supervisor.exit"

@@ -10,11 +10,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ksi.actors.child import ChildSpec
-from ksi.actors.forkserver import Running
-from ksi.actors.probe import Probe
-from ksi.actors.restarts import Strategy
-from ksi.actors.system import ChildStatus, State
+from ksi.actors.supervision.child import ChildSpec
+from ksi.actors.supervision.forkserver import Running
+from ksi.actors.supervision.probe import Probe
+from ksi.actors.supervision.restarts import Strategy
+from ksi.actors.supervision.system import ChildStatus, State
 
 
 @dataclass(slots=True, eq=False)

@@ -20,27 +20,28 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from ksi.actors import lock, log
+from ksi.actors import log
+from ksi.actors.supervision import lock
 from ksi.transport.errors import Internal, Invalid, KsiError, from_wire
 from ksi.transport.remote import require_here
 
 if TYPE_CHECKING:
     from ksi.actors import config
-    from ksi.actors.forkserver import ForkServer
-    from ksi.actors.tree import Tree
+    from ksi.actors.supervision.forkserver import ForkServer
+    from ksi.actors.supervision.tree import Tree
     from ksi.transport.identity import Directory, KeyRing
 
 Progress = Callable[[Mapping[str, Any]], None]
 
-TREE: Final = "ksi.actors.tree:tree"
+TREE: Final = "ksi.actors.supervision.tree:tree"
 MODULES: Final = (
     "ksi.actors.process:warm",
-    "ksi.actors.follower",
-    "ksi.actors.indexing",
+    "ksi.actors.followers.files",
+    "ksi.actors.followers.indexing",
     "structlog",
 )  # what children need
 
-_MAIN: Final = "from ksi.actors.launch import main; main()"
+_MAIN: Final = "from ksi.actors.supervision.launch import main; main()"
 
 
 def start_background(
@@ -168,7 +169,7 @@ def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
     if order["progress"] is not None:
         log.redirect(log.output(var, "supervisor"))
 
-    from ksi.actors.forkserver import ForkServer
+    from ksi.actors.supervision.forkserver import ForkServer
 
     server = ForkServer([*order["modules"], order["tree"]])  # the tree names all owners
     server.start()
@@ -207,8 +208,8 @@ def _supervise(
     """
     import zmq
 
-    from ksi.actors import reports
-    from ksi.actors.supervisor import EXIT_DEFECT, NAME, Supervisor
+    from ksi.actors.supervision import reports
+    from ksi.actors.supervision.supervisor import EXIT_DEFECT, NAME, Supervisor
     from ksi.transport.identity import (
         Directory,
         KeyRing,
@@ -258,7 +259,7 @@ def _directory(var: Path, tree: Tree, settings: config.Config, keys: KeyRing) ->
         Conflict, Invalid: an owner could not listen where the settings say. Before anything runs:
             it would end again and again.
     """
-    from ksi.actors.supervisor import NAME
+    from ksi.actors.supervision.supervisor import NAME
     from ksi.transport.identity import Address, Directory, endpoint
     from ksi.transport.mailbox import require_free
     from ksi.transport.message import CATALOGUE

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import ksi.actors.system  # noqa: F401 - declares the supervisor's operations
-from ksi.actors.child import ChildSpec
+import ksi.actors.supervision.system  # noqa: F401 - declares the supervisor's operations
 from ksi.actors.config import Config
 from ksi.actors.owners import OWNERS, load_all
-from ksi.actors.restarts import Strategy
+from ksi.actors.supervision.child import ChildSpec
+from ksi.actors.supervision.restarts import Strategy
 
 # Owners with something beside them in their process; it runs them, too.
-FUNCTIONS: Final = {"index": "ksi.actors.indexing:run_index"}
+FUNCTIONS: Final = {"index": "ksi.actors.followers.indexing:run_index"}
 
 
 class Tree(NamedTuple):
@@ -59,7 +59,7 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
     files = ChildSpec(
         name="files",
         kind="follower",
-        function="ksi.actors.follower:run_files",
+        function="ksi.actors.followers.files:run_files",
         arguments=(str(var),),
         start_s=start_s,
         shutdown_s=shutdown_s,

@@ -1,0 +1,1 @@
+"""Readers of journals that write something derived: session files, and the index."""

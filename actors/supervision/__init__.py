@@ -1,0 +1,1 @@
+"""Everything that runs, kept running: children, their restarts, and who asks for what."""
