@@ -275,8 +275,9 @@ def test_a_direct_message_waits_in_the_inbox_and_nobody_else_hears_it(twin: Twin
 
 def test_a_message_to_nobody_is_refused(twin: Twin) -> None:
     know(twin)
-    with pytest.raises(NotFound, match="no agent ghost"):
+    with pytest.raises(NotFound, match="no agent ghost") as refused:
         twin.ask("alice", "agent:send_message", to_agent="ghost", message={})
+    assert refused.value.hint == "it registers first: ksi --as ghost ask agent:register"
     with pytest.raises(NotFound, match="no active agent has fly"):
         twin.ask("alice", "agent:route_task", capabilities=["fly"], message={})
     nobody = twin.ask("alice", "agent:broadcast", message={})

@@ -494,7 +494,7 @@ def _send_message(
     if isinstance(given.fact, NotFound) and tables.durables.get((to_agent, INBOX)) is None:
         raise NotFound(
             f"there is no agent {to_agent}, and never was",
-            hint="ksi agents list",
+            hint=f"it registers first: ksi --as {to_agent} ask agent:register",
             agent_id=to_agent,
         )
     body = encode(command.message)
