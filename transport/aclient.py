@@ -564,14 +564,15 @@ class DurableSubscription:
         page = await ask(
             "message:waiting", agent_id=self._client.name, durable=durable, after=self._after
         )
-        self._look = page["next"] is not None
         messages = page["messages"]
         if messages:
-            self._after = messages[-1]["message_id"]
-            handed = await ask("message:receive", durable=durable, upto=self._after)
+            upto = messages[-1]["message_id"]
+            handed = await ask("message:receive", durable=durable, upto=upto)
             for message in messages:
                 settle = partial(self._settle, message["message_id"])
                 self._page.append(delivery_of(message, handed["redelivered"], settle))
+            self._after = upto  # Not before: without an answer they are fetched again.
+        self._look = page["next"] is not None
 
     async def _settle(self, number: int) -> None:
         await self._client.tell("message:ack", durable=self._durable, message_ids=[number])

@@ -72,7 +72,43 @@ def say(client: Client, topic: str, n: int) -> None:
     client.tell("message:publish", topic=topic, message={"n": n})
 
 
+def refusing_once(ask: Any, operation: str) -> Any:
+    """Return `ask` that is not answered the first time it is for `operation`."""
+    refused: list[str] = []
+
+    def asking(asked: str, *words: Any, **fields: Any) -> Any:
+        if asked == operation and not refused:
+            refused.append(asked)
+            raise Unavailable("no answer")
+        return ask(asked, *words, **fields)
+
+    return asking
+
+
 # Readers.
+
+
+def test_messages_whose_handing_out_was_not_answered_are_not_passed_over(
+    system: System, alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(client: Any) -> None:
+        monkeypatch.setattr(client, "ask", refusing_once(client.ask, "message:receive"))
+
+    async def read_on() -> int:
+        async with AsyncClient("patient", var=system.var) as client:
+            async with await client.subscribe("patience.>", durable="d") as news:
+                fails(client)
+                with pytest.raises(Unavailable):
+                    await news.next(5.0)
+                return int((await news.next(5.0)).message["n"])
+
+    with system.client("patient") as client, client.subscribe("patience.>", durable="d") as news:
+        alice.ask("message:publish", topic="patience.a", message={"n": 7})
+        fails(client)
+        with pytest.raises(Unavailable):
+            news.next(5.0)
+        assert news.next(5.0).message == {"n": 7}
+    assert asyncio.run(read_on()) == 7
 
 
 def test_a_stopped_reader_misses_what_is_beyond_its_credit_knows_it_and_harms_nobody(
