@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,34 @@ def test_a_question_nobody_answers_ends_in_time_and_waits_for_the_other(
             alice.request("mute", {"n": 1}, timeout_s=0.05)
         with mute.inbox() as inbox:
             assert inbox.next(5.0).message == {"n": 1}
+
+
+def test_an_answer_by_somebody_else_is_no_answer_and_stays_in_the_inbox(system: System) -> None:
+    async def talk(ann: AsyncClient, asking: Any, to_agent: str) -> list[Any]:
+        async with (
+            AsyncClient(to_agent, var=system.var) as asked,
+            AsyncClient("mallory", var=system.var) as mallory,
+            await asked.inbox() as inbox,
+        ):
+            await asked.ask("agent:register")
+            answer = asyncio.create_task(asking(to_agent, {"n": 2}))
+            question = await inbox.next(5.0)
+            for client in (mallory, asked):
+                fields = {"to_agent": "ann", "in_reply_to": question.message_id}
+                await client.ask("agent:send_message", fields, message={"by": client.name})
+            found = (await answer).sender
+            async with await ann.inbox() as left:
+                other = await left.next(5.0)
+                await other.ack()
+            return [found, other.sender]
+
+    async def both() -> list[Any]:
+        with system.client("ann") as waiting:
+            async with AsyncClient("ann", var=system.var) as ann:
+                there = await talk(ann, partial(asyncio.to_thread, waiting.request), "tim")
+                return there + await talk(ann, ann.request, "jim")
+
+    assert asyncio.run(both()) == ["tim", "mallory", "jim", "mallory"]
 
 
 def test_async_readers_acknowledge_and_ask_alike(system: System) -> None:
