@@ -78,7 +78,7 @@ RESERVED: Final = frozenset(
 )
 
 Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=PATTERN_CHARS_MAX)]
-Number = Annotated[int, msgspec.Meta(ge=0)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # One more is a key still.
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_MESSAGES_MAX)]
 
 
