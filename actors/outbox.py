@@ -19,7 +19,7 @@ from ksi.actors.delivery import SENT, Record
 from ksi.transport.errors import KsiError
 from ksi.transport.link import SILENCE_S
 from ksi.transport.mailbox import read_monitor
-from ksi.transport.window import Window
+from ksi.transport.window import Cut, Window
 
 Connect = Callable[[str], tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]
 Waiting = tuple[int, str, bytes, bool]  # number, operation, body, whether it was sent before
@@ -28,8 +28,8 @@ Waiting = tuple[int, str, bytes, bool]  # number, operation, body, whether it wa
 class Peer:
     """The way to one other owner."""
 
-    def __init__(self, instance: bytes, dealer: zmq.Socket[bytes], monitor: Any) -> None:
-        self.window = Window(instance)
+    def __init__(self, instance: bytes, cut: Cut, dealer: zmq.Socket[bytes], monitor: Any) -> None:
+        self.window = Window(instance, cut)
         self.dealer = dealer
         self.monitor = monitor
         self.waiting: deque[Waiting] = deque()  # beyond what the window takes
@@ -54,13 +54,18 @@ class Peer:
 
 
 class Outbox:
-    """All peers of one owner. Driven by the host: `push` after commit, `turn` each turn."""
+    """All peers of one owner. Driven by the host: `push` after commit, `turn` each turn.
+
+    Attributes:
+        cut: the highest checkpoint number that its owner or another has told.
+    """
 
     def __init__(self, store_id: str, connect: Connect, log: Any) -> None:
         self._store_id = store_id
         self._connect = connect
         self._log = log
         self._peers: dict[str, Peer] = {}
+        self.cut = Cut()
 
     def push(
         self, owner: str, number: int, operation: str, body: bytes, *, again: bool = False
@@ -73,7 +78,7 @@ class Outbox:
         peer = self._peers.get(owner)
         if peer is None:
             instance = hashlib.blake2b(f"{self._store_id}/{owner}".encode(), digest_size=16)
-            peer = self._peers[owner] = Peer(instance.digest(), *self._connect(owner))
+            peer = self._peers[owner] = Peer(instance.digest(), self.cut, *self._connect(owner))
             opened = [peer.dealer, peer.monitor]
         peer.waiting.append((number, operation, body, again))
         return opened

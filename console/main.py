@@ -23,7 +23,7 @@ from ksi.transport.errors import KsiError
 SUBCOMMANDS: Final = (
     "start", "stop", "restart", "status", "ps", "logs",
     "ask", "read", "send", "subscribe", "discover", "help",
-    "agents", "sessions", "queue", "worker", "index",
+    "agents", "sessions", "queue", "worker", "index", "checkpoint",
     "config", "completion", "demo", "version",
 )  # fmt: skip
 ALIASES: Final = {"agent": "agents", "session": "sessions"}

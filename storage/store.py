@@ -36,7 +36,7 @@ import msgspec
 
 from ksi.storage.atomic import make_directory, sync_directory, write_atomically
 from ksi.storage.boot import this_boot
-from ksi.storage.environment import Environment, open_writer
+from ksi.storage.environment import Environment, open_copy, open_writer
 from ksi.storage.errors import Corrupt, UnknownOutcome
 from ksi.storage.journal import (
     NO_ROOM,
@@ -49,9 +49,9 @@ from ksi.storage.journal import (
     segments_in,
 )
 from ksi.storage.recovery import Decision, Mark, Snapshot, Start, View, decide
-from ksi.storage.snapshots import Frozen, Manifest, install, newest_good
+from ksi.storage.snapshots import Frozen, Manifest, install, newest_good, seal
 from ksi.storage.tables import LmdbTable, RowCodec, TableSpec
-from ksi.transport.errors import Conflict, StorageFull
+from ksi.transport.errors import Conflict, NotRunning, StorageFull
 from ksi.transport.limits import (
     FREE_BYTES_MIN,
     FREE_PART_MIN,
@@ -326,6 +326,45 @@ class Store:
     def _describe(self, txn: lmdb.Transaction[bytes]) -> tuple[int, Position, float]:
         meta = meta_in(txn, self._meta_database)
         return meta.seq, meta.position, meta.time_s
+
+
+def copy_view(directory: Path, path: Path) -> None:
+    """Copy the view of the store in use, which nobody writes now, to a new directory `path`.
+
+    Raises:
+        Corrupt, NotRunning: there is none that can be trusted.
+    """
+    store_id = read_current(directory)
+    if store_id is None or read_mark(directory / store_id, this_boot()) is Mark.OTHER_BOOT:
+        raise NotRunning(f"there is no store in {directory} that can be copied", hint="ksi start")
+    environment = _open_view(directory / store_id / "view")
+    try:
+        Frozen(environment.lmdb, store_id, lambda _: (0, START, 0.0)).copy(path)
+    finally:
+        environment.close()
+
+
+def seal_copy(path: Path) -> Manifest:
+    """Make a snapshot of a copy of a view, by what the copy says of itself.
+
+    Raises:
+        Corrupt: it is damaged.
+    """
+    meta = read_copy_meta(path)
+    return seal(path, meta.store, meta.seq, meta.position, meta.time_s)
+
+
+def read_copy_meta(path: Path) -> Meta:
+    """Return what a copy of a view says of itself. Raises: as `seal_copy`."""
+    environment = open_copy(path)
+    try:
+        database = environment.open_db(META_TABLE.encode(), create=False)
+        with environment.begin() as txn:
+            return meta_in(txn, database)
+    except lmdb.Error as error:
+        raise Corrupt(f"the copy {path}: {error}", file=str(path)) from error
+    finally:
+        environment.close()
 
 
 def restore(directory: Path, snapshot: Path, *, lock_wait_s: float = LOCK_WAIT_S) -> str:

@@ -38,6 +38,7 @@ MODULES: Final = (
     "ksi.actors.process:warm",
     "ksi.actors.followers.files",
     "ksi.actors.followers.indexing",
+    "ksi.actors.checkpoints",
     "structlog",
 )  # what children need
 
