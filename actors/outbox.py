@@ -2,8 +2,9 @@
 
 An owner is to another owner what any client is: a window of numbered commands under a key of its
 own. What differs is that numbers and bodies are rows of its store and its instance is the same for
-the life of the store, so that after a restart it goes on where it was. A row is removed by a
-record in the journal once the other owner has answered.
+the life of the store and of all that are restored from it, so that after a restart, or a restore of
+one cut of all owners, it goes on where it was. A row is removed by a record in the journal once the
+other owner has answered.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Outbox:
         cut: the highest checkpoint number that its owner or another has told.
     """
 
-    def __init__(self, store_id: str, connect: Connect, log: Any) -> None:
-        self._store_id = store_id
+    def __init__(self, lineage: str, connect: Connect, log: Any) -> None:
+        self._lineage = lineage
         self._connect = connect
         self._log = log
         self._peers: dict[str, Peer] = {}
@@ -77,7 +78,7 @@ class Outbox:
         opened: list[zmq.Socket[bytes]] = []
         peer = self._peers.get(owner)
         if peer is None:
-            instance = hashlib.blake2b(f"{self._store_id}/{owner}".encode(), digest_size=16)
+            instance = hashlib.blake2b(f"{self._lineage}/{owner}".encode(), digest_size=16)
             peer = self._peers[owner] = Peer(instance.digest(), self.cut, *self._connect(owner))
             opened = [peer.dealer, peer.monitor]
         peer.waiting.append((number, operation, body, again))

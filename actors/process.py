@@ -83,7 +83,7 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
 
     tcp = Directory.read(root).owners[name].tcp
     mailbox = Mailbox(context, endpoint(root, name), certificate, keys, tcp=tcp or None)
-    outbox = Outbox(store.id, to_owner, logger)
+    outbox = Outbox(store.meta.lineage, to_owner, logger)
     logger.info("open", store=store.id, journal_seq=store.meta.seq)
     end = beside(root, logger) if beside is not None else None
     gc.collect()

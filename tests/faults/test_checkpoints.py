@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import pytest
+from checkpointing import listed, load_on, made, ordered
 from system import System
 from trouble import entries, kill, kill_all, paused, until
 
@@ -21,7 +20,7 @@ from ksi.actors.checkpoints import Cutting, root_of
 from ksi.actors.commit import table_types
 from ksi.actors.owners import OWNERS, load
 from ksi.storage import checkpoints
-from ksi.storage.checkpoints import Checkpoint, making, whole
+from ksi.storage.checkpoints import making, whole
 from ksi.storage.journal import segments_in
 from ksi.storage.snapshots import read_copy
 from ksi.storage.store import read_current, read_mark
@@ -43,25 +42,6 @@ def system(var: Path) -> Iterator[System]:
     running.end()
 
 
-def ordered(system: System) -> str:
-    with system.client("operator", role="operator") as operator:
-        return str(operator.ask("checkpoint:create")["id"])
-
-
-def listed(system: System) -> dict[str, Any]:
-    with system.client("operator", role="operator") as operator:
-        found: dict[str, Any] = operator.ask("checkpoint:list")
-        return found
-
-
-def made(system: System) -> Checkpoint:
-    """Make a checkpoint and return it."""
-    checkpoint_id = ordered(system)
-    until(lambda: listed(system)["making"] is None)
-    assert listed(system)["failed"] is None
-    return checkpoints.read(root_of(system.var) / checkpoint_id)
-
-
 def failed(system: System, checkpoint_id: str) -> str:
     """Wait until a checkpoint is given up, and return why."""
 
@@ -78,30 +58,6 @@ def are_good(var: Path, count: int) -> None:
     assert len(found) == count
     for each in found:
         checkpoints.verify(root_of(var) / each.id)
-
-
-@contextmanager
-def load_on(system: System) -> Iterator[None]:
-    """Let owners tell each other: requests are recorded, and ended when their session closes."""
-    ending = threading.Event()
-
-    def run(name: str) -> None:
-        with system.client(name) as client:
-            while not ending.is_set():
-                session_id = client.ask("session:create")["session_id"]
-                for _ in range(5):
-                    client.ask("completion:async", session_id=session_id, prompt="hello")
-                client.ask("session:close", session_id=session_id)
-
-    threads = [threading.Thread(target=run, args=(f"busy-{n}",)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        ending.set()
-        for thread in threads:
-            thread.join()
 
 
 def in_cut(path: Path, owner: str) -> tuple[dict[str, int], list[tuple[str, int]], dict[str, int]]:
