@@ -24,6 +24,7 @@ SUBCOMMANDS: Final = (
     "start", "stop", "restart", "status", "ps", "logs",
     "ask", "read", "send", "subscribe", "discover", "help",
     "agents", "sessions", "queue", "worker", "index",
+    "checkpoint", "restore",
     "config", "completion", "demo", "version",
 )  # fmt: skip
 ALIASES: Final = {"agent": "agents", "session": "sessions"}
