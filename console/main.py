@@ -23,9 +23,9 @@ from ksi.transport.errors import KsiError
 SUBCOMMANDS: Final = (
     "start", "stop", "restart", "status", "ps", "logs",
     "ask", "read", "send", "subscribe", "discover", "help",
-    "agents", "sessions", "queue", "worker", "index",
+    "agents", "sessions", "queue", "worker", "index", "archive",
     "checkpoint", "restore",
-    "config", "completion", "demo", "version",
+    "config", "doctor", "completion", "demo", "version",
 )  # fmt: skip
 ALIASES: Final = {"agent": "agents", "session": "sessions"}
 
