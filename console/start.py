@@ -55,7 +55,8 @@ def start_and_tell(
 
     def tell(line: dict[str, Any]) -> None:
         children.append(line)
-        print(f"  {line['child']:<12} ready  pid {line['pid']}", file=sys.stderr, flush=True)
+        pid, phase = line["pid"], line["phase"]
+        print(f"  {line['child']:<12} ready  pid {pid}  {phase}", file=sys.stderr, flush=True)
 
     started = start_background(options.var, flags, tell, settings=settings)
     return {**started, "children": children}

@@ -57,7 +57,8 @@ def start_background(
 
     Args:
         flags: settings, `section.key` to value, above all others.
-        on_progress: called with `{"child": name, "pid": …, "seconds": …}` for each that is ready.
+        on_progress: called for each that is ready with `{"child": its name, "phase": …, "pid": …,
+            "seconds": …}`.
         settings: a file instead of `<var>/ksi.toml`.
 
     Returns:
@@ -326,7 +327,8 @@ def _told_to(descriptor: int) -> Progress:
 
 def _told_on_terminal(line: Mapping[str, Any]) -> None:
     if "child" in line:
-        text = f"{line['child']:<12} ready  pid {line['pid']}  {line['seconds']:.3f} s"
+        pid, spent_s, phase = line["pid"], line["seconds"], line["phase"]
+        text = f"{line['child']:<12} ready  pid {pid}  {spent_s:.3f} s  {phase}"
     elif "ready" in line:
         text = f"ready in {line['seconds']:.3f} s, supervisor pid {line['pid']}; Ctrl-C stops"
     else:
