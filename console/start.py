@@ -35,7 +35,7 @@ def start(
     """Start the system and return when every owner answers."""
     from ksi.actors.supervision.launch import run_foreground
 
-    pairs = dict(map(_pair, flags))
+    pairs = dict(map(pair, flags))
     if foreground:
         run_foreground(options.var, pairs, settings=settings)
     started = start_and_tell(options, pairs, settings)
@@ -62,7 +62,8 @@ def start_and_tell(
     return {**started, "children": children}
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
+    """Return key and value of a word `KEY=VALUE`."""
     key, equals, value = text.partition("=")
     if not equals:
         raise click.UsageError(f"--set takes KEY=VALUE, not {text!r}")
