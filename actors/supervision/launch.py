@@ -18,7 +18,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -183,33 +182,23 @@ def _stand_by(order: Mapping[str, Any], progress: Progress) -> None:
     Raises:
         Invalid: something cannot be loaded; the text says what and where.
     """
-    from ksi.actors.supervision.preload import die_with
+    from ksi.actors.supervision.preload import die_with, load, where
 
     die_with(order["parent"])
     from ksi.actors.supervision.forkserver import ForkServer
 
-    places = [*order["modules"], order["tree"]]
-    ForkServer(places).start()  # it loads while we do
+    server = ForkServer([*order["modules"], order["tree"]])
+    server.start()  # it loads while we do
     try:
-        for place in (*places, "ksi.actors.supervision.supervisor"):
-            module, _, function = place.partition(":")
-            loaded = import_module(module)
-            if function:
-                getattr(loaded, function)()
+        for place in (order["tree"], "ksi.actors.supervision.supervisor"):
+            load(place)
+        fault = server.fault()
     except Exception as error:
-        raise Invalid(_where(error), hint="it is tried again when it has changed") from error
+        fault = where(error)
+    if fault is not None:
+        raise Invalid(fault)
     progress({"loaded": True})
     sys.stdin.read()
-
-
-def _where(error: Exception) -> str:
-    """Return an error that came up while code was loaded, with its place."""
-    if isinstance(error, SyntaxError):
-        path, number, words = error.filename, error.lineno, error.msg
-    else:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        path, number, words = place.filename, place.lineno, str(error)
-    return f"{path}:{number}: {type(error).__name__}: {words}"[:1000]
 
 
 def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
