@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from crashing import in_child, killed_at_each_step
 from system import System
 
@@ -83,6 +84,24 @@ def test_an_archive_that_was_not_written_as_meant_is_found_before_it_has_its_nam
 
     monkeypatch.setattr(os, "fsync", damage)
     with pytest.raises(Corrupt):
+        stored(tmp_path)
+    assert os.listdir(tmp_path / "archive") == []
+
+
+def test_an_archive_of_something_else_is_found_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = zstandard.compress(LINES.replace(b"closed", b"opened", 1))
+    real = os.fsync
+
+    def replace(fd: int) -> None:
+        real(fd)
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(".tmp"):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, other, 0)
+
+    monkeypatch.setattr(os, "fsync", replace)
+    with pytest.raises(Corrupt, match="does not read back as it was"):
         stored(tmp_path)
     assert os.listdir(tmp_path / "archive") == []
 
