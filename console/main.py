@@ -21,10 +21,11 @@ from ksi.console.options import Failed, Group, Options, group
 from ksi.transport.errors import KsiError
 
 SUBCOMMANDS: Final = (
-    "start", "stop", "restart", "status", "ps", "logs",
+    "start", "stop", "restart", "dev", "status", "ps", "logs",
     "ask", "read", "send", "subscribe", "discover", "help",
-    "agents", "sessions", "queue", "worker", "index",
-    "config", "completion", "demo", "version",
+    "agents", "sessions", "queue", "worker", "index", "archive",
+    "checkpoint", "restore",
+    "config", "doctor", "completion", "demo", "version",
 )  # fmt: skip
 ALIASES: Final = {"agent": "agents", "session": "sessions"}
 

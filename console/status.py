@@ -46,6 +46,7 @@ def as_fields(system: System, problems: list[str]) -> dict[str, Any]:
     return {
         "healthy": supervisor is not None and not problems,
         "offline": supervisor is None,
+        "phase": system.phase,
         "var": str(system.var.absolute()),
         "supervisor": {
             "pid": supervisor and supervisor.pid,
@@ -60,7 +61,7 @@ def as_fields(system: System, problems: list[str]) -> dict[str, Any]:
         "sessions": system.counts["sessions"],
         "agents": system.counts["agents"],
         "queue": {name: system.counts[name] for name in ("waiting", "active", "workers")},
-        "checkpoint": None,
+        "checkpoint": _checkpoint_fields(system),
         "disk": {"free_bytes": system.free_bytes, "total_bytes": system.disk_bytes},
         "problems": problems,
     }
@@ -95,6 +96,19 @@ def _child_fields(child: Child) -> dict[str, Any]:
     }
 
 
+def _checkpoint_fields(system: System) -> dict[str, Any]:
+    """Return what there is to restore from: the newest checkpoint, and whether the last failed."""
+    found = system.checkpoints
+    newest = found.checkpoints[0] if found.checkpoints else None
+    return {
+        "id": newest and newest.id,
+        "created_at": newest and newest.created_at,
+        "reason": newest and newest.reason,
+        "count": len(found.checkpoints),
+        "failed": found.failed,
+    }
+
+
 def _agent_fields(child: Child) -> dict[str, Any]:
     return {
         "name": child.name,
@@ -113,7 +127,8 @@ def _print(system: System, problems: list[str]) -> None:
     else:
         health = "degraded" if problems else "healthy"
         up = duration(time.time() - supervisor.since)
-        print(f"KSI {health}   up {up}   supervisor {supervisor.pid}   var {system.var}")
+        phase = "" if system.phase == "ready" else f"   phase {system.phase}"
+        print(f"KSI {health}{phase}   up {up}   supervisor {supervisor.pid}   var {system.var}")
     headers = (
         "OWNER", "STATE", "PID", "UP", "MAILBOX", "PEAK", "OLDEST", "CMD/S", "P99", "RESTARTS",
         "EPOCH", "SEQ", "SIZE",
@@ -126,6 +141,9 @@ def _print(system: System, problems: list[str]) -> None:
     counts = [f"{name} {'-' if many is None else many}" for name, many in system.counts.items()]
     if system.disk_bytes:
         counts.append(f"disk {100 * system.free_bytes // system.disk_bytes}% free")
+    made = system.checkpoints.checkpoints
+    age = f"{duration(time.time() - made[0].created_at)} old" if made else "-"
+    counts.append(f"checkpoint {age}")
     print("\n" + " | ".join(counts))
     if system.tcp:
         ports = ", ".join(f"{name} {at.removeprefix('tcp://')}" for name, at in system.tcp.items())

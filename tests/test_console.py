@@ -338,6 +338,7 @@ def test_status_of_a_healthy_system_has_every_field_promised(system: Shell) -> N
     assert done.code == 0, status["problems"]
     assert status["schema"] == "ksi.status/1"
     assert status["healthy"] is True
+    assert status["phase"] == "ready"
     assert status["offline"] is False
     assert {"pid", "uptime_s"} <= set(status["supervisor"])
     assert {"sessions", "queue", "agents", "checkpoint"} <= set(status)

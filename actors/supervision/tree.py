@@ -1,5 +1,8 @@
 """The children of the supervisor, in the order in which they start; they stop in reverse.
 
+They start in phases: `infrastructure` writes what the owners accept, the `owners` hold the state,
+and `context` is what agents look things up in, derived from both. Then the system is `ready`.
+
 One for one: an owner's state is on disk and its clients resend, so none needs another's restart.
 """
 
@@ -19,6 +22,9 @@ from ksi.actors.supervision.restarts import Strategy
 FUNCTIONS: Final = {"index": "ksi.actors.followers.indexing:run_index"}
 
 
+CONTEXT: Final = frozenset({"index"})
+
+
 class Tree(NamedTuple):
     """What one supervisor supervises.
 
@@ -26,11 +32,13 @@ class Tree(NamedTuple):
         specs: makes the child specs for a var directory from its settings.
         strategy: what else is restarted when one of them has ended.
         domains: which of them announces the topics that begin with a word.
+        has_checkpoints: whether they are owners with stores, of which checkpoints are made.
     """
 
     specs: Callable[[Path, Config], tuple[ChildSpec, ...]]
     strategy: Strategy = "one_for_one"
     domains: Mapping[str, str] = {}
+    has_checkpoints: bool = False
 
 
 def tree() -> Tree:
@@ -39,6 +47,7 @@ def tree() -> Tree:
     return Tree(
         specs,
         domains={domain: name for name, owner in owners.items() for domain in owner.domains},
+        has_checkpoints=True,
     )
 
 
@@ -49,6 +58,7 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
         ChildSpec(
             name=name,
             kind="owner",
+            phase="context" if name in CONTEXT else "owners",
             function=FUNCTIONS.get(name, "ksi.actors.process:run_owner"),
             arguments=(str(var),) if name in FUNCTIONS else (name, str(var)),
             start_s=start_s,
@@ -59,6 +69,7 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
     files = ChildSpec(
         name="files",
         kind="follower",
+        phase="infrastructure",
         function="ksi.actors.followers.files:run_files",
         arguments=(str(var),),
         start_s=start_s,

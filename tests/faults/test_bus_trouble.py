@@ -96,12 +96,14 @@ def test_messages_whose_handing_out_was_not_answered_are_not_passed_over(
         monkeypatch.setattr(client, "ask", refusing_once(client.ask, "message:receive"))
 
     async def read_on() -> int:
-        async with AsyncClient("patient", var=system.var) as client:
-            async with await client.subscribe("patience.>", durable="d") as news:
-                fails(client)
-                with pytest.raises(Unavailable):
-                    await news.next(5.0)
-                return int((await news.next(5.0)).message["n"])
+        async with (
+            AsyncClient("patient", var=system.var) as client,
+            await client.subscribe("patience.>", durable="d") as news,
+        ):
+            fails(client)
+            with pytest.raises(Unavailable):
+                await news.next(5.0)
+            return int((await news.next(5.0)).message["n"])
 
     with system.client("patient") as client, client.subscribe("patience.>", durable="d") as news:
         alice.ask("message:publish", topic="patience.a", message={"n": 7})

@@ -113,9 +113,10 @@ def storm(system: System, *, blows: int) -> None:
 
 async def carry_on(system: System, chance: random.Random, blows: int) -> Load:
     """Deal that many blows to a system under load; return what was acknowledged."""
-    async with AsyncClient("alice", var=system.var) as alice, AsyncClient(
-        "reader", var=system.var
-    ) as reader:
+    async with (
+        AsyncClient("alice", var=system.var) as alice,
+        AsyncClient("reader", var=system.var) as reader,
+    ):
         load = Load(alice, chance)
         await reader.ask("agent:register")
         await reader.ask("message:subscribe", durable="jobs", pattern="jobs.>")
