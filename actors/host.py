@@ -88,9 +88,8 @@ class Host(pykka.ThreadingActor):
         self._said: list[tuple[bytes, Kind, Any]] = []  # at once; sent when all is taken in
         self._came = self._done = 0  # commands
         self._ours: list[Record[Any]] = []
-        self._sent: list[
-            Record[Any]
-        ] = []  # may wait for a commit there is anyway: lost, they recur
+        # What our messages led to may wait for a commit there is anyway: lost, it comes again.
+        self._sent: list[Record[Any]] = []
         self._time_s = store.meta.time_s
         self._turned_s = self._ticked_s = self._probed_s = time.monotonic()
         self._draining = False
