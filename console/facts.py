@@ -22,7 +22,7 @@ from ksi.actors.stat import Stat, read_stat
 from ksi.actors.supervision import checkpointed
 from ksi.actors.supervision.lock import Holder, holder
 from ksi.actors.supervision.reports import Exit, read_children, read_exit, read_index
-from ksi.actors.supervision.system import CheckpointList, ChildStatus, State, SystemStatus
+from ksi.actors.supervision.system import CheckpointList, ChildStatus, Phase, State, SystemStatus
 from ksi.transport.errors import KsiError
 from ksi.transport.limits import FREE_BYTES_MIN, FREE_PART_MIN, MAILBOX_REQUESTS_MAX
 
@@ -64,6 +64,7 @@ class Child:
     kind: str
     state: str
     pid: int | None
+    starts: int
     restarts: int
     last_exit: str | None
     since: float
@@ -87,6 +88,7 @@ class System:
     supervisor: Holder | None
     frozen: bool  # the supervisor is stopped by a signal
     stopping: bool
+    phase: Phase | None  # how far it has come; None: nothing runs
     gave_up: str | None  # why the last supervisor ended, if it said so
     children: tuple[Child, ...]
     tcp: Mapping[str, str]  # owner to where it listens for other machines
@@ -143,10 +145,10 @@ def look(var: Path) -> System:
     run = _run_directory(var)
     said, ended = read_children(run), read_exit(run)
     listed = said.children if said else [_never_started(name) for name in OWNERS]
-    is_current = held_by is not None and said is not None and said.pid == held_by.pid
+    current = said if said and held_by and said.pid == held_by.pid else None
     if held_by is None:
         listed = [replace(each, state=_ended(each.state)) for each in listed]
-    elif not is_current:  # it has only just begun
+    elif current is None:  # it has only just begun
         listed = [replace(each, state="STARTING", since=held_by.since) for each in listed]
     counts, unreadable = _counts(var)
     free_bytes, disk_bytes = _room(var)
@@ -154,10 +156,11 @@ def look(var: Path) -> System:
         var=var,
         supervisor=held_by,
         frozen=held_by is not None and _is_frozen(_process_state(held_by.pid)),
-        stopping=is_current and said is not None and said.stopping,
+        stopping=current is not None and current.stopping,
+        phase=_phase(held_by, current),
         gave_up=_why_ended(said, ended),
         tcp=_tcp(run),
-        children=tuple(_child(var, run, each, is_current) for each in listed),
+        children=tuple(_child(var, run, each, current is not None) for each in listed),
         counts=counts,
         unreadable=unreadable,
         free_bytes=free_bytes,
@@ -165,6 +168,12 @@ def look(var: Path) -> System:
         index=read_index(run),
         checkpoints=checkpointed.listed(var, run),
     )
+
+
+def _phase(held_by: Holder | None, current: SystemStatus | None) -> Phase | None:
+    if held_by is None:
+        return None
+    return "infrastructure" if current is None else current.phase
 
 
 def _never_started(name: str) -> ChildStatus:
@@ -206,6 +215,7 @@ def _child(var: Path, run: Path, said: ChildStatus, is_current: bool) -> Child:
         kind=said.kind,
         state=state,
         pid=pid,
+        starts=said.starts,
         restarts=said.restarts,
         last_exit=said.last_exit,
         since=said.since,
@@ -224,7 +234,7 @@ def _problems_of(child: Child, ksi: str) -> list[str]:
         found.append(f"{name} ended too often, at last by {child.last_exit} ({logs})")
     elif child.state == "BACKOFF":
         found.append(f"{name} waits to be restarted, it ended by {child.last_exit} ({logs})")
-    elif child.state == "STOPPED" and child.kind != "agent":
+    elif child.state == "STOPPED" and child.kind != "agent" and child.starts:
         found.append(f"{name} does not run ({ksi} restart {name})")
     elif child.state == "STARTING":
         since_s = time.time() - child.since

@@ -35,7 +35,7 @@ def start(
     """Start the system and return when every owner answers."""
     from ksi.actors.supervision.launch import run_foreground
 
-    pairs = dict(map(_pair, flags))
+    pairs = dict(map(pair, flags))
     if foreground:
         run_foreground(options.var, pairs, settings=settings)
     started = start_and_tell(options, pairs, settings)
@@ -55,13 +55,15 @@ def start_and_tell(
 
     def tell(line: dict[str, Any]) -> None:
         children.append(line)
-        print(f"  {line['child']:<12} ready  pid {line['pid']}", file=sys.stderr, flush=True)
+        pid, phase = line["pid"], line["phase"]
+        print(f"  {line['child']:<12} ready  pid {pid}  {phase}", file=sys.stderr, flush=True)
 
     started = start_background(options.var, flags, tell, settings=settings)
     return {**started, "children": children}
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
+    """Return key and value of a word `KEY=VALUE`."""
     key, equals, value = text.partition("=")
     if not equals:
         raise click.UsageError(f"--set takes KEY=VALUE, not {text!r}")

@@ -46,6 +46,7 @@ def as_fields(system: System, problems: list[str]) -> dict[str, Any]:
     return {
         "healthy": supervisor is not None and not problems,
         "offline": supervisor is None,
+        "phase": system.phase,
         "var": str(system.var.absolute()),
         "supervisor": {
             "pid": supervisor and supervisor.pid,
@@ -126,7 +127,8 @@ def _print(system: System, problems: list[str]) -> None:
     else:
         health = "degraded" if problems else "healthy"
         up = duration(time.time() - supervisor.since)
-        print(f"KSI {health}   up {up}   supervisor {supervisor.pid}   var {system.var}")
+        phase = "" if system.phase == "ready" else f"   phase {system.phase}"
+        print(f"KSI {health}{phase}   up {up}   supervisor {supervisor.pid}   var {system.var}")
     headers = (
         "OWNER", "STATE", "PID", "UP", "MAILBOX", "PEAK", "OLDEST", "CMD/S", "P99", "RESTARTS",
         "EPOCH", "SEQ", "SIZE",

@@ -414,6 +414,34 @@ def is_as_restored(directory: Path, snapshot: Manifest) -> bool:
     return False
 
 
+def set_view_aside(
+    directory: Path, snapshots: Iterable[Path] = (), *, lock_wait_s: float = LOCK_WAIT_S
+) -> None:
+    """Make the next `open` of the store in use build its view anew, from what the journal says.
+
+    Raises:
+        Conflict: the store is in use.
+        Corrupt: there is nothing to build it from; nothing was changed.
+    """
+    with ExitStack() as undo:
+        undo.callback(os.close, _take_lock(directory, lock_wait_s))
+        store_id = read_current(directory)
+        if store_id is None:
+            return
+        store = directory / store_id
+        whole = segments_in(store)[:1] == [START.segment]
+        if not whole and not newest_good(
+            [*snapshots, store / "base"],
+            store_id,
+            lambda seq, position: resume(store, seq, position) is not None,
+        ):
+            raise Corrupt(
+                f"store {store}: neither its journal nor a snapshot holds all of its view",
+                hint="restore a checkpoint (ksi restore)",
+            )
+        _set_view_aside(store)
+
+
 def read_current(directory: Path) -> str | None:
     """Return the id of the store in use, None where there is none."""
     try:

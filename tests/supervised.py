@@ -106,6 +106,15 @@ def slow(name: str, var: str) -> None:
     child.run()
 
 
+def gated(name: str, var: str) -> None:
+    """Be ready when `var/<name>.go` is there."""
+    child = Obedient(name, var)
+    while not (child.var / f"{name}.go").exists() and child.ending is None:
+        child.stat.end_turn(time.monotonic())
+        time.sleep(0.005)
+    child.run()
+
+
 def silent(name: str, var: str) -> None:
     """Never be ready."""
     Obedient(name, var)

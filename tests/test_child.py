@@ -32,6 +32,7 @@ def test_a_spec_cannot_be_changed() -> None:
         ("name", "a\n"),
         ("name", None),
         ("kind", "daemon"),
+        ("phase", "later"),
         ("restart", "always"),
         ("start_s", -1),
         ("start_s", float("nan")),

@@ -46,7 +46,9 @@ class Counter:
             case Stop():
                 raise ZeroDivisionError
             case Status():
-                return SystemStatus(pid=1, started_at=0.0, stopping=False, children=[])
+                return SystemStatus(
+                    pid=1, started_at=0.0, stopping=False, phase="ready", children=[]
+                )
         return Done(name="x", pid=len(self.carried))
 
 

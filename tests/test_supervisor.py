@@ -19,16 +19,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import psutil
 import pytest
 
 import ksi.actors.supervision.system  # noqa: F401 - declares what the supervisor can be asked
 from ksi.actors import log
+from ksi.actors.config import Config
 from ksi.actors.stat import read_stat
 from ksi.actors.supervision import launch, lock, reports
-from ksi.actors.supervision.system import ChildStatus
+from ksi.actors.supervision.system import ChildStatus, Phase
+from ksi.actors.supervision.tree import specs
+from ksi.console.facts import look
 from ksi.transport import Client
 from ksi.transport.errors import (
     Conflict,
@@ -232,6 +235,45 @@ def test_children_start_in_order_each_when_the_one_before_is_ready(system: Syste
     order = ["a", "b", "c"]
     assert system.trace() == [(word, name) for name in order for word in ("start", "ready")]
     assert [line["child"] for line in system.progress] == order
+
+
+PHASED = (
+    {"name": "a", "role": "gated", "phase": "infrastructure"},
+    {"name": "b", "role": "gated", "phase": "owners"},
+    {"name": "c", "role": "gated", "phase": "context"},
+)
+
+
+def test_the_phase_is_that_of_the_first_child_that_does_not_answer(system: System) -> None:
+    def is_in(phase: str) -> bool:
+        return look(system.var).phase == phase
+
+    with ThreadPoolExecutor() as pool:
+        starting = pool.submit(system.start, *PHASED)
+        for child in PHASED:
+            until(lambda phase=child["phase"]: is_in(phase))
+            assert not any(" does not run " in problem for problem in look(system.var).problems())
+            (system.var / f"{child['name']}.go").touch()
+        starting.result()
+
+    assert [(line["child"], line["phase"]) for line in system.progress] == [
+        (child["name"], child["phase"]) for child in PHASED
+    ]
+    assert is_in("ready")
+    (system.var / "c.go").unlink()
+    os.kill(system.pid_of("c"), signal.SIGKILL)
+    until(lambda: is_in("context"))
+    (system.var / "c.go").touch()
+    until(lambda: is_in("ready"))
+    system.stop()
+    assert look(system.var).phase is None
+
+
+def test_the_phases_of_the_system_follow_one_another(tmp_path: Path) -> None:
+    phases = [spec.phase for spec in specs(tmp_path, Config())]
+
+    assert sorted(phases, key=get_args(Phase).index) == phases
+    assert {*phases, "ready"} == {*get_args(Phase)}
 
 
 def test_an_owner_is_ready_when_it_answers_not_when_it_says_so(system: System) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 from ksi.actors.supervision.restarts import Restart
+from ksi.actors.supervision.system import Phase
 from ksi.transport.errors import Invalid
 from ksi.transport.limits import ID_PATTERN
 
@@ -34,6 +35,7 @@ class ChildSpec:
             file says `running`. agent: ready when its program runs.
         function: `module:function` that an owner or follower runs, with `arguments`, all strings.
         arguments: of the function; or the command line of an agent.
+        phase: how far the system has come when this child is next to be ready.
         restart: permanent: always restarted. transient: only after an abnormal exit (another code
             than 0, or a signal). temporary: never.
         start_s: a child that is not ready, and shows no turn, for this long is killed.
@@ -50,6 +52,7 @@ class ChildSpec:
     kind: Kind
     function: str = ""
     arguments: tuple[str, ...] = ()
+    phase: Phase = "owners"
     restart: Restart = "permanent"
     start_s: float = 60.0
     shutdown_s: float = 5.0
@@ -60,6 +63,7 @@ class ChildSpec:
     def __post_init__(self) -> None:
         self._require(_is_id(self.name), "name", "an id ([A-Za-z0-9._-], 1-128)")
         self._require(self.kind in get_args(Kind), "kind", f"one of {get_args(Kind)}")
+        self._require(self.phase in get_args(Phase), "phase", f"one of {get_args(Phase)}")
         self._require(self.restart in get_args(Restart), "restart", f"one of {get_args(Restart)}")
         self._require(_is_wait(self.start_s), "start_s", f"0 to {SHUTDOWN_S_MAX}")
         self._require(_is_wait(self.shutdown_s), "shutdown_s", f"0 to {SHUTDOWN_S_MAX}")

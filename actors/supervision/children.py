@@ -14,7 +14,7 @@ from ksi.actors.supervision.child import ChildSpec
 from ksi.actors.supervision.forkserver import Running
 from ksi.actors.supervision.probe import Probe
 from ksi.actors.supervision.restarts import Strategy
-from ksi.actors.supervision.system import ChildStatus, State
+from ksi.actors.supervision.system import ChildStatus, Phase, State
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +78,11 @@ class Child:
             last_exit=self.last_exit,
             since=self.since,
         )
+
+
+def phase_of(own: Sequence[Child]) -> Phase:
+    """Return how far the system has come: the phase of the first child that does not answer."""
+    return next((child.spec.phase for child in own if child.state != "RUNNING"), "ready")
 
 
 def next_to_start(own: Sequence[Child], strategy: Strategy, *, up: bool) -> list[Child]:

@@ -105,6 +105,21 @@ class ForkServer:
         finally:
             del os.environ[preload.SUPERVISOR_PID], os.environ[preload.MODULES]
 
+    def fault(self) -> str | None:
+        """Return what keeps the server from loading its modules, and where; None: nothing."""
+        self.start()
+        ours, theirs = _context.Pipe()
+        with ours, theirs:
+            process = _context.Process(target=_tell_fault, args=(self._modules, theirs))
+            process.start()
+            theirs.close()
+            try:
+                said = ours.recv_bytes().decode()
+            except EOFError:
+                said = "the fork server loads nothing"
+            process.join()
+        return said or None
+
     def spawn(self, spec: ChildSpec, var: Path, environment: Mapping[str, str]) -> Running:
         """Start a child and return it; an agent's program runs when this returns.
 
@@ -132,6 +147,17 @@ class ForkServer:
                 running.ended()
                 raise Invalid(f"agent {spec.name} cannot be started: {fault}"[:1000])
             return running
+
+
+def _tell_fault(modules: str, channel: Connection) -> None:
+    """Run in a child: what the server has loaded is here, what has failed fails again."""
+    said = ""
+    try:
+        for place in modules.split(","):
+            preload.load(place)
+    except Exception as error:
+        said = preload.where(error)
+    channel.send_bytes(said.encode(errors="replace"))
 
 
 def _fault(channel: Connection) -> str | None:

@@ -6,6 +6,9 @@
 The supervisor is an interpreter of its own with an empty `__main__` (see `forkserver.py`). `main`
 takes the lock before it binds, opens or starts anything, and starts the fork server before its own
 imports, so that both load at the same time. Whatever keeps it from starting ends in one error.
+
+One that stands by (`standby.py`) loads everything first, says `{"loaded": true}`, and goes on when
+its standard input ends.
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ def start_background(
 
     Args:
         flags: settings, `section.key` to value, above all others.
-        on_progress: called with `{"child": name, "pid": …, "seconds": …}` for each that is ready.
+        on_progress: called for each that is ready with `{"child": its name, "phase": …, "pid": …,
+            "seconds": …}`.
         settings: a file instead of `<var>/ksi.toml`.
 
     Returns:
@@ -72,7 +76,7 @@ def start_background(
     ours, theirs = os.pipe()
     os.set_inheritable(theirs, True)
     try:
-        command = _command(var, flags, settings, tree, modules, progress=theirs)
+        command = command_line(var, flags, settings, tree, modules, progress=theirs)
         null = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
         pid = os.posix_spawn(command[0], command, os.environ, file_actions=[null], setsid=True)
     finally:
@@ -86,15 +90,20 @@ def start_background(
             if "error" in line:
                 for _ in lines:  # Until the supervisor has ended, and whoever starts again may.
                     pass
-                import ksi.storage.errors  # noqa: F401 - so that its classes are known
-
-                raise from_wire(line["error"])
+                raise raised(line["error"])
             return {**line, "seconds": round(time.monotonic() - begun_s, 3)}
     os.waitpid(pid, 0)
     raise Internal(
         "the supervisor ended while it started",
         hint=log.last_words(log.output(var, "supervisor")) or "ksi start --foreground shows more",
     )
+
+
+def raised(error: list[Any]) -> KsiError:
+    """Return what a supervisor that could not start has said of it."""
+    import ksi.storage.errors  # noqa: F401 - so that its classes are known
+
+    return from_wire(error)
 
 
 def run_foreground(
@@ -108,19 +117,26 @@ def run_foreground(
     """Become the supervisor: this process, its pid and its terminal; never returns."""
     sys.stdout.flush()
     sys.stderr.flush()
-    command = _command(var, flags, settings, tree, modules, progress=None)
+    command = command_line(var, flags, settings, tree, modules)
     os.execv(command[0], command)
 
 
-def _command(
+def command_line(
     var: Path,
     flags: Mapping[str, Any] | None,
-    settings: Path | None,
-    tree: str,
-    modules: Sequence[str],
+    settings: Path | None = None,
+    tree: str = TREE,
+    modules: Sequence[str] = MODULES,
     *,
-    progress: int | None,
+    progress: int | None = None,
+    parent: int | None = None,
 ) -> list[str]:
+    """Return the command line of a supervisor.
+
+    Args:
+        progress: a descriptor it tells how far it is; None: its standard error.
+        parent: the process it stands by for and ends with; None: nobody.
+    """
     order = {
         "var": os.path.realpath(var),
         "flags": dict(flags or {}),
@@ -128,6 +144,7 @@ def _command(
         "tree": tree,
         "modules": list(modules),
         "progress": progress,
+        "parent": parent,
     }
     # -P: what lies in the current directory is not imported by mistake.
     return [sys.executable, "-P", "-c", _MAIN, json.dumps(order)]
@@ -137,12 +154,14 @@ def main() -> NoReturn:
     """Be the supervisor that `sys.argv[1]` describes, until it is stopped."""
     order = json.loads(sys.argv[1])
     descriptor = order["progress"]
-    if descriptor is not None and os.fork():
+    if descriptor is not None and order["parent"] is None and os.fork():
         os._exit(0)  # who started us need not reap us
     progress = _told_on_terminal if descriptor is None else _told_to(descriptor)
     var = Path(order["var"])
     code = 1
     try:
+        if order["parent"] is not None:
+            _stand_by(order, progress)
         code = _run(var, order, progress)
     except KsiError as error:
         code = error.exit_code
@@ -156,6 +175,31 @@ def main() -> NoReturn:
         progress({"error": Internal(text, hint=f"see {log.output(var, 'supervisor')}").to_wire()})
         raise
     sys.exit(code)
+
+
+def _stand_by(order: Mapping[str, Any], progress: Progress) -> None:
+    """Load what a supervisor and its children need, and wait to be told to go on.
+
+    Raises:
+        Invalid: something cannot be loaded; the text says what and where.
+    """
+    from ksi.actors.supervision.preload import die_with, load, where
+
+    die_with(order["parent"])
+    from ksi.actors.supervision.forkserver import ForkServer
+
+    server = ForkServer([*order["modules"], order["tree"]])
+    server.start()  # it loads while we do
+    try:
+        for place in (order["tree"], "ksi.actors.supervision.supervisor"):
+            load(place)
+        fault = server.fault()
+    except Exception as error:
+        fault = where(error)
+    if fault is not None:
+        raise Invalid(fault)
+    progress({"loaded": True})
+    sys.stdin.read()
 
 
 def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
@@ -333,7 +377,8 @@ def _told_to(descriptor: int) -> Progress:
 
 def _told_on_terminal(line: Mapping[str, Any]) -> None:
     if "child" in line:
-        text = f"{line['child']:<12} ready  pid {line['pid']}  {line['seconds']:.3f} s"
+        pid, spent_s, phase = line["pid"], line["seconds"], line["phase"]
+        text = f"{line['child']:<12} ready  pid {pid}  {spent_s:.3f} s  {phase}"
     elif "ready" in line:
         text = f"ready in {line['seconds']:.3f} s, supervisor pid {line['pid']}; Ctrl-C stops"
     else:

@@ -40,6 +40,24 @@ def die_with(parent_pid: int) -> None:
         os._exit(1)
 
 
+def load(place: str) -> None:
+    """Import a `module`; of `module:function`, call the function."""
+    module, _, function = place.partition(":")
+    loaded = importlib.import_module(module)
+    if function:
+        getattr(loaded, function)()
+
+
+def where(error: Exception) -> str:
+    """Return an error that came up while something was loaded, with its place."""
+    if isinstance(error, SyntaxError):
+        path, number, words = error.filename, error.lineno, error.msg
+    else:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        path, number, words = place.filename, place.lineno, str(error)
+    return f"{path}:{number}: {type(error).__name__}: {words}"[:1000]
+
+
 def _become_server(supervisor_pid: int, modules: list[str]) -> None:
     global server_pid  # noqa: PLW0603 - children read it after the fork
     die_with(supervisor_pid)
@@ -50,11 +68,8 @@ def _become_server(supervisor_pid: int, modules: list[str]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for place in modules:
-        module, _, function = place.partition(":")
         try:
-            loaded = importlib.import_module(module)
-            if function:
-                getattr(loaded, function)()
+            load(place)
         except Exception:
             traceback.print_exc(file=sys.stderr)  # a child that needs it fails and says so again
     gc.collect()

@@ -50,7 +50,7 @@ from ksi.actors.stat import StatWriter, read_stat
 from ksi.actors.supervision import checkpointed, reports
 from ksi.actors.supervision.checkpointing import Checkpoints
 from ksi.actors.supervision.child import ChildSpec
-from ksi.actors.supervision.children import Child, next_to_start, next_to_stop, rest_of
+from ksi.actors.supervision.children import Child, next_to_start, next_to_stop, phase_of, rest_of
 from ksi.actors.supervision.desk import STORE, Desk
 from ksi.actors.supervision.forkserver import ForkServer, Running
 from ksi.actors.supervision.probe import Probe
@@ -360,7 +360,8 @@ class Supervisor(pykka.ThreadingActor):
         if self._up:
             return
         spent_s = round(time.monotonic() - child.running.started_s, 4)
-        self._progress({"child": child.name, "pid": child.running.pid, "seconds": spent_s})
+        told = {"phase": child.spec.phase, "pid": child.running.pid, "seconds": spent_s}
+        self._progress({"child": child.name, **told})
         if all(each.state == "RUNNING" for each in self._own):
             self._up = True
             spent_s = round(time.monotonic() - self._started_s, 4)
@@ -540,6 +541,7 @@ class Supervisor(pykka.ThreadingActor):
             pid=os.getpid(),
             started_at=self._started_at,
             stopping=self._stopping,
+            phase=phase_of(self._own),
             children=[child.status() for child in self._all()],
         )
 

@@ -25,6 +25,8 @@ from ksi.transport.message import (
 )
 
 State = Literal["STARTING", "RUNNING", "BACKOFF", "STOPPED", "FATAL"]
+# How a system comes up: what the owners need, the owners, what is derived from them, and all of it.
+Phase = Literal["infrastructure", "owners", "context", "ready"]
 STARTERS: frozenset[Role] = frozenset({"operator", "owner"})
 
 
@@ -52,11 +54,15 @@ class ChildStatus(Reply, frozen=True, kw_only=True):
 
 
 class SystemStatus(Reply, frozen=True, kw_only=True):
-    """The supervisor and its children, in the order in which they start."""
+    """The supervisor and its children, in the order in which they start.
+
+    `phase`: that of the first child that does not answer; `ready` means that each answers, now.
+    """
 
     pid: int
     started_at: float
     stopping: bool
+    phase: Phase
     children: list[ChildStatus]
 
 

@@ -1,5 +1,8 @@
 """The children of the supervisor, in the order in which they start; they stop in reverse.
 
+They start in phases: `infrastructure` writes what the owners accept, the `owners` hold the state,
+and `context` is what agents look things up in, derived from both. Then the system is `ready`.
+
 One for one: an owner's state is on disk and its clients resend, so none needs another's restart.
 """
 
@@ -17,6 +20,9 @@ from ksi.actors.supervision.restarts import Strategy
 
 # Owners with something beside them in their process; it runs them, too.
 FUNCTIONS: Final = {"index": "ksi.actors.followers.indexing:run_index"}
+
+
+CONTEXT: Final = frozenset({"index"})
 
 
 class Tree(NamedTuple):
@@ -52,6 +58,7 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
         ChildSpec(
             name=name,
             kind="owner",
+            phase="context" if name in CONTEXT else "owners",
             function=FUNCTIONS.get(name, "ksi.actors.process:run_owner"),
             arguments=(str(var),) if name in FUNCTIONS else (name, str(var)),
             start_s=start_s,
@@ -62,6 +69,7 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
     files = ChildSpec(
         name="files",
         kind="follower",
+        phase="infrastructure",
         function="ksi.actors.followers.files:run_files",
         arguments=(str(var),),
         start_s=start_s,
