@@ -7,6 +7,8 @@ Owns who may write which session, and what was said in it, in one total order.
 - Entries are numbered 1, 2, 3 ... a session. Entry n's line begins where line n - 1 ended, so the
   bytes of a session's file are fixed by its events, whoever writes the file and however often.
 - Others contribute through the system, if the session admits them, and become participants.
+- A fork is a session of its own that goes on from an entry of another: nothing of that is copied,
+  the link to it is its first entry.
 - A session with a lease may be claimed once its owner has been silent for `lease_s`.
 - Completions are recorded for their owner: a request if its session admits who made it, else its
   owner is told why not; an outcome once, for a request that was recorded. A closed session tells of
@@ -83,6 +85,13 @@ class Ownership(Reply, frozen=True, kw_only=True):
     created_at: float | None = None
 
 
+class Forked(Ownership, frozen=True, kw_only=True):
+    """Who writes the fork, and where it leaves its parent: behind entry `parent_seq`."""
+
+    parent: str
+    parent_seq: int
+
+
 class Appended(Reply, frozen=True, kw_only=True):
     """The entry is on disk as number `seq` of its session."""
 
@@ -117,6 +126,8 @@ class SessionView(Reply, frozen=True, kw_only=True):
     admission: Admission
     lease_s: float | None
     title: str
+    parent: str | None = None
+    parent_seq: int | None = None
 
 
 class SessionPage(Reply, frozen=True, kw_only=True):
@@ -182,6 +193,29 @@ class Create(Command[Ownership], frozen=True, kw_only=True):
     invited: Annotated[list[Id], msgspec.Meta(max_length=INVITED_MAX)] = []
     lease_s: LeaseSeconds | None = None
     title: Text = ""
+    request_id: Id | None = None
+
+
+@operation(
+    "session:fork",
+    owner="sessions",
+    refuses=(NotFound, Conflict),
+    example={"session_id": "sess_1", "at": 3, "fork_id": "sess_1_again"},
+)
+class Fork(Command[Forked], frozen=True, kw_only=True):
+    """Create a session that the sender owns and that goes on from entry `at` of another.
+
+    Without `at`, from its newest. Nothing is copied: the first entry of the fork names its parent,
+    and `session:history` of the parent up to `at` is what was said before. Pattern and title are
+    those of the parent; the rest is as at `session:create`.
+    """
+
+    session_id: Id
+    at: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    fork_id: Id | None = None
+    admission: Admission = "open"
+    invited: Annotated[list[Id], msgspec.Meta(max_length=INVITED_MAX)] = []
+    lease_s: LeaseSeconds | None = None
     request_id: Id | None = None
 
 
@@ -368,6 +402,12 @@ class SessionCreated(Event, frozen=True, array_like=True, tag="created"):
     time_s: float
 
 
+class SessionForked(Event, frozen=True, array_like=True, tag="forked"):
+    session_id: str
+    parent: str
+    seq: int
+
+
 class EntryAppended(Event, frozen=True, array_like=True, tag="appended"):
     session_id: str
     agent_id: str
@@ -447,6 +487,11 @@ class Anchor(msgspec.Struct, frozen=True, array_like=True):
     offset: int
 
 
+class Parent(msgspec.Struct, frozen=True, array_like=True):
+    session_id: str
+    seq: int
+
+
 class Participant(msgspec.Struct, frozen=True, array_like=True):
     joined_at: float
     role: str | None
@@ -467,6 +512,7 @@ class Seen(msgspec.Struct, frozen=True, array_like=True):
 class SessionTables(Tables):
     sessions: Table[Session]
     anchors: Annotated[Table[Anchor], Keyed(str, int)]  # every 64th entry, by its number
+    parents: Table[Parent]  # by fork
     participants: Annotated[Table[Participant], Keyed(str, str)]
     invited: Annotated[Table[bytes], Keyed(str, str)]
     roles: Annotated[Table[RoleChange], Keyed(str, int)]  # by session and entry
@@ -486,6 +532,7 @@ class Sessions(Owner[SessionTables]):
     events = (
         EntryAppended
         | SessionCreated
+        | SessionForked
         | Joined
         | RoleTaken
         | OwnerChanged
@@ -507,6 +554,8 @@ class Sessions(Owner[SessionTables]):
                 return _record(command, tables, given)
             case Create():
                 return _create(command, sender, tables, given)
+            case Fork():
+                return _fork(command, sender, tables, given)
             case Transfer():
                 return _transfer(command, sender, tables, given)
             case Claim():
@@ -530,6 +579,8 @@ class Sessions(Owner[SessionTables]):
                 tables.open.delete((event.session_id, event.request_id))
             case SessionCreated():
                 _session_created(event, tables)
+            case SessionForked():
+                tables.parents.put(event.session_id, Parent(event.parent, event.seq))
             case Joined():
                 key = (event.session_id, event.agent_id)
                 tables.participants.put(key, Participant(event.now, None))
@@ -547,7 +598,7 @@ class Sessions(Owner[SessionTables]):
     def answer(self, query: Any, tables: SessionTables) -> Reply:
         match query:
             case Get():
-                return _view(query.session_id, _known(tables, query.session_id))
+                return _view(query.session_id, _known(tables, query.session_id), tables)
             case GetHistory():
                 return _history(query, tables)
             case ListSessions():
@@ -607,6 +658,35 @@ def _create(command: Create, sender: Sender, tables: SessionTables, given: Given
     )
     reply = Ownership(session_id=session_id, owner=sender.name, epoch=1, created_at=given.now)
     return Decision((created,), reply)
+
+
+def _fork(command: Fork, sender: Sender, tables: SessionTables, given: Given) -> Decision:
+    parent, session = command.session_id, _known(tables, command.session_id)
+    at = session.seq if command.at is None else command.at
+    if at > session.seq:
+        raise NotFound(f"session {parent} has {session.seq} entries, not {at}", seq=session.seq)
+    create = Create(
+        session_id=command.fork_id,
+        pattern=session.pattern,
+        admission=command.admission,
+        invited=command.invited,
+        lease_s=command.lease_s,
+        title=session.title,
+    )
+    (created,) = _create(create, sender, tables, given).events
+    assert isinstance(created, SessionCreated)
+    fork_id = created.session_id
+    link = Entry(event="session:fork", data={"parent": parent, "seq": at})
+    first = _entry_events(fork_id, _session_of(created), link, sender.name, given)
+    reply = Forked(
+        session_id=fork_id,
+        owner=sender.name,
+        epoch=1,
+        created_at=given.now,
+        parent=parent,
+        parent_seq=at,
+    )
+    return Decision((created, SessionForked(fork_id, parent, at), *first), reply)
 
 
 def _append(command: Append, sender: Sender, tables: SessionTables, given: Given) -> Decision:
@@ -970,8 +1050,8 @@ def _entry_appended(event: EntryAppended, tables: SessionTables) -> None:
         tables.anchors.put((event.session_id, event.seq), Anchor(event.offset))
 
 
-def _session_created(event: SessionCreated, tables: SessionTables) -> None:
-    session = Session(
+def _session_of(event: SessionCreated) -> Session:
+    return Session(
         event.owner,
         1,
         0,
@@ -985,7 +1065,10 @@ def _session_created(event: SessionCreated, tables: SessionTables) -> None:
         event.lease_s,
         event.title,
     )
-    tables.sessions.put(event.session_id, session)
+
+
+def _session_created(event: SessionCreated, tables: SessionTables) -> None:
+    tables.sessions.put(event.session_id, _session_of(event))
     tables.owned.put((event.owner, event.session_id), b"")
     tables.participants.put((event.session_id, event.owner), Participant(event.now, None))
     for agent_id in event.invited:
@@ -1029,7 +1112,8 @@ def _session_closed(event: SessionClosed, tables: SessionTables) -> None:
     tables.sessions.put(event.session_id, closed)
 
 
-def _view(session_id: str, session: Session) -> SessionView:
+def _view(session_id: str, session: Session, tables: SessionTables) -> SessionView:
+    parent = tables.parents.get(session_id)
     return SessionView(
         session_id=session_id,
         owner=session.owner,
@@ -1043,6 +1127,8 @@ def _view(session_id: str, session: Session) -> SessionView:
         admission=session.admission,
         lease_s=session.lease_s,
         title=session.title,
+        parent=None if parent is None else parent.session_id,
+        parent_seq=None if parent is None else parent.seq,
     )
 
 
@@ -1098,7 +1184,7 @@ def _list(query: ListSessions, tables: SessionTables) -> SessionPage:
         last = session_id
         session = _known(tables, session_id)
         if query.status in (None, session.status) and query.pattern in (None, session.pattern):
-            found.append(_view(session_id, session))
+            found.append(_view(session_id, session, tables))
     return SessionPage(sessions=found, next=None)
 
 
