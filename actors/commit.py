@@ -63,11 +63,7 @@ from ksi.transport.limits import OUTBOX_ROWS_MAX, WINDOW_COMMANDS_MAX
 from ksi.transport.message import CATALOGUE, Operation, encode, not_taken
 
 _NO_REPLY: Final = encode({})
-_NO_FORM: Final = (
-    TypeError,
-    ValueError,
-    OverflowError,
-)  # An event, reply or row cannot be encoded.
+_NO_FORM: Final = (TypeError, ValueError, OverflowError)  # What cannot be encoded raises these.
 _TICKS_MAX: Final = 16  # In one commit: what is left waits for the next.
 _encode_cut = msgspec.msgpack.encode
 _decode_answer = msgspec.msgpack.Decoder(wire.Answer).decode

@@ -24,7 +24,7 @@ import msgspec
 
 from ksi.actors.log import Level
 from ksi.transport.errors import Invalid
-from ksi.transport.limits import HUNG_COMMIT_S, HUNG_TURN_S, TICK_S
+from ksi.transport.limits import HUNG_COMMIT_S, HUNG_TURN_S, SNAPSHOT_JOURNAL_BYTES, TICK_S
 
 FILE_NAME: Final = "ksi.toml"
 FILE_VARIABLE: Final = "KSI_CONFIG"  # names another file
@@ -117,6 +117,27 @@ class OwnersSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )] = TICK_S
 
 
+class CheckpointSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When checkpoints are made beside those of each orderly stop."""
+
+    every_s: Annotated[float, _seconds(
+        "one is made when the last is this old and something has changed; 0: never by time",
+        "only what a checkpoint holds can be restored when files of var/db are lost",
+        0.0, 31 * 86_400,
+    )] = 3600.0
+    journal_bytes: Annotated[int, _key(
+        "one is made when the journals have grown by this much: what a start after a crash of the "
+        "machine has to replay, and what journals take on the disk",
+        "a small one makes checkpoints all the time",
+        "bytes", 1 << 20, SNAPSHOT_JOURNAL_BYTES,
+    )] = SNAPSHOT_JOURNAL_BYTES
+    keep: Annotated[int, _key(
+        "so many whole ones are kept, the newest",
+        "with 1 there is nothing to fall back to when it is damaged",
+        "checkpoints", 1, 10_000,
+    )] = 5
+
+
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The operational log in var/logs/ksi."""
 
@@ -134,6 +155,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     supervisor: SupervisorSection = SupervisorSection()
     transport: TransportSection = TransportSection()
     owners: OwnersSection = OwnersSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
 

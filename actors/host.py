@@ -21,6 +21,7 @@ from typing import Any, Final
 import msgspec
 import pykka
 
+from ksi.actors.checkpoints import Cuts
 from ksi.actors.commit import CommitLoop, Work
 from ksi.actors.delivery import GOODBYE, Record
 from ksi.actors.outbox import Outbox
@@ -67,6 +68,7 @@ class Host(pykka.ThreadingActor):
         mailbox: Mailbox,
         outbox: Outbox,
         stat: StatWriter,
+        cuts: Cuts,
         log: Any,
     ) -> None:
         self._mailbox = mailbox
@@ -77,6 +79,7 @@ class Host(pykka.ThreadingActor):
         self._reader = reader
         self._outbox = outbox
         self._stat = stat
+        self._cuts = cuts
         self._log = log
         self._subscriptions = Subscriptions()
         self._commands: deque[Work] = deque()
@@ -85,9 +88,8 @@ class Host(pykka.ThreadingActor):
         self._said: list[tuple[bytes, Kind, Any]] = []  # at once; sent when all is taken in
         self._came = self._done = 0  # commands
         self._ours: list[Record[Any]] = []
-        self._sent: list[
-            Record[Any]
-        ] = []  # may wait for a commit there is anyway: lost, they recur
+        # What our messages led to may wait for a commit there is anyway: lost, it comes again.
+        self._sent: list[Record[Any]] = []
         self._time_s = store.meta.time_s
         self._turned_s = self._ticked_s = self._probed_s = time.monotonic()
         self._draining = False
@@ -138,7 +140,7 @@ class Host(pykka.ThreadingActor):
         if self._said:
             said, self._said = self._said, []
             self._send_all(said)
-        self._sent += self._outbox.turn(started_s)
+        self._send_on(started_s)
         commands = self._next_batch()
         tick = started_s - self._ticked_s >= TICK_S
         if commands or self._ours or tick:
@@ -175,6 +177,8 @@ class Host(pykka.ThreadingActor):
         kind = Kind(frame.kind)
         if sender is None:
             return self._turn_away(letter.route, kind, frame)
+        if frame.cut > self._loop.cut:
+            self._see(frame.cut)
         if self._draining or frame.store not in ("", self._store.id):
             return self._put_off(letter.route, kind, frame)
         who = Sender(*sender)
@@ -211,6 +215,8 @@ class Host(pykka.ThreadingActor):
         route = letter.route
         if sender is None:
             return
+        if frame.cut > self._loop.cut:
+            self._see(frame.cut)
         match frame.kind:
             case Kind.HELLO:
                 welcome = wire.Welcome(
@@ -240,6 +246,19 @@ class Host(pykka.ThreadingActor):
                 self._send(route, Kind.FAREWELL, [])
             case _:
                 self._stat.refusals += 1
+
+    def _see(self, cut: int) -> None:
+        """Make the cut that somebody has told, before anything of his is handled."""
+        if self._cuts.make(cut):
+            self._loop.cut = cut
+
+    def _send_on(self, now_s: float) -> None:
+        """Talk to other owners. What they answer counts to the time after the cuts they tell."""
+        cut = self._outbox.cut
+        cut.number = max(cut.number, self._loop.cut)
+        self._sent += self._outbox.turn(now_s)
+        if cut.number > self._loop.cut:
+            self._see(cut.number)
 
     def _turn_away(self, route: bytes, kind: Kind, frame: wire.CommandsFrame) -> None:
         """The key was removed while the connection was open."""
@@ -284,7 +303,7 @@ class Host(pykka.ThreadingActor):
         if outcome.sends:
             for owner, number, operation, body in outcome.sends:
                 self._push(owner, number, operation, body)
-            self._sent += self._outbox.turn(started_s)
+            self._send_on(started_s)
         if commands:
             self._stat.commits += 1
             self._stat.commands += len(commands)

@@ -2,8 +2,9 @@
 
 An owner is to another owner what any client is: a window of numbered commands under a key of its
 own. What differs is that numbers and bodies are rows of its store and its instance is the same for
-the life of the store, so that after a restart it goes on where it was. A row is removed by a
-record in the journal once the other owner has answered.
+the life of the store and of all that are restored from it, so that after a restart, or a restore of
+one cut of all owners, it goes on where it was. A row is removed by a record in the journal once the
+other owner has answered.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ksi.actors.delivery import SENT, Record
 from ksi.transport.errors import KsiError
 from ksi.transport.link import SILENCE_S
 from ksi.transport.mailbox import read_monitor
-from ksi.transport.window import Window
+from ksi.transport.window import Cut, Window
 
 Connect = Callable[[str], tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]
 Waiting = tuple[int, str, bytes, bool]  # number, operation, body, whether it was sent before
@@ -28,8 +29,8 @@ Waiting = tuple[int, str, bytes, bool]  # number, operation, body, whether it wa
 class Peer:
     """The way to one other owner."""
 
-    def __init__(self, instance: bytes, dealer: zmq.Socket[bytes], monitor: Any) -> None:
-        self.window = Window(instance)
+    def __init__(self, instance: bytes, cut: Cut, dealer: zmq.Socket[bytes], monitor: Any) -> None:
+        self.window = Window(instance, cut)
         self.dealer = dealer
         self.monitor = monitor
         self.waiting: deque[Waiting] = deque()  # beyond what the window takes
@@ -54,13 +55,18 @@ class Peer:
 
 
 class Outbox:
-    """All peers of one owner. Driven by the host: `push` after commit, `turn` each turn."""
+    """All peers of one owner. Driven by the host: `push` after commit, `turn` each turn.
 
-    def __init__(self, store_id: str, connect: Connect, log: Any) -> None:
-        self._store_id = store_id
+    Attributes:
+        cut: the highest checkpoint number that its owner or another has told.
+    """
+
+    def __init__(self, lineage: str, connect: Connect, log: Any) -> None:
+        self._lineage = lineage
         self._connect = connect
         self._log = log
         self._peers: dict[str, Peer] = {}
+        self.cut = Cut()
 
     def push(
         self, owner: str, number: int, operation: str, body: bytes, *, again: bool = False
@@ -72,8 +78,8 @@ class Outbox:
         opened: list[zmq.Socket[bytes]] = []
         peer = self._peers.get(owner)
         if peer is None:
-            instance = hashlib.blake2b(f"{self._store_id}/{owner}".encode(), digest_size=16)
-            peer = self._peers[owner] = Peer(instance.digest(), *self._connect(owner))
+            instance = hashlib.blake2b(f"{self._lineage}/{owner}".encode(), digest_size=16)
+            peer = self._peers[owner] = Peer(instance.digest(), self.cut, *self._connect(owner))
             opened = [peer.dealer, peer.monitor]
         peer.waiting.append((number, operation, body, again))
         return opened

@@ -235,6 +235,14 @@ class Owner(ABC, Generic[T]):
         """Return the bytes that `event` adds to logs."""
         return ()
 
+    def archives(self, event: Any) -> Iterable[tuple[str, int | None]]:
+        """Return the logs that `event` archives, with their sizes; None takes one out again."""
+        return ()
+
+    def is_archived(self, tables: T, key: str) -> bool:
+        """Return whether the log `key` is to be in the archive."""
+        return False
+
     def logs(self, tables: T, after: str) -> Iterator[tuple[str, int]]:
         """Yield every log beyond the key `after` with its committed size, in order of keys."""
         return iter(())

@@ -16,6 +16,7 @@ import msgspec
 import zmq
 
 from ksi.actors import log
+from ksi.actors.checkpoints import Cuts, root_of
 from ksi.actors.commit import CommitLoop, batch_decoder, table_types
 from ksi.actors.delivery import Counter
 from ksi.actors.host import Host, fresh_ids
@@ -82,14 +83,16 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
 
     tcp = Directory.read(root).owners[name].tcp
     mailbox = Mailbox(context, endpoint(root, name), certificate, keys, tcp=tcp or None)
-    outbox = Outbox(store.id, to_owner, logger)
+    outbox = Outbox(store.meta.lineage, to_owner, logger)
     logger.info("open", store=store.id, journal_seq=store.meta.seq)
     end = beside(root, logger) if beside is not None else None
     gc.collect()
     gc.freeze()  # What is here now stays; the collector need not walk it in every pass.
-    Host.start(loop, store, reader_of(owner, root), mailbox, outbox, stat, logger)
+    cuts = Cuts(name, root, store, logger)
+    Host.start(loop, store, reader_of(owner, root), mailbox, outbox, stat, cuts, logger)
     if end is not None:
         end()
+    cuts.close()
     context.term()
     store.close()  # Last: until then nobody else may open the store or bind the socket.
     logger.info("closed", journal_seq=store.meta.seq)
@@ -122,7 +125,8 @@ def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, 
         return loops[0].replay(batch.payload)
 
     specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
-    store = Store.open(directory, specs, replay=replay)
+    copies = root_of(directory.parent.parent).glob(f"[!.]*/{owner.name}")
+    store = Store.open(directory, specs, replay=replay, snapshots=copies)
     loop = loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger, facts)
     if store.meta.extra:
         loop.cut = msgspec.msgpack.decode(store.meta.extra, type=int)

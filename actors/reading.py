@@ -29,6 +29,11 @@ def log_directory(var: Path) -> Path:
     return var / "logs" / "responses" / "sessions"
 
 
+def archive_directory(var: Path) -> Path:
+    """Return where the files of archived sessions are."""
+    return var / "archive" / "sessions"
+
+
 def cursor_path(var: Path, owner: str) -> Path:
     """Return the cursor of the follower that writes the logs of `owner`."""
     return var / "db" / "files" / f"{owner}.cursor"
@@ -53,6 +58,7 @@ class OwnerReader:
             specs,
             logs=log_directory(var),
             cursor=cursor_path(var, owner.name),
+            archive=archive_directory(var),
             lines_of=self.lines_of,
         )
         self._log = CommittedLog(self.reader)
@@ -82,6 +88,18 @@ class OwnerReader:
             for event in record.events:
                 for line in self.owner.lines(event):
                     yield line.key, line.offset, line.content
+
+    def archived_by(self, batch: StoredBatch) -> Iterator[tuple[str, int | None]]:
+        """Yield the logs that a journaled batch archives, with their sizes; None: takes out."""
+        for record in self._decode(batch.payload).records:
+            for event in record.events:
+                yield from self.owner.archives(event)
+
+    def is_archived(self, key: str) -> bool:
+        """Return whether the log `key` is to be in the archive, as is committed now."""
+        return self.reader.read(
+            lambda tables, _meta: self.owner.is_archived(self.bound(tables), key)
+        )
 
     def logs(self, after: str, count: int) -> tuple[Position, dict[str, int]]:
         """Return the committed sizes of the next logs, and the place in the journal they are of."""

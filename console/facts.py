@@ -19,9 +19,10 @@ from msgspec.structs import replace
 
 from ksi.actors.owners import OWNERS
 from ksi.actors.stat import Stat, read_stat
+from ksi.actors.supervision import checkpointed
 from ksi.actors.supervision.lock import Holder, holder
 from ksi.actors.supervision.reports import Exit, read_children, read_exit, read_index
-from ksi.actors.supervision.system import ChildStatus, Phase, State, SystemStatus
+from ksi.actors.supervision.system import CheckpointList, ChildStatus, Phase, State, SystemStatus
 from ksi.transport.errors import KsiError
 from ksi.transport.limits import FREE_BYTES_MIN, FREE_PART_MIN, MAILBOX_REQUESTS_MAX
 
@@ -96,6 +97,7 @@ class System:
     free_bytes: int
     disk_bytes: int
     index: Mapping[str, Any]  # what its follower said last
+    checkpoints: CheckpointList
 
     def of(self, kind: Literal["owner", "follower", "agent"]) -> list[Child]:
         """Return the children of one kind, in the order of their start."""
@@ -131,6 +133,9 @@ class System:
             found.append(f"the index is being built again: {reason} ({ksi} index status)")
         elif state == "waiting" and reason:
             found.append(f"the index waits: {reason} ({ksi} logs index)")
+        if self.checkpoints.failed is not None:
+            why = self.checkpoints.failed
+            found.append(f"the last checkpoint failed: {why} ({ksi} checkpoint create)")
         return found
 
 
@@ -161,6 +166,7 @@ def look(var: Path) -> System:
         free_bytes=free_bytes,
         disk_bytes=disk_bytes,
         index=read_index(run),
+        checkpoints=checkpointed.listed(var, run),
     )
 
 

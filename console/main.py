@@ -23,8 +23,9 @@ from ksi.transport.errors import KsiError
 SUBCOMMANDS: Final = (
     "start", "stop", "restart", "dev", "status", "ps", "logs",
     "ask", "read", "send", "subscribe", "discover", "help",
-    "agents", "sessions", "queue", "worker", "index",
-    "config", "completion", "demo", "version",
+    "agents", "sessions", "queue", "worker", "index", "archive",
+    "checkpoint", "restore",
+    "config", "doctor", "completion", "demo", "version",
 )  # fmt: skip
 ALIASES: Final = {"agent": "agents", "session": "sessions"}
 
@@ -62,6 +63,12 @@ class Subcommands(Group):
         found: click.Command = getattr(import_module(f"ksi.console.{name}"), name)
         return found
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would call it a failure.
+            return _unread()
+
 
 @group(
     "ksi",
@@ -86,7 +93,8 @@ def ksi() -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Prints every error, raises none."""
-    options = Options()
+    words = sys.argv[1:] if words is None else words
+    options = Options(json="--json" in words)  # now: what stands before it may be in error
     if "_KSI_COMPLETE" in os.environ:
         import_module("ksi.console.completion")  # bash needs ours, not click's
     try:
@@ -106,9 +114,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain of it once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_NO_READER
+        return _unread()
     except OSError as error:
         return _report(options, EXIT_FAILED, "failed", str(error), None)
     except Exception as error:
@@ -117,6 +123,12 @@ def main(words: Sequence[str] | None = None) -> int:
         text = f"{type(error).__name__}: {error}"
         hint = "this is a defect of ksi; KSI_DEBUG=1 shows where"
         return _report(options, EXIT_FAILED, "internal", text, hint)
+
+
+def _unread() -> int:
+    """Say nothing more: whoever read our output has seen enough. Python would complain at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_NO_READER
 
 
 def _report(

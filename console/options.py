@@ -24,7 +24,7 @@ _UNITS: Final = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86
 
 
 def _usual_var() -> Path:
-    return Path(os.environ.get("KSI_VAR") or "var")
+    return Path(os.environ.get("KSI_VAR") or "var").absolute()
 
 
 class Failed(click.ClickException):
@@ -93,6 +93,8 @@ DURATION: Final = Duration()
 
 def _keep(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
     def keep(ctx: click.Context, _param: click.Parameter, value: Any) -> None:
+        if isinstance(value, Path):
+            value = value.absolute()  # What we say of it must hold in any directory.
         if value:  # only if given here: it may have been given before the sub-command
             setattr(ctx.ensure_object(Options), name, value)
 

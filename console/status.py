@@ -61,7 +61,7 @@ def as_fields(system: System, problems: list[str]) -> dict[str, Any]:
         "sessions": system.counts["sessions"],
         "agents": system.counts["agents"],
         "queue": {name: system.counts[name] for name in ("waiting", "active", "workers")},
-        "checkpoint": None,
+        "checkpoint": _checkpoint_fields(system),
         "disk": {"free_bytes": system.free_bytes, "total_bytes": system.disk_bytes},
         "problems": problems,
     }
@@ -93,6 +93,19 @@ def _child_fields(child: Child) -> dict[str, Any]:
         "db_bytes": child.db_bytes,
         "store_id": last and last.store_id,
         "hung": child.hung,
+    }
+
+
+def _checkpoint_fields(system: System) -> dict[str, Any]:
+    """Return what there is to restore from: the newest checkpoint, and whether the last failed."""
+    found = system.checkpoints
+    newest = found.checkpoints[0] if found.checkpoints else None
+    return {
+        "id": newest and newest.id,
+        "created_at": newest and newest.created_at,
+        "reason": newest and newest.reason,
+        "count": len(found.checkpoints),
+        "failed": found.failed,
     }
 
 
@@ -128,6 +141,9 @@ def _print(system: System, problems: list[str]) -> None:
     counts = [f"{name} {'-' if many is None else many}" for name, many in system.counts.items()]
     if system.disk_bytes:
         counts.append(f"disk {100 * system.free_bytes // system.disk_bytes}% free")
+    made = system.checkpoints.checkpoints
+    age = f"{duration(time.time() - made[0].created_at)} old" if made else "-"
+    counts.append(f"checkpoint {age}")
     print("\n" + " | ".join(counts))
     if system.tcp:
         ports = ", ".join(f"{name} {at.removeprefix('tcp://')}" for name, at in system.tcp.items())

@@ -18,13 +18,16 @@ import ctypes
 import errno
 import os
 import re
+import stat
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 from zlib import crc32
 
+from ksi.storage.archive import Archive
 from ksi.storage.atomic import make_directory, sync_directory, write_all
 from ksi.storage.boot import this_boot
 from ksi.storage.journal import NO_ROOM, START, Position
@@ -131,6 +134,15 @@ class LogWriter:
             file.size = size
             self._note_unsynced(key)
 
+    def remove(self, key: str) -> None:
+        """Remove a log; fine if it is not there."""
+        left = self._open.pop(key, None)
+        if left is not None:
+            os.close(left.fd)
+        self._unsynced.discard(key)
+        with suppress(FileNotFoundError):
+            os.unlink(log_name(key), dir_fd=self._directory)
+
     def close(self) -> None:
         """Sync and close all files."""
         self.sync()
@@ -189,12 +201,23 @@ def log_name(key: str) -> str:
     return f"{key}.jsonl"
 
 
-def read_log(directory: Path, key: str, start: int, stop: int) -> bytes:
-    """Return the bytes [start, stop) of a log as far as its file has them."""
+def read_log(
+    directory: Path, key: str, start: int, stop: int, archive: Archive | None = None
+) -> bytes:
+    """Return the bytes [start, stop) of a log as far as its file, or else `archive`, has them."""
+    content = _read_file(directory, key, start, stop)
+    if content is None and archive is not None:
+        content = archive.read(key, start, stop)
+        if content is None:  # Not there or there: between the two looks it may have come back.
+            content = _read_file(directory, key, start, stop)
+    return content or b""
+
+
+def _read_file(directory: Path, key: str, start: int, stop: int) -> bytes | None:
     try:
         fd = os.open(directory / log_name(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
-        return b""
+        return None
     except OSError as error:
         if error.errno in BLOCKED:
             return b""
@@ -207,20 +230,52 @@ def read_log(directory: Path, key: str, start: int, stop: int) -> bytes:
         os.close(fd)
 
 
-def read_lines(directory: Path, key: str, stop: int) -> Iterator[list[bytes]]:
-    """Yield the whole lines among the first `stop` bytes of a log's file, many at a time."""
+def log_size(directory: Path, key: str) -> int | None:
+    """Return how long the file of a log is, 0 where there is none; None where it is no file."""
+    try:
+        status = os.lstat(directory / log_name(key))
+    except FileNotFoundError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def read_lines(
+    directory: Path, key: str, stop: int, archive: Archive | None = None
+) -> Iterator[list[bytes]]:
+    """Yield the whole lines among the first `stop` bytes of a log, many at a time.
+
+    They come from its file or, where there is none, from `archive`.
+
+    Raises:
+        Corrupt: it is in the archive, which is damaged.
+    """
+    offset, rest = 0, b""
+    for content in _pieces(directory, key, archive):
+        taken = content[: stop - offset]
+        offset += len(taken)
+        *lines, rest = (rest + taken).split(b"\n")
+        yield [line + b"\n" for line in lines]
+        if offset >= stop:
+            return
+
+
+def _pieces(directory: Path, key: str, archive: Archive | None) -> Iterator[bytes]:
     try:
         fd = os.open(directory / log_name(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if archive is not None:
+            with suppress(FileNotFoundError):
+                yield from archive.chunks(key)
+        return
     except OSError as error:
-        if error.errno in BLOCKED or isinstance(error, FileNotFoundError):
+        if error.errno in BLOCKED:
             return
         raise
     try:
-        offset, rest = 0, b""
-        while offset < stop and (content := os.pread(fd, min(_READ_BYTES, stop - offset), offset)):
+        offset = 0
+        while content := os.pread(fd, _READ_BYTES, offset):
             offset += len(content)
-            *lines, rest = (rest + content).split(b"\n")
-            yield [line + b"\n" for line in lines]
+            yield content
     except IsADirectoryError:
         return
     finally:

@@ -682,6 +682,20 @@ def _check(path: Path, rows: int) -> str | None:
     return None if found >= rows else f"it holds {found} rows in place of {rows}"
 
 
+def read_place(directory: Path) -> Place | None:
+    """Return how far the index in a directory has come; None where there is none that can be read.
+
+    It may be written meanwhile.
+    """
+    try:
+        ((store, segment, offset, _boot, _clean, rebuilt),) = _read(
+            directory / CURSOR, "SELECT * FROM place", ()
+        )
+    except (sqlite3.Error, ValueError):
+        return None
+    return Place(store, Position(segment, offset), True, rebuilt)
+
+
 def _read_place(cursor: sqlite3.Connection, boot_id: str) -> Place | None:
     row = cursor.execute("SELECT * FROM place").fetchone()
     return None if row is None else _place(row, boot_id)

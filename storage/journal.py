@@ -113,6 +113,30 @@ def create_segment(directory: Path, segment: int) -> int:
     return fd
 
 
+def drop_segments(directory: Path, seq: int) -> int:
+    """Remove the segments that hold only numbers below `seq`; return how many.
+
+    Never the last one, which is written.
+    """
+    gone = [each for each, after in pairwise(segments_in(directory)) if after <= seq]
+    for segment in gone:
+        segment_path(directory, segment).unlink()
+    if gone:
+        sync_directory(directory)
+    return len(gone)
+
+
+def bytes_after(directory: Path, position: Position) -> int:
+    """Return about how much a journal holds behind `position`: what replay has to read."""
+    total = 0
+    for segment in segments_in(directory):
+        if segment >= position.segment:
+            with suppress(FileNotFoundError):  # dropped just now
+                total += segment_path(directory, segment).stat().st_size
+                total -= position.offset if segment == position.segment else 0
+    return max(0, total)
+
+
 class Journal:
     """The writer. One process at a time has it: the holder of the store's lock.
 
@@ -213,13 +237,7 @@ class Journal:
 
     def drop_before(self, seq: int) -> int:
         """Remove the segments that hold only numbers below `seq`; return how many."""
-        segments = self.segments()
-        gone = [each for each, after in pairwise(segments) if after <= seq]
-        for segment in gone:
-            segment_path(self._directory, segment).unlink()
-        if gone:
-            sync_directory(self._directory)
-        return len(gone)
+        return drop_segments(self._directory, seq)
 
     def sync(self) -> None:
         """Sync what is written, for a tail that a killed process may not have synced.

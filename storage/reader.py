@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 
 import lmdb
 
+from ksi.storage.archive import Archive
 from ksi.storage.boot import this_boot
 from ksi.storage.environment import Environment, open_reader
 from ksi.storage.errors import Corrupt
@@ -64,6 +65,7 @@ class Reader:
         *,
         logs: Path | None = None,
         cursor: Path | None = None,
+        archive: Path | None = None,
         lines_of: Lines | None = None,
         boot_id: str | None = None,
     ) -> None:
@@ -71,8 +73,9 @@ class Reader:
 
         Args:
             directory: of the owner, `var/db/<owner>`.
-            logs: where a follower writes this owner's logs, `cursor` its cursor file, and
-                `lines_of` which lines (key, offset, content) a batch adds. All for `log` only.
+            logs: where a follower writes this owner's logs, `cursor` its cursor file,
+                `archive` where it puts them in the end, and `lines_of` which lines (key, offset,
+                content) a batch adds. All for `log` only.
             boot_id: of this run of the machine; None asks the kernel.
         """
         self._directory = directory
@@ -80,6 +83,7 @@ class Reader:
         self._specs = tables
         self._logs = logs
         self._cursor = cursor
+        self._archive = None if archive is None else Archive(archive)
         self._lines_of = lines_of
         self._boot_id = boot_id or this_boot()
         self._environment: Environment | None = None
@@ -116,7 +120,7 @@ class Reader:
     def log(self, key: str, start: int, stop: int) -> bytes:
         """Return the bytes [start, stop) of a log; they must be committed.
 
-        They come from the follower's file, and where that is short, from the journal.
+        They come from the follower's file or archive, and where that is short, from the journal.
 
         Raises:
             Corrupt: neither has all of them.
@@ -128,7 +132,7 @@ class Reader:
         for tries_left in reversed(range(_TRIES)):
             # In this order: what the marks do not promise is in the journal behind them.
             marks = read_cursor(self._cursor, self._boot_id)
-            content = read_log(self._logs, key, start, stop)
+            content = read_log(self._logs, key, start, stop, self._archive)
             store, committed = self.committed()
             if marks.written is not None and marks.written.store == store.name:
                 if len(content) == stop - start:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import lmdb
 import msgspec
@@ -25,7 +25,9 @@ from ksi.storage.atomic import sync_directory, write_atomically
 from ksi.storage.environment import open_copy
 from ksi.storage.errors import Corrupt
 from ksi.storage.journal import Position
-from ksi.storage.tables import intact
+from ksi.storage.tables import Instant, ReadTable, TableSpec, intact
+
+T = TypeVar("T")
 
 MANIFEST_FORMAT: Final = 1
 
@@ -84,25 +86,10 @@ class Frozen:
         """
         temporary = path.with_name(f".{path.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(mode=0o700)
         try:
-            seq, position, time_s = self._describe(self._txn)
-            self._environment.copy(str(temporary), compact=True, txn=self._txn)
-            self.release()
-            copy = temporary / "data.mdb"
-            copy.chmod(0o600)
-            digest, data_bytes = _sync_and_hash(copy)
-            manifest = Manifest(
-                store=self._store,
-                seq=seq,
-                segment=position.segment,
-                offset=position.offset,
-                time_s=time_s,
-                rows=check_rows(temporary),
-                sha256=digest,
-                data_bytes=data_bytes,
-            )
-            write_manifest(temporary, manifest)
+            described = self._describe(self._txn)
+            self.copy(temporary)
+            manifest = seal(temporary, self._store, *described)
             os.rename(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -112,9 +99,86 @@ class Frozen:
         sync_directory(path.parent)
         return manifest
 
+    def copy(self, path: Path) -> None:
+        """Copy the state to a new directory, durably, and release it. May run in another thread.
+
+        Costs no time of the interpreter: the thread beside it is not held up. `seal` makes it a
+        snapshot.
+
+        Raises:
+            OSError, lmdb.Error: it may be there in part.
+        """
+        try:
+            path.mkdir(mode=0o700)
+            self._environment.copy(str(path), compact=True, txn=self._txn)
+        finally:
+            self.release()
+        data = path / "data.mdb"
+        data.chmod(0o600)
+        with open(data, "rb") as file:
+            os.fsync(file.fileno())
+
     def release(self) -> None:
         """Let the state go."""
         self._txn.abort()
+
+
+def seal(path: Path, store: str, seq: int, position: Position, time_s: float) -> Manifest:
+    """Check every row of a synced copy of this state, and write its manifest, durably.
+
+    Raises:
+        Corrupt: a row does not match its checksum; there is no manifest then.
+    """
+    rows = check_rows(path)
+    digest, data_bytes = _hash(path / "data.mdb")
+    manifest = Manifest(
+        store=store,
+        seq=seq,
+        segment=position.segment,
+        offset=position.offset,
+        time_s=time_s,
+        rows=rows,
+        sha256=digest,
+        data_bytes=data_bytes,
+    )
+    write_manifest(path, manifest)
+    return manifest
+
+
+def is_whole(path: Path, manifest: Manifest) -> bool:
+    """Return whether the data of a snapshot are those its manifest was written for."""
+    try:
+        return _hash(path / "data.mdb") == (manifest.sha256, manifest.data_bytes)
+    except OSError:
+        return False
+
+
+def read_copy(
+    path: Path,
+    specs: Mapping[str, TableSpec],
+    read: Callable[[Mapping[str, ReadTable[Any]], lmdb.Transaction[bytes]], T],
+) -> T:
+    """Return `read(tables, transaction)` of the copy in the directory `path`.
+
+    Raises:
+        Corrupt: it is damaged, or lacks a table.
+    """
+    environment = open_copy(path)
+    try:
+        instant = Instant()
+        tables = {
+            name: ReadTable[Any](
+                name, spec, environment.open_db(name.encode(), create=False), instant
+            )
+            for name, spec in specs.items()
+        }
+        with environment.begin() as txn:
+            instant.txn = txn
+            return read(tables, txn)
+    except lmdb.Error as error:
+        raise Corrupt(f"snapshot {path}: {error}", file=str(path)) from error
+    finally:
+        environment.close()
 
 
 def check_rows(path: Path) -> dict[str, int]:
@@ -202,11 +266,8 @@ def newest_good(
             found.append((path, manifest))
     found.sort(key=lambda each: each[1].seq, reverse=True)
     for path, manifest in found:
-        try:
-            if _hash(path / "data.mdb") == (manifest.sha256, manifest.data_bytes):
-                return path, manifest
-        except OSError:
-            continue
+        if is_whole(path, manifest):
+            return path, manifest
     return None
 
 

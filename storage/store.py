@@ -7,6 +7,7 @@
         view/                            the LMDB environment
         STATE                            boot id and clean mark: whether the view can be trusted
         base/                            the snapshot a restored store began from
+        FROM                             the checksum of the one that this was made from
 
 Invariants:
 - `commit` returns after the batch is synced in the journal; only then does any reader see it. The
@@ -36,7 +37,7 @@ import msgspec
 
 from ksi.storage.atomic import make_directory, sync_directory, write_atomically
 from ksi.storage.boot import this_boot
-from ksi.storage.environment import Environment, open_writer
+from ksi.storage.environment import Environment, open_copy, open_writer
 from ksi.storage.errors import Corrupt, UnknownOutcome
 from ksi.storage.journal import (
     NO_ROOM,
@@ -49,9 +50,9 @@ from ksi.storage.journal import (
     segments_in,
 )
 from ksi.storage.recovery import Decision, Mark, Snapshot, Start, View, decide
-from ksi.storage.snapshots import Frozen, Manifest, install, newest_good
+from ksi.storage.snapshots import Frozen, Manifest, install, newest_good, seal
 from ksi.storage.tables import LmdbTable, RowCodec, TableSpec
-from ksi.transport.errors import Conflict, StorageFull
+from ksi.transport.errors import Conflict, NotRunning, StorageFull
 from ksi.transport.limits import (
     FREE_BYTES_MIN,
     FREE_PART_MIN,
@@ -67,6 +68,7 @@ log = logging.getLogger("ksi.storage")
 
 META_TABLE: Final = "ksi.meta"
 META_KEY: Final = b"meta"
+FROM: Final = "FROM"
 _LOCK_POLL_S: Final = 0.002
 
 
@@ -80,6 +82,7 @@ class Meta(msgspec.Struct, array_like=True, frozen=True):
         time_s: owner time, in seconds.
         extra: whatever else the host keeps there.
         superseded: this store has been replaced; look at CURRENT.
+        origin: id of the first store it was restored from, in however many steps; empty: none.
     """
 
     store: str
@@ -89,6 +92,12 @@ class Meta(msgspec.Struct, array_like=True, frozen=True):
     time_s: float
     extra: bytes
     superseded: bool = False
+    origin: str = ""
+
+    @property
+    def lineage(self) -> str:
+        """The same for a store and all that are restored from it: other owners know it by this."""
+        return self.origin or self.store
 
     @property
     def position(self) -> Position:
@@ -196,7 +205,7 @@ class Store:
         """
         first_seq = self.meta.seq + 1
         end = self.journal.prepare(first_seq, len(payload))
-        meta = Meta(self.id, self.meta.seq + records, end.segment, end.offset, time_s, extra)
+        meta = self._next(self.meta.seq + records, end, time_s, extra)
         self._put(meta)
         self.journal.append(first_seq, payload, records)
         self._commit(meta)
@@ -290,7 +299,7 @@ class Store:
                     )
                 time_s, extra = replay(self, batch)
                 seq = self.meta.seq + batch.records
-                self.meta = Meta(self.id, seq, batch.end.segment, batch.end.offset, time_s, extra)
+                self.meta = self._next(seq, batch.end, time_s, extra)
                 pending += batch.records
                 if pending >= REPLAY_RECORDS:
                     self.commit_view()
@@ -300,6 +309,9 @@ class Store:
                 self.commit_view()
         finally:
             self.abort()
+
+    def _next(self, seq: int, end: Position, time_s: float, extra: bytes) -> Meta:
+        return Meta(self.id, seq, *end, time_s, extra, False, self.meta.origin)
 
     def _put(self, meta: Meta) -> None:
         txn = self._txn
@@ -328,6 +340,45 @@ class Store:
         return meta.seq, meta.position, meta.time_s
 
 
+def copy_view(directory: Path, path: Path) -> None:
+    """Copy the view of the store in use, which nobody writes now, to a new directory `path`.
+
+    Raises:
+        Corrupt, NotRunning: there is none that can be trusted.
+    """
+    store_id = read_current(directory)
+    if store_id is None or read_mark(directory / store_id, this_boot()) is Mark.OTHER_BOOT:
+        raise NotRunning(f"there is no store in {directory} that can be copied", hint="ksi start")
+    environment = _open_view(directory / store_id / "view")
+    try:
+        Frozen(environment.lmdb, store_id, lambda _: (0, START, 0.0)).copy(path)
+    finally:
+        environment.close()
+
+
+def seal_copy(path: Path) -> Manifest:
+    """Make a snapshot of a copy of a view, by what the copy says of itself.
+
+    Raises:
+        Corrupt: it is damaged.
+    """
+    meta = read_copy_meta(path)
+    return seal(path, meta.store, meta.seq, meta.position, meta.time_s)
+
+
+def read_copy_meta(path: Path) -> Meta:
+    """Return what a copy of a view says of itself. Raises: as `seal_copy`."""
+    environment = open_copy(path)
+    try:
+        database = environment.open_db(META_TABLE.encode(), create=False)
+        with environment.begin() as txn:
+            return meta_in(txn, database)
+    except lmdb.Error as error:
+        raise Corrupt(f"the copy {path}: {error}", file=str(path)) from error
+    finally:
+        environment.close()
+
+
 def restore(directory: Path, snapshot: Path, *, lock_wait_s: float = LOCK_WAIT_S) -> str:
     """Make a new store from a snapshot the one in use, and return its id.
 
@@ -341,11 +392,54 @@ def restore(directory: Path, snapshot: Path, *, lock_wait_s: float = LOCK_WAIT_S
     make_directory(directory)
     with ExitStack() as undo:
         undo.callback(os.close, _take_lock(directory, lock_wait_s))
-        former = _find_current(directory)
+        former = None
+        with suppress(Corrupt):  # A store that is gone or damaged is no reason to stay without.
+            former = _find_current(directory)
         store_id = _create(directory, snapshot)
         if former is not None and read_mark(directory / former, this_boot()) is not Mark.OTHER_BOOT:
-            _supersede(directory / former / "view")
+            with suppress(Corrupt, lmdb.Error):  # Who reads it looks at CURRENT every second.
+                _supersede(directory / former / "view")
     return store_id
+
+
+def is_as_restored(directory: Path, snapshot: Manifest) -> bool:
+    """Whether the store in use was restored from this snapshot and has not changed since."""
+    with suppress(Corrupt, OSError):
+        store_id = read_current(directory)
+        if store_id is None or read_mark(directory / store_id, this_boot()) is not Mark.CLEAN:
+            return False
+        if (directory / store_id / FROM).read_text() != snapshot.sha256:
+            return False
+        return read_copy_meta(directory / store_id / "view").seq == snapshot.seq
+    return False
+
+
+def set_view_aside(
+    directory: Path, snapshots: Iterable[Path] = (), *, lock_wait_s: float = LOCK_WAIT_S
+) -> None:
+    """Make the next `open` of the store in use build its view anew, from what the journal says.
+
+    Raises:
+        Conflict: the store is in use.
+        Corrupt: there is nothing to build it from; nothing was changed.
+    """
+    with ExitStack() as undo:
+        undo.callback(os.close, _take_lock(directory, lock_wait_s))
+        store_id = read_current(directory)
+        if store_id is None:
+            return
+        store = directory / store_id
+        whole = segments_in(store)[:1] == [START.segment]
+        if not whole and not newest_good(
+            [*snapshots, store / "base"],
+            store_id,
+            lambda seq, position: resume(store, seq, position) is not None,
+        ):
+            raise Corrupt(
+                f"store {store}: neither its journal nor a snapshot holds all of its view",
+                hint="restore a checkpoint (ksi restore)",
+            )
+        _set_view_aside(store)
 
 
 def read_current(directory: Path) -> str | None:
@@ -544,11 +638,15 @@ def _create_view(path: Path, store_id: str) -> None:
 
 def _create_from(base: Path, temporary: Path, store_id: str) -> int:
     """Make view and base of a new store from a snapshot; return its next sequence number."""
-    install(base, temporary / "view")
+    manifest = install(base, temporary / "view")
+    write_atomically(temporary / FROM, manifest.sha256.encode())
     environment = _open_view(temporary / "view")
     try:
         former = read_meta(environment)
-        meta = Meta(store_id, former.seq, former.seq + 1, 0, former.time_s, former.extra)
+        place = Position(former.seq + 1, 0)
+        meta = Meta(
+            store_id, former.seq, *place, former.time_s, former.extra, False, former.lineage
+        )
         _put_meta(environment, meta)
         Frozen(environment.lmdb, store_id, lambda _: (meta.seq, meta.position, meta.time_s)).save(
             temporary / "base"

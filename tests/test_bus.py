@@ -192,6 +192,14 @@ def test_a_pattern_that_cannot_be_kept_is_refused(twin: Twin, pattern: str) -> N
         twin.ask("bob", "message:subscribe", durable="d", pattern=pattern)
 
 
+def test_a_number_that_is_no_message_ever_is_refused(twin: Twin) -> None:
+    twin.ask("bob", "message:subscribe", durable="inbox", pattern="inbox")
+    beyond = (1 << 64) - 1
+    with pytest.raises(Invalid, match="after"):
+        twin.read("message:waiting", agent_id="bob", durable="inbox", after=beyond)
+    assert waiting(twin, "bob", "inbox", after=beyond >> 1) == []
+
+
 def test_who_ends_a_subscription_drops_what_waits_in_it_alone(twin: Twin) -> None:
     for name in ("bob", "carol"):
         twin.ask(name, "message:subscribe", durable="d", pattern="a")
@@ -275,8 +283,9 @@ def test_a_direct_message_waits_in_the_inbox_and_nobody_else_hears_it(twin: Twin
 
 def test_a_message_to_nobody_is_refused(twin: Twin) -> None:
     know(twin)
-    with pytest.raises(NotFound, match="no agent ghost"):
+    with pytest.raises(NotFound, match="no agent ghost") as refused:
         twin.ask("alice", "agent:send_message", to_agent="ghost", message={})
+    assert refused.value.hint == "it registers first: ksi --as ghost ask agent:register"
     with pytest.raises(NotFound, match="no active agent has fly"):
         twin.ask("alice", "agent:route_task", capabilities=["fly"], message={})
     nobody = twin.ask("alice", "agent:broadcast", message={})

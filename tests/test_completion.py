@@ -24,7 +24,7 @@ from ksi.transport.errors import (
     StaleEpoch,
     TooLarge,
 )
-from ksi.transport.limits import AGEING_S, ENTRY_BYTES_MAX, FINISHED_S, LAPSES_MAX
+from ksi.transport.limits import AGEING_S, ENTRY_BYTES_MAX, FINISHED_S, ITEMS_MAX, LAPSES_MAX
 
 OPERATOR = Sender("op", "operator")
 SESSIONS = Sender("sessions", "owner")
@@ -581,6 +581,17 @@ def test_what_would_not_fit_a_line_is_refused(twin: Twin) -> None:
     fields = {"request_id": request_id, "attempt": 1, "progress": {"x": "y" * 20_000}}
     with pytest.raises(TooLarge, match="the progress is"):
         twin.ask(W1, "worker:progress", **fields)
+    report(twin, request_id)
+
+
+def test_what_has_too_many_fields_to_be_recorded_is_refused(twin: Twin) -> None:
+    register(twin)
+    most = {f"k{n}": n for n in range(ITEMS_MAX)}  # With ours beside them they are too many.
+    with pytest.raises(TooLarge, match="the request has"):
+        submit(twin, data=most)
+    request_id = submit(twin)
+    with pytest.raises(TooLarge, match="the result has"):
+        report(twin, request_id, result=most)
     report(twin, request_id)
 
 

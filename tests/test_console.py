@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from ksi.actors.owners import OWNERS
+from ksi.actors.owners import OWNERS, load_all
 from ksi.console.declared import catalogue, example, summary
 from ksi.console.main import SUBCOMMANDS, main
 from ksi.transport.message import encode
@@ -189,6 +189,49 @@ def test_with_json_an_error_is_an_object_on_standard_output(nothing: Shell) -> N
     assert done.json["code"] == "not_running"
     assert done.json["hint"] == "ksi start"
     assert done.err.startswith("ksi: not_running:")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("bogus", "usage"),
+        ("ask session:bogus", "unknown_operation"),
+        ("ask session:append --sesion-id s", "invalid"),
+        ("worker --provider bogus", "usage"),
+    ],
+)
+def test_json_after_the_word_that_is_wrong_still_makes_the_error_an_object(
+    words: str, code: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words.split(), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["code"] == code
+
+
+@pytest.mark.parametrize("words", ["discover", "discover --json", "help session:append", "config"])
+def test_who_reads_no_further_is_told_so_whenever_it_shows(nothing: Shell, words: str) -> None:
+    unread, ours = os.pipe()
+    os.close(unread)
+    done = subprocess.run(
+        [*KSI, *words.split()], env=nothing.environment(), stdout=ours, stderr=subprocess.PIPE,
+        check=False,
+    )  # fmt: skip
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_directory_is_named_as_it_is_named_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for usual, words in (("there", []), ("", ["--var", "there"])):
+        monkeypatch.setenv("KSI_VAR", usual)
+        assert main([*words, "stop"]) == 3
+        assert f"no supervisor runs on {tmp_path}/there\n" in capsys.readouterr().err
+
+
+def test_the_help_of_subscribe_names_all_whose_owners_announce(nothing: Shell) -> None:
+    shown = nothing("subscribe", "--help").out
+    assert all(f"`{word}`" in shown for owner in load_all().values() for word in owner.domains)
 
 
 def test_common_options_go_before_and_after_the_subcommand(nothing: Shell, tmp_path: Path) -> None:

@@ -366,8 +366,9 @@ def test_pages_follow_one_another_over_days_without_gap_or_repetition(
     within = told.read("index:query", since=low, until=high, limit=1000, reverse=reverse).entries
     inside = [row.id for row in told.rows() if low <= row.timestamp < high]
     assert [entry.id for entry in within] == (inside[::-1] if reverse else inside)
-    with pytest.raises(Invalid, match="no place in the index"):
-        told.read("index:query", after="nowhere")
+    for nowhere in ("nowhere", "nan x", "-1.0 x"):
+        with pytest.raises(Invalid, match="no place in the index"):
+            told.read("index:query", after=nowhere)
 
 
 def documented(told: Told, agent: str, session: str) -> dict[str, tuple[str, tuple[Any, ...]]]:

@@ -48,7 +48,11 @@ def choose(chance: random.Random) -> Asked:
     admission = chance.choice(("open", "invited", "closed"))
     several = [entry, {"event": "more", "correlation_id": "c1"}] * chance.randint(1, 40)
     create = {"admission": admission, "invited": [other], "lease_s": lease_s}
+    several_ids = {"session_ids": chance.choice((["s1"], ["s1", "s2", "s1"]))}
     choices: list[Asked] = [
+        *[Asked(OPERATOR, "session:archive", several_ids)] * 2,
+        Asked(OPERATOR, "session:unarchive", several_ids),
+        Asked(who, "session:archived", {"limit": 1, "after": chance.choice((None, "s1"))}),
         *[Asked(who, "session:create", {**session, **create})] * 3,
         Asked(who, "session:create", {**create, **request}),
         *[Asked(who, "session:append", {**session, **entry, **epoch, **request})] * 6,
@@ -99,6 +103,44 @@ def lines(twin: Twin, session_id: str) -> list[dict[str, Any]]:
     content = twin.log.content.get(session_id, b"")
     assert content == b"" or content.endswith(b"\n")
     return [json.loads(line) for line in content.split(b"\n")[:-1]]
+
+
+# The archive.
+
+
+def test_a_session_is_archived_because_it_is_closed_and_not_for_what_it_says(twin: Twin) -> None:
+    talk, done = create(twin, session_id="a"), create(twin, session_id="b")
+    append(twin, talk, data={"text": "this session is closed"})
+    append(twin, done)
+    with pytest.raises(Conflict, match="b is not closed"):
+        twin.ask(OPERATOR, "session:archive", session_ids=[done])
+    twin.ask("alice", "session:close", session_id=done)
+    with pytest.raises(Conflict, match="a is not closed"):
+        twin.ask(OPERATOR, "session:archive", session_ids=[done, talk])
+    assert twin.read("session:archived").sessions == []
+
+    twin.ask(OPERATOR, "session:archive", session_ids=[done, done])
+    (listed,) = twin.read("session:archived").sessions
+    assert (listed.session_id, listed.archived_by) == (done, "op")
+    assert listed.size_bytes == len(twin.log.content[done])
+    twin.ask(OPERATOR, "session:unarchive", session_ids=[done])
+    twin.ask(OPERATOR, "session:unarchive", session_ids=[talk])  # It is where it should be.
+    assert twin.read("session:archived").sessions == []
+
+
+def test_what_is_archived_is_listed_a_page_at_a_time(twin: Twin) -> None:
+    names = [create(twin, session_id=f"s{number}") for number in range(5)]
+    for name in names:
+        twin.ask("alice", "session:close", session_id=name)
+    twin.ask(OPERATOR, "session:archive", session_ids=names)
+    found: list[str] = []
+    after = None
+    while True:
+        page = twin.read("session:archived", limit=2, after=after)
+        found += [each.session_id for each in page.sessions]
+        if (after := page.next) is None:
+            break
+    assert found == names
 
 
 # Ownership and epochs.

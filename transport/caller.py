@@ -35,7 +35,7 @@ from ksi.transport.message import (
     unknown,
 )
 from ksi.transport.remote import is_remote
-from ksi.transport.window import Pending
+from ksi.transport.window import Cut, Pending
 
 if TYPE_CHECKING:
     from ksi.actors.reading import OwnerReader
@@ -114,6 +114,7 @@ class Caller:
         self.certificate = self._carried(name) if self.remote else self._enrolled(name, role)
         self.name = self.certificate.name
         self.links: dict[str, Link] = {}
+        self._cut = Cut()
         self._epochs: dict[str, int] = {}
         self._readers: dict[str, OwnerReader] = {}
         self._unclaimed: dict[Ticket, Known] = {}
@@ -192,7 +193,7 @@ class Caller:
             sockets = connect(
                 zmq.Context.instance(), place.endpoint, place.key.encode(), self.certificate
             )
-            link = self.links[owner] = Link(owner, *sockets)
+            link = self.links[owner] = Link(owner, *sockets, self._cut)
         return link
 
     def owner_of_topic(self, pattern: str) -> str:

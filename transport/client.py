@@ -280,6 +280,8 @@ class Client:
     ) -> DurableDelivery:
         """Send a message to an agent and wait for its answer, which is acknowledged.
 
+        What others say to it stays in the inbox.
+
         Raises:
             KsiError: the refusal of `agent:send_message`.
             Unavailable: it waits in the inbox of the agent, and no answer has come in time.
@@ -287,19 +289,21 @@ class Client:
         deadline_s = self._caller.deadline_s(timeout_s)
         with self.subscribe(bell_of(self.name, INBOX), credit=1) as bell:
             sent = self.ask("agent:send_message", to_agent=to_agent, message=message)
-            asked = sent["message_id"]
+            after = asked = sent["message_id"]
             while True:
                 page = self.ask(
                     "message:waiting",
                     agent_id=self.name,
                     durable=INBOX,
-                    after=asked,
+                    after=after,
                     in_reply_to=asked,
                 )
                 for answer in page["messages"]:
-                    number = [answer["message_id"]]
-                    self.ask("message:ack", durable=INBOX, message_ids=number)
-                    return delivery_of(answer, 0, lambda: None)
+                    after = answer["message_id"]
+                    if answer["sender"] == to_agent:  # Anybody can name a message.
+                        self.ask("message:ack", durable=INBOX, message_ids=[after])
+                        return delivery_of(answer, 0, lambda: None)
+                after = page["next"] or after
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0:
                     raise Unavailable(
@@ -307,8 +311,9 @@ class Client:
                         hint=f"an answer will wait in the inbox of {self.name}",
                         message_id=asked,
                     )
-                with contextlib.suppress(TimeoutError):
-                    bell.next(min(left_s, LOOK_S))
+                if page["next"] is None:
+                    with contextlib.suppress(TimeoutError):
+                        bell.next(min(left_s, LOOK_S))
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
         """Wait until all is acknowledged, say goodbye and close. Raises what `flush` raises."""
@@ -530,14 +535,15 @@ class DurableSubscription:
         page = ask(
             "message:waiting", agent_id=self._client.name, durable=durable, after=self._after
         )
-        self._look = page["next"] is not None
         messages = page["messages"]
         if messages:
-            self._after = messages[-1]["message_id"]
-            handed = ask("message:receive", durable=durable, upto=self._after)
+            upto = messages[-1]["message_id"]
+            handed = ask("message:receive", durable=durable, upto=upto)
             for message in messages:
                 settle = partial(self._settle, message["message_id"])
                 self._page.append(delivery_of(message, handed["redelivered"], settle))
+            self._after = upto  # Not before: without an answer they are fetched again.
+        self._look = page["next"] is not None
 
     def _settle(self, number: int) -> None:
         self._client.tell("message:ack", durable=self._durable, message_ids=[number])

@@ -57,6 +57,8 @@ FINISHED_BYTES_MAX: Final = 256 << 20  # The same, for large results.
 FINISHED_S: Final = 86_400.0  # The same: nobody asks after a day.
 ENDED_MAX: Final = 250  # Requests of a closed session ended in one decision: it is felt.
 
+ARCHIVE_MAX: Final = 100  # Sessions archived by one command: some seconds of one follower.
+
 # Disk
 RECORD_BYTES_MAX: Final = 4 * BATCH_BYTES_MAX  # Of the journal: events may outgrow their commands.
 SEGMENT_BYTES: Final = 64 << 20  # A journal segment: small enough to drop, large enough to be few.

@@ -19,7 +19,7 @@ import zmq
 
 from ksi.transport.errors import Forbidden, Invalid, KsiError, from_wire
 from ksi.transport.mailbox import read_monitor
-from ksi.transport.window import Outcome, Pending, Window
+from ksi.transport.window import Cut, Outcome, Pending, Window
 from ksi.transport.wire import Kind, Subscribe
 
 _EVENTS: Final = int(zmq.EVENTS)  # Enums would be converted on every call.
@@ -81,11 +81,18 @@ class Subscribed:
 class Link:
     """The way to one owner."""
 
-    def __init__(self, owner: str, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+    def __init__(
+        self,
+        owner: str,
+        dealer: zmq.Socket[bytes],
+        monitor: zmq.Socket[bytes],
+        cut: Cut | None = None,
+    ) -> None:
+        """`cut` is shared with the links to other owners."""
         self.owner = owner
         self.dealer = dealer
         self.monitor = monitor
-        self.window = Window()
+        self.window = Window(cut=cut)
         self.up = False
         self.denied = False
         self.closed = False

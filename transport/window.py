@@ -86,11 +86,24 @@ class Pending:
 Outcome = tuple[Pending, bytes | None, KsiError | None]
 
 
+class Cut:
+    """The highest checkpoint number seen, by all windows that share it.
+
+    Who has heard of a checkpoint from one owner tells all others: so none of them counts what he
+    then asks for to the time before it.
+    """
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = 0
+
+
 class Window:
     """Requests to one owner from one client instance, and what is known of their fate."""
 
-    def __init__(self, instance: bytes | None = None) -> None:
-        self.cut = 0
+    def __init__(self, instance: bytes | None = None, cut: Cut | None = None) -> None:
+        self.cut = cut or Cut()
         self._last = 0
         self._last_query = 0
         self._reset(instance)
@@ -180,7 +193,14 @@ class Window:
         """Return a frame of another kind: HELLO, SUBSCRIBE, CREDIT, GOODBYE ..."""
         return wire.encode(
             wire.Frame(
-                wire.VERSION, kind, self.store, self.cut, self.instance, self.acked, False, items
+                wire.VERSION,
+                kind,
+                self.store,
+                self.cut.number,
+                self.instance,
+                self.acked,
+                False,
+                items,
             )
         )
 
@@ -208,8 +228,8 @@ class Window:
                     )
                 )
             self.store = header.store
-        if header.cut > self.cut:
-            self.cut = header.cut
+        if header.cut > self.cut.number:
+            self.cut.number = header.cut
         kind = header.kind
         if decode is _decode_replies:
             waiting = self.commands if kind == Kind.REPLIES else self.queries
@@ -288,6 +308,13 @@ class Window:
         requests = [pending.request(now_s) for pending in batch]
         return wire.encode(
             wire.CommandsFrame(
-                wire.VERSION, kind, self.store, self.cut, self.instance, acked, again, requests
+                wire.VERSION,
+                kind,
+                self.store,
+                self.cut.number,
+                self.instance,
+                acked,
+                again,
+                requests,
             )
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -26,10 +26,18 @@ import zmq
 
 from ksi.actors import log
 from ksi.actors.process import wait_for_room
-from ksi.actors.reading import OwnerReader, cursor_path, log_directory, reader_of
+from ksi.actors.reading import (
+    OwnerReader,
+    archive_directory,
+    cursor_path,
+    log_directory,
+    reader_of,
+)
 from ksi.actors.stat import StatWriter
+from ksi.storage.archive import Archive
 from ksi.storage.atomic import make_directory, write_atomically
-from ksi.storage.files import BLOCKED, Cursor, LogGap, LogWriter
+from ksi.storage.errors import Corrupt
+from ksi.storage.files import BLOCKED, Cursor, LogGap, LogWriter, log_name
 from ksi.storage.journal import NO_ROOM, Position
 from ksi.transport.errors import NotRunning, StorageFull
 from ksi.transport.identity import bell_endpoint, run_directory
@@ -52,10 +60,17 @@ class LogFollower:
         seq: the owner's last sequence number that is in the files; 0 while that is not known.
     """
 
-    def __init__(self, owner: str, var: Path, logger: Any) -> None:
+    def __init__(
+        self, owner: str, var: Path, logger: Any, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin where the cursor is. `alive` is called now and then in work that may take long."""
         self.reader: OwnerReader = reader_of(owner, var)
         self._writer = LogWriter(log_directory(var))
+        self._logs = log_directory(var)
+        self._archive = Archive(archive_directory(var))
+        self._archive.sweep()
         self._cursor = Cursor(cursor_path(var, owner))
+        self._alive = alive
         self._log = logger
         self.seq = 0
         self._synced_s = time.monotonic()
@@ -80,12 +95,17 @@ class LogFollower:
             return False
         seq = self.seq
         lines: dict[str, list[tuple[int, bytes]]] = {}
+        archived: dict[str, int | None] = {}
         for batch in islice(self.reader.journal().read(position, stop), TURN_BATCHES):
             for key, offset, content in self.reader.lines_of(batch):
                 lines.setdefault(key, []).append((offset, content))
+            archived = dict(self.reader.archived_by(batch))
             position, seq = batch.end, batch.first_seq + batch.records - 1
+            if archived:  # What is archived is closed: no line of it follows.
+                break
         for key, parts in lines.items():
             self._write(key, parts)
+        self._move(archived)
         self._cursor.advance(position)
         self.seq = seq
         self._unsynced = True
@@ -132,7 +152,9 @@ class LogFollower:
             if found_bytes > size:
                 self._log.warning("cut a file", log=key, bytes=found_bytes, committed_bytes=size)
                 self._writer.truncate(key, size)
-            elif found_bytes < size:
+            elif found_bytes < size and not self._is_archived(key, size):
+                self._bring_back(key)
+                self._writer.truncate(key, size)
                 short[key] = size
         if short:
             self._write_again(short)
@@ -142,12 +164,67 @@ class LogFollower:
         """Write the parts of one log, which follow each other."""
         offset = parts[0][0]
         content = parts[0][1] if len(parts) == 1 else b"".join(part for _, part in parts)
+        if offset == 0 and self._is_archived(key, len(content)):  # It is written once more.
+            return
         try:
             self._writer.write(key, offset, content)
         except LogGap:
+            if self._is_archived(key, offset + len(content)):
+                return
+            self._bring_back(key)
+            self._writer.truncate(key, offset)
             self._write_again({key: offset + len(content)})
         except OSError as error:
             self._skip(key, error)
+
+    def _is_archived(self, key: str, size: int) -> bool:
+        """Whether the first `size` bytes of a log are in the archive, and it is not here."""
+        archived_bytes = self._archive.size(key) if self._size(key) == 0 else None
+        return (archived_bytes or 0) >= size and self.reader.is_archived(key)
+
+    def _move(self, archived: Mapping[str, int | None]) -> None:
+        """Move logs into the archive, or back (None); what is there already stays there."""
+        stored = [key for key, size in archived.items() if size and self._store(key, size)]
+        if stored:
+            self._archive.sync()
+        for key in stored:
+            self._writer.remove(key)
+        for key, size in archived.items():
+            if size is None:
+                self._bring_back(key)
+
+    def _store(self, key: str, size: int) -> bool:
+        """Archive one log; return whether its file may be removed now."""
+        if self._is_archived(key, size):
+            return False
+        try:
+            self._archive.store(key, self._logs / log_name(key), size, self._alive)
+        except (Corrupt, FileNotFoundError) as error:
+            self._log.error("a log is not archived", log=key, error=str(error))
+            return False
+        except OSError as error:
+            self._skip(key, error)
+            return False
+        return True
+
+    def _bring_back(self, key: str) -> None:
+        if self._archive.size(key) is None:
+            return
+        offset = 0
+        try:
+            for content in self._archive.chunks(key):
+                self._writer.write(key, offset, content)
+                offset += len(content)
+                self._alive()
+        except Corrupt as error:
+            self._writer.truncate(key, 0)
+            self._log.error("a log stays in the archive", log=key, error=str(error))
+            return
+        except OSError as error:
+            self._skip(key, error)
+            return
+        self._writer.sync()
+        self._archive.remove(key)
 
     def _size(self, key: str) -> int | None:
         """Return how long a log is; None where something else is in its place."""
@@ -211,11 +288,15 @@ def run_files(var: str) -> None:
     raise_file_limit()
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _frame: stopping.append(number))
+
+    def alive() -> None:
+        stat.begin_turn(time.monotonic())  # To compress a long log is not to hang.
+
     bells = zmq.Poller()
     context = zmq.Context()
     for owner in ("sessions", "registry"):
         bells.register(listen(context, bell_endpoint(root, owner)), zmq.POLLIN)
-    logs = wait_for_room(lambda: LogFollower("sessions", root, logger), logger)
+    logs = wait_for_room(lambda: LogFollower("sessions", root, logger, alive), logger)
     page = wait_for_room(lambda: _identities(root), logger)
     stat.state = "running"
     while not stopping:

@@ -16,8 +16,9 @@ from zlib import crc32
 import msgspec
 
 from ksi.actors.owners.sessions import detect_role
-from ksi.actors.reading import log_directory
+from ksi.actors.reading import archive_directory, log_directory
 from ksi.actors.supervision.reports import read_index
+from ksi.storage.archive import Archive
 from ksi.storage.files import read_lines
 from ksi.storage.index import Indexed, IndexReader, Known, Row, day_of
 from ksi.storage.journal import segment_path, segments_in
@@ -224,6 +225,7 @@ class Verification:
         self._reader = IndexReader(index_directory(var))
         self._describe = Describer(var)
         self._logs = log_directory(var)
+        self._archive = Archive(archive_directory(var))
         self._steps = self._run()
         sizes = self._reader.cursor("SELECT coalesce(sum(size_bytes), 0) FROM sessions")
         self.total_bytes: int = sizes[0][0] if sizes else 0
@@ -265,7 +267,7 @@ class Verification:
         before = self.differences
         checksum = number = offset = 0
         links = _Links()
-        for lines in read_lines(self._logs, session_id, known.size_bytes):
+        for lines in read_lines(self._logs, session_id, known.size_bytes, self._archive):
             expected = []
             for line in lines:
                 number += 1

@@ -30,8 +30,9 @@ from ksi.actors.followers.indexed import (
     index_directory,
 )
 from ksi.actors.process import run_owner, wait_for_room
-from ksi.actors.reading import cursor_path, log_directory, reader_of
+from ksi.actors.reading import archive_directory, cursor_path, log_directory, reader_of
 from ksi.actors.supervision.reports import read_index, write_index
+from ksi.storage.archive import Archive
 from ksi.storage.atomic import make_directory
 from ksi.storage.boot import this_boot
 from ksi.storage.errors import Corrupt
@@ -176,11 +177,12 @@ class Rebuild:
     def _lines(self, sizes: dict[str, int]) -> Iterator[tuple[list[Line], bool]]:
         """Yield the lines of files, and whether these are all there should be."""
         directory = log_directory(self._source.var)
+        archive = Archive(archive_directory(self._source.var))
         lines: list[Line] = []
         whole = True
         for key, size in sizes.items():
             offset = 0
-            for some in read_lines(directory, key, size):
+            for some in read_lines(directory, key, size, archive):
                 for content in some:
                     lines.append((key, offset, content))
                     offset += len(content)

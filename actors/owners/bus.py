@@ -78,7 +78,7 @@ RESERVED: Final = frozenset(
 )
 
 Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=PATTERN_CHARS_MAX)]
-Number = Annotated[int, msgspec.Meta(ge=0)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # One more is a key still.
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_MESSAGES_MAX)]
 
 
@@ -494,7 +494,7 @@ def _send_message(
     if isinstance(given.fact, NotFound) and tables.durables.get((to_agent, INBOX)) is None:
         raise NotFound(
             f"there is no agent {to_agent}, and never was",
-            hint="ksi agents list",
+            hint=f"it registers first: ksi --as {to_agent} ask agent:register",
             agent_id=to_agent,
         )
     body = encode(command.message)

@@ -70,6 +70,7 @@ from ksi.transport.limits import (
     FINISHED_MAX,
     FINISHED_S,
     FRAME_BYTES_MAX,
+    ITEMS_MAX,
     LAPSES_MAX,
     OFFERS_MAX,
     PROGRESS_BYTES_MAX,
@@ -1227,7 +1228,15 @@ _NUMBER: Final = re.compile("[0-9]{1,18}")
 
 
 def _size(entry: dict[str, Any], what: str, limit: int = ENTRY_BYTES_MAX) -> int:
-    """Return how many bytes an entry takes in a session's line; refuse it above `limit`."""
+    """Return how many bytes an entry takes in a session's line; refuse what is over a limit.
+
+    What is accepted here is never refused for its size by the owner of sessions: it would go
+    unrecorded.
+    """
+    if len(entry) > ITEMS_MAX:
+        raise TooLarge(
+            f"{what} has {len(entry)} fields, over the limit of {ITEMS_MAX}", limit=ITEMS_MAX
+        )
     text = msgspec.json.encode(entry)
     size = len(text)
     if not text.isascii():

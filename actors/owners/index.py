@@ -15,6 +15,7 @@ Source: "KSI Dynamic Storage Architecture", SQL Index Schema and Query Patterns.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -373,12 +374,12 @@ def _place(after: str | None) -> tuple[float, str] | None:
     """Return the time and id a page begins behind: what `_next` made of them."""
     if after is None:
         return None
-    timestamp, _, id = after.partition(" ")
-    try:
-        return float(timestamp), id
-    except ValueError:
-        text = f"{after[:100]!r} is no place in the index"
-        raise Invalid(text, hint="after takes what `next` of the page before was") from None
+    at, _, id = after.partition(" ")
+    with suppress(ValueError):
+        if (timestamp := float(at)) >= 0:  # NaN is not.
+            return timestamp, id
+    text = f"{after[:100]!r} is no place in the index"
+    raise Invalid(text, hint="after takes what `next` of the page before was")
 
 
 def _next(query: Any, rows: list[dict[str, Any]]) -> str | None:

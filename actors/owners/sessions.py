@@ -53,9 +53,9 @@ from ksi.transport.errors import (
     StaleEpoch,
     TooLarge,
 )
-from ksi.transport.limits import FRAME_BYTES_MAX
+from ksi.transport.limits import ARCHIVE_MAX, FRAME_BYTES_MAX
+from ksi.transport.message import OPERATOR, Id, Message, Plain, Text, operation
 from ksi.transport.message import OWNER as OWNERS_ONLY
-from ksi.transport.message import Id, Message, Plain, Text, operation
 
 LINE_BYTES_MAX: Final = FRAME_BYTES_MAX  # A line must fit into the frame that reads it back.
 PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # One page of history, with room for its header.
@@ -309,6 +309,37 @@ class Close(Command[Ownership], frozen=True, kw_only=True):
     request_id: Id | None = None
 
 
+@operation(
+    "session:archive",
+    owner="sessions",
+    roles=OPERATOR,
+    refuses=(NotFound, Conflict),
+    example={"session_ids": ["sess_1"]},
+)
+class Archive(Command[None], frozen=True, kw_only=True):
+    """Have the files of closed sessions compressed into the archive; they are read as before.
+
+    It is done soon after. For one whose file is there already nothing is done.
+    """
+
+    session_ids: Annotated[list[Id], msgspec.Meta(min_length=1, max_length=ARCHIVE_MAX)]
+    request_id: Id | None = None
+
+
+@operation(
+    "session:unarchive",
+    owner="sessions",
+    roles=OPERATOR,
+    refuses=(NotFound,),
+    example={"session_ids": ["sess_1"]},
+)
+class Unarchive(Command[None], frozen=True, kw_only=True):
+    """Have the files of sessions back out of the archive. It is done soon after."""
+
+    session_ids: Annotated[list[Id], msgspec.Meta(min_length=1, max_length=ARCHIVE_MAX)]
+    request_id: Id | None = None
+
+
 @operation("session:heartbeat", owner="sessions", roles=OWNERS_ONLY, example={"agent_id": "alice"})
 class Heartbeat(Command[None], frozen=True, kw_only=True):
     """An agent is alive: its leases run from now. Sent by the registry."""
@@ -366,6 +397,30 @@ class ListSessions(Query[SessionPage], frozen=True, kw_only=True):
     owner: Id | None = None
     status: Status | None = None
     pattern: EventName | None = None
+    limit: Limit = 100
+    after: Id | None = None
+
+
+class ArchivedSession(Reply, frozen=True, kw_only=True):
+    """A session whose file is in the archive, or will soon be."""
+
+    session_id: str
+    size_bytes: int
+    archived_at: float
+    archived_by: str
+
+
+class ArchivedPage(Reply, frozen=True, kw_only=True):
+    """Sessions in order of their ids. `next`, if not None, is the `after` of the next page."""
+
+    sessions: list[ArchivedSession]
+    next: str | None
+
+
+@operation("session:archived", owner="sessions")
+class ListArchived(Query[ArchivedPage], frozen=True, kw_only=True):
+    """List the sessions whose files are archived."""
+
     limit: Limit = 100
     after: Id | None = None
 
@@ -464,6 +519,19 @@ class OwnerSeen(Event, frozen=True, array_like=True, tag="seen"):
     time_s: float
 
 
+class SessionArchived(Event, frozen=True, array_like=True, tag="archived"):
+    session_id: str
+    size: int
+    by: str
+    now: float
+
+
+class SessionUnarchived(Event, frozen=True, array_like=True, tag="unarchived"):
+    session_id: str
+    by: str
+    now: float
+
+
 class Session(msgspec.Struct, frozen=True, array_like=True):
     """The row of a session. Small: 64 random ones are touched by one commit."""
 
@@ -509,6 +577,11 @@ class Seen(msgspec.Struct, frozen=True, array_like=True):
     time_s: float
 
 
+class Archived(msgspec.Struct, frozen=True, array_like=True):
+    by: str
+    at: float
+
+
 class SessionTables(Tables):
     sessions: Table[Session]
     anchors: Annotated[Table[Anchor], Keyed(str, int)]  # every 64th entry, by its number
@@ -520,6 +593,7 @@ class SessionTables(Tables):
     leased: Annotated[Table[bytes], Keyed(str, str)]  # likewise, those with a lease
     seen: Table[Seen]  # by agent: its last heartbeat, where it owns a session with a lease
     open: Annotated[Table[bytes], Keyed(str, str)]  # by session and request: those that wait or run
+    archived: Table[Archived]  # those whose file is to be in the archive
     lines: Log
 
 
@@ -540,6 +614,8 @@ class Sessions(Owner[SessionTables]):
         | OwnerSeen
         | RequestOpened
         | RequestSettled
+        | SessionArchived
+        | SessionUnarchived
     )
 
     def decide(self, command: Any, sender: Sender, tables: SessionTables, given: Given) -> Decision:
@@ -562,6 +638,10 @@ class Sessions(Owner[SessionTables]):
                 return _claim(command, sender, tables, given)
             case Close():
                 return _close(command, sender, tables, given)
+            case Archive():
+                return _archive(command, sender, tables, given)
+            case Unarchive():
+                return _unarchive(command, sender, tables, given)
             case Heartbeat():
                 return _heartbeat(command, tables, given)
             case Tick():
@@ -590,6 +670,10 @@ class Sessions(Owner[SessionTables]):
                 _owner_changed(event, tables)
             case SessionClosed():
                 _session_closed(event, tables)
+            case SessionArchived():
+                tables.archived.put(event.session_id, Archived(event.by, event.now))
+            case SessionUnarchived():
+                tables.archived.delete(event.session_id)
             case OwnerSeen():
                 tables.seen.put(event.agent_id, Seen(event.time_s))
             case _:
@@ -603,6 +687,8 @@ class Sessions(Owner[SessionTables]):
                 return _history(query, tables)
             case ListSessions():
                 return _list(query, tables)
+            case ListArchived():
+                return _list_archived(query, tables)
             case GetParticipants():
                 return _participants(query, tables)
             case _:
@@ -612,6 +698,16 @@ class Sessions(Owner[SessionTables]):
         if type(event) is EntryAppended:
             return (Line(event.session_id, event.offset, event.line),)
         return ()
+
+    def archives(self, event: Any) -> Iterable[tuple[str, int | None]]:
+        if type(event) is SessionArchived:
+            return ((event.session_id, event.size),)
+        if type(event) is SessionUnarchived:
+            return ((event.session_id, None),)
+        return ()
+
+    def is_archived(self, tables: SessionTables, key: str) -> bool:
+        return tables.archived.get(key) is not None
 
     def logs(self, tables: SessionTables, after: str) -> Iterator[tuple[str, int]]:
         rows = tables.sessions.range(_beyond(after))
@@ -824,6 +920,29 @@ def _close(command: Close, sender: Sender, tables: SessionTables, given: Given) 
         sends = (Send("completion", "completion:session_closed", word),)
         break
     return Decision((SessionClosed(session_id, sender.name, given.now),), reply, sends)
+
+
+def _archive(command: Archive, sender: Sender, tables: SessionTables, given: Given) -> Decision:
+    events = []
+    for session_id in dict.fromkeys(command.session_ids):
+        session = _known(tables, session_id)
+        if session.status != "closed":
+            raise Conflict(
+                f"session {session_id} is not closed",
+                hint=f"ksi ask session:close --session-id {session_id}",
+                status=session.status,
+            )
+        events.append(SessionArchived(session_id, session.size, sender.name, given.now))
+    return Decision(tuple(events))
+
+
+def _unarchive(command: Unarchive, sender: Sender, tables: SessionTables, given: Given) -> Decision:
+    events = []
+    for session_id in dict.fromkeys(command.session_ids):
+        _known(tables, session_id)
+        if tables.archived.get(session_id) is not None:
+            events.append(SessionUnarchived(session_id, sender.name, given.now))
+    return Decision(tuple(events))
 
 
 def _heartbeat(command: Heartbeat, tables: SessionTables, given: Given) -> Decision:
@@ -1186,6 +1305,22 @@ def _list(query: ListSessions, tables: SessionTables) -> SessionPage:
         if query.status in (None, session.status) and query.pattern in (None, session.pattern):
             found.append(_view(session_id, session, tables))
     return SessionPage(sessions=found, next=None)
+
+
+def _list_archived(query: ListArchived, tables: SessionTables) -> ArchivedPage:
+    found: list[ArchivedSession] = []
+    for session_id, archived in tables.archived.range(_beyond(query.after or "")):
+        if len(found) == query.limit:
+            return ArchivedPage(sessions=found, next=found[-1].session_id)
+        found.append(
+            ArchivedSession(
+                session_id=session_id,
+                size_bytes=_known(tables, session_id).size,
+                archived_at=archived.at,
+                archived_by=archived.by,
+            )
+        )
+    return ArchivedPage(sessions=found, next=None)
 
 
 def _beyond(key: str) -> str:

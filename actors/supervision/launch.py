@@ -41,6 +41,7 @@ MODULES: Final = (
     "ksi.actors.process:warm",
     "ksi.actors.followers.files",
     "ksi.actors.followers.indexing",
+    "ksi.actors.checkpoints",
     "structlog",
 )  # what children need
 
@@ -210,6 +211,12 @@ def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
         check_format(var)  # a newer one is not touched, not even its lock
     held = lock.hold(var)
     check_format(var)
+    if (var / "db" / "RESTORING").exists():
+        from ksi.actors.restoring import require_none_begun
+
+        os.close(held)  # Whoever is told may end it at once.
+        require_none_begun(var)
+        held = lock.hold(var)  # It was ended just now.
     if order["progress"] is not None:
         log.redirect(log.output(var, "supervisor"))
 

@@ -1,7 +1,8 @@
 """What processes leave in the run directory for others to read, whatever becomes of them.
 
 `children.json`: the supervisor's children, on each change. `supervisor.exit`: why it gave up, until
-the next start. `index.json`: what the follower of the index does. Replaced in one step, never
+the next start. `index.json`: what the follower of the index does. `checkpoint.json`: the last
+checkpoint that failed. Replaced in one step, never
 synced: they live as long as a run.
 """
 
@@ -19,6 +20,7 @@ from ksi.actors.supervision.system import SystemStatus
 CHILDREN: Final = "children.json"
 EXIT: Final = "supervisor.exit"
 INDEX: Final = "index.json"
+CHECKPOINT: Final = "checkpoint.json"
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +87,32 @@ def read_index(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return told
+
+
+class FailedCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint that was not made, and why. `at`: seconds since the epoch."""
+
+    id: str
+    at: float
+    reason: str
+
+
+def write_checkpoint(run: Path, checkpoint_id: str, reason: str) -> None:
+    """Say why a checkpoint was not made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = {"id": checkpoint_id, "at": time.time(), "reason": reason}
+    _replace(run / CHECKPOINT, {"schema": "ksi.checkpoint.failed/1", **content})
+
+
+def read_checkpoint(run: Path) -> FailedCheckpoint | None:
+    """Return the last checkpoint that failed, if one did."""
+    try:
+        return msgspec.json.decode((run / CHECKPOINT).read_bytes(), type=FailedCheckpoint)
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 def _replace(path: Path, content: dict[str, Any]) -> None:

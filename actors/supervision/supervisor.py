@@ -47,7 +47,8 @@ import zmq
 from ksi.actors import config, log
 from ksi.actors.owner import Sender
 from ksi.actors.stat import StatWriter, read_stat
-from ksi.actors.supervision import reports
+from ksi.actors.supervision import checkpointed, reports
+from ksi.actors.supervision.checkpointing import Checkpoints
 from ksi.actors.supervision.child import ChildSpec
 from ksi.actors.supervision.children import Child, next_to_start, next_to_stop, phase_of, rest_of
 from ksi.actors.supervision.desk import STORE, Desk
@@ -64,8 +65,14 @@ from ksi.actors.supervision.restarts import (
 )
 from ksi.actors.supervision.system import (
     ChildStatus,
+    CreateCheckpoint,
     Done,
+    ListCheckpoints,
+    Making,
+    PruneCheckpoints,
+    Pruned,
     RestartChild,
+    ShowCheckpoint,
     StartChild,
     State,
     Status,
@@ -130,7 +137,7 @@ class Supervisor(pykka.ThreadingActor):
     ) -> None:
         self._mailbox = mailbox
         super().__init__()
-        settings = load().config
+        self._config = settings = load().config
         self._on_exit = on_exit
         self._exit_code = 0
         self._var = var
@@ -148,6 +155,9 @@ class Supervisor(pykka.ThreadingActor):
         self._own = [Child(spec) for spec in tree.specs(var, settings)]
         self._agents: dict[str, Child] = {}
         self._registrar: Registrar | None = None
+        self._checkpoints: Checkpoints | None = None
+        if tree.has_checkpoints:
+            self._checkpoints = Checkpoints(var, run, self._spawn_beside, self._unwatch, self._log)
         self._restarts: tuple[float, ...] = ()  # of all its own children, newest first
         self._ended: list[Child] = []
         self._signals: list[int] = []
@@ -234,7 +244,7 @@ class Supervisor(pykka.ThreadingActor):
         except KsiError as error:
             self._log.error("the settings are as before", error=str(error), hint=error.hint)
             return
-        self._settings = settings.supervisor
+        self._config, self._settings = settings, settings.supervisor
         self._log = log.configure(self._var, NAME, settings.log.level)
         fresh = {spec.name: spec for spec in self._tree.specs(self._var, settings)}
         for child in self._own:
@@ -362,9 +372,23 @@ class Supervisor(pykka.ThreadingActor):
     def _advance(self, now_s: float) -> None:
         self._stop_next(now_s)
         self._start_next(now_s)
-        if self._stopping and not any(child.running for child in self._all()):
+        if self._checkpoints is not None and self._up and not self._stopping:
+            self._checkpoints.turn(self._config.checkpoint, now_s)
+        if (
+            self._stopping
+            and not any(child.running for child in self._all())
+            and self._has_last_checkpoint()
+        ):
             self._log.info("stopped", exit_code=self._exit_code)
             self.stop()
+
+    def _has_last_checkpoint(self) -> bool:
+        """Whether nothing is to be done for the checkpoint of an orderly stop, or not any more."""
+        if self._checkpoints is None:
+            return True
+        if not self._up or self._exit_code:
+            return self._checkpoints.making is None
+        return self._checkpoints.is_last_taken(self._config.checkpoint)
 
     def _stop_next(self, now_s: float) -> None:
         """Stop what has to stop: agents together and before owners, owners one by one."""
@@ -426,6 +450,15 @@ class Supervisor(pykka.ThreadingActor):
             )
             self._set(child, "STARTING")
 
+    def _spawn_beside(self, spec: ChildSpec, has_ended: Callable[[], None]) -> Running:
+        """Start a child that is none of the tree's: it does one thing and ends."""
+        running = self._server.spawn(spec, self._var, self._environment_of(spec))
+        self._mailbox.watch(running.pidfd, has_ended)
+        return running
+
+    def _unwatch(self, running: Running) -> None:
+        self._mailbox.unwatch(running.pidfd)
+
     def _environment_of(self, spec: ChildSpec) -> dict[str, str]:
         environment = {**self._environment, **spec.env, "KSI_VAR": str(self._var)}
         if spec.kind == "agent":
@@ -442,6 +475,8 @@ class Supervisor(pykka.ThreadingActor):
         self._stopping = True
         if not self._up and self._exit_code == 0:
             self._progress({"error": Draining(f"stopped while starting: {why}").to_wire()})
+        if self._checkpoints is not None:
+            self._checkpoints.end()
         for child in self._all():
             child.wanted = child.renew = False
             if child.running is None and child.state not in ("STOPPED", "FATAL"):
@@ -483,6 +518,22 @@ class Supervisor(pykka.ThreadingActor):
                 return self._start_agent(message)
             case StopChild(name=name, force=force):
                 return self._stop_agent(name, force)
+        if self._checkpoints is not None:
+            return self._about_checkpoints(message, self._checkpoints)
+        raise AssertionError(message)
+
+    def _about_checkpoints(self, message: Message, made: Checkpoints) -> Reply:
+        match message:
+            case CreateCheckpoint():
+                self._require_open()
+                return Making(id=made.create("hand", self._config.checkpoint))
+            case ListCheckpoints():
+                return checkpointed.listed(self._var, self._run, made.making)
+            case ShowCheckpoint(id=checkpoint_id):
+                return checkpointed.find(self._var, checkpoint_id)
+            case PruneCheckpoints(keep=keep):
+                self._require_open()
+                return Pruned(removed=checkpointed.prune(self._var, keep))
         raise AssertionError(message)
 
     def _status(self) -> SystemStatus:

@@ -130,3 +130,96 @@ class StopChild(Command[Done], frozen=True, kw_only=True):
 
     name: Id
     force: bool = False
+
+
+class Making(Reply, frozen=True, kw_only=True):
+    """A checkpoint is being made; when it is whole, `checkpoint:list` has it."""
+
+    id: str
+
+
+class SnapshotStatus(Reply, frozen=True, kw_only=True):
+    """The state of one owner in a checkpoint, and the place in its journal that follows it."""
+
+    owner: str
+    store_id: str
+    seq: int
+    segment: int
+    offset: int
+    data_bytes: int
+
+
+class CheckpointStatus(Reply, frozen=True, kw_only=True):
+    """One checkpoint.
+
+    Attributes:
+        number: of the cut; a later one has a higher number.
+        reason: stop, time, journal or hand.
+        data_bytes: of the owners' snapshots.
+        files: how many session files it knows the length and CRC of, `files_bytes` in all.
+    """
+
+    id: str
+    number: int
+    created_at: float
+    reason: str
+    data_bytes: int
+    files: int
+    files_bytes: int
+    owners: list[SnapshotStatus]
+
+
+class CheckpointList(Reply, frozen=True, kw_only=True):
+    """The whole checkpoints, the newest first; `making` is the id of one that is not yet whole.
+
+    Attributes:
+        failed_id: the last one that failed, and `failed` why.
+    """
+
+    checkpoints: list[CheckpointStatus]
+    making: str | None
+    failed_id: str | None
+    failed: str | None
+
+
+class Pruned(Reply, frozen=True, kw_only=True):
+    """The ids of the checkpoints that were removed."""
+
+    removed: list[str]
+
+
+@operation("checkpoint:create", owner="supervisor", roles=OPERATOR, refuses=(Conflict, Draining))
+class CreateCheckpoint(Command[Making], frozen=True, kw_only=True):
+    """Make a checkpoint of all owners while they run. The reply comes first."""
+
+
+@operation("dev:checkpoint", owner="supervisor", roles=OPERATOR, refuses=(Conflict, Draining))
+class DevCheckpoint(CreateCheckpoint, frozen=True, kw_only=True):
+    """The older name of `checkpoint:create`."""
+
+
+@operation("checkpoint:list", owner="supervisor", roles=ANYONE)
+class ListCheckpoints(Query[CheckpointList], frozen=True, kw_only=True):
+    """The checkpoints there are."""
+
+
+@operation(
+    "checkpoint:show",
+    owner="supervisor",
+    roles=ANYONE,
+    refuses=(NotFound,),
+    example={"id": "20261121T090557.123Z"},
+)
+class ShowCheckpoint(Query[CheckpointStatus], frozen=True, kw_only=True):
+    """One checkpoint: what it holds of each owner. Without an id the newest."""
+
+    id: Id | None = None
+
+
+@operation(
+    "checkpoint:prune", owner="supervisor", roles=OPERATOR, refuses=(Draining,), example={"keep": 5}
+)
+class PruneCheckpoints(Command[Pruned], frozen=True, kw_only=True):
+    """Remove all but the newest whole checkpoints."""
+
+    keep: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 5

@@ -32,11 +32,13 @@ class Tree(NamedTuple):
         specs: makes the child specs for a var directory from its settings.
         strategy: what else is restarted when one of them has ended.
         domains: which of them announces the topics that begin with a word.
+        has_checkpoints: whether they are owners with stores, of which checkpoints are made.
     """
 
     specs: Callable[[Path, Config], tuple[ChildSpec, ...]]
     strategy: Strategy = "one_for_one"
     domains: Mapping[str, str] = {}
+    has_checkpoints: bool = False
 
 
 def tree() -> Tree:
@@ -45,6 +47,7 @@ def tree() -> Tree:
     return Tree(
         specs,
         domains={domain: name for name, owner in owners.items() for domain in owner.domains},
+        has_checkpoints=True,
     )
 
 

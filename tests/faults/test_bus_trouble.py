@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,45 @@ def say(client: Client, topic: str, n: int) -> None:
     client.tell("message:publish", topic=topic, message={"n": n})
 
 
+def refusing_once(ask: Any, operation: str) -> Any:
+    """Return `ask` that is not answered the first time it is for `operation`."""
+    refused: list[str] = []
+
+    def asking(asked: str, *words: Any, **fields: Any) -> Any:
+        if asked == operation and not refused:
+            refused.append(asked)
+            raise Unavailable("no answer")
+        return ask(asked, *words, **fields)
+
+    return asking
+
+
 # Readers.
+
+
+def test_messages_whose_handing_out_was_not_answered_are_not_passed_over(
+    system: System, alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(client: Any) -> None:
+        monkeypatch.setattr(client, "ask", refusing_once(client.ask, "message:receive"))
+
+    async def read_on() -> int:
+        async with (
+            AsyncClient("patient", var=system.var) as client,
+            await client.subscribe("patience.>", durable="d") as news,
+        ):
+            fails(client)
+            with pytest.raises(Unavailable):
+                await news.next(5.0)
+            return int((await news.next(5.0)).message["n"])
+
+    with system.client("patient") as client, client.subscribe("patience.>", durable="d") as news:
+        alice.ask("message:publish", topic="patience.a", message={"n": 7})
+        fails(client)
+        with pytest.raises(Unavailable):
+            news.next(5.0)
+        assert news.next(5.0).message == {"n": 7}
+    assert asyncio.run(read_on()) == 7
 
 
 def test_a_stopped_reader_misses_what_is_beyond_its_credit_knows_it_and_harms_nobody(
@@ -312,6 +351,34 @@ def test_a_question_nobody_answers_ends_in_time_and_waits_for_the_other(
             alice.request("mute", {"n": 1}, timeout_s=0.05)
         with mute.inbox() as inbox:
             assert inbox.next(5.0).message == {"n": 1}
+
+
+def test_an_answer_by_somebody_else_is_no_answer_and_stays_in_the_inbox(system: System) -> None:
+    async def talk(ann: AsyncClient, asking: Any, to_agent: str) -> list[Any]:
+        async with (
+            AsyncClient(to_agent, var=system.var) as asked,
+            AsyncClient("mallory", var=system.var) as mallory,
+            await asked.inbox() as inbox,
+        ):
+            await asked.ask("agent:register")
+            answer = asyncio.create_task(asking(to_agent, {"n": 2}))
+            question = await inbox.next(5.0)
+            for client in (mallory, asked):
+                fields = {"to_agent": "ann", "in_reply_to": question.message_id}
+                await client.ask("agent:send_message", fields, message={"by": client.name})
+            found = (await answer).sender
+            async with await ann.inbox() as left:
+                other = await left.next(5.0)
+                await other.ack()
+            return [found, other.sender]
+
+    async def both() -> list[Any]:
+        with system.client("ann") as waiting:
+            async with AsyncClient("ann", var=system.var) as ann:
+                there = await talk(ann, partial(asyncio.to_thread, waiting.request), "tim")
+                return there + await talk(ann, ann.request, "jim")
+
+    assert asyncio.run(both()) == ["tim", "mallory", "jim", "mallory"]
 
 
 def test_async_readers_acknowledge_and_ask_alike(system: System) -> None:

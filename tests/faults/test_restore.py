@@ -1,0 +1,195 @@
+"""Restores: nothing overwritten, everybody told, all or nothing, and twice as good as once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpointing import load_on, made
+from system import System
+from trouble import entries, rows, until
+
+from ksi.actors import restoring
+from ksi.actors.checkpoints import root_of
+from ksi.storage import checkpoints
+from ksi.transport.errors import Conflict, NotFound, Restored
+
+
+@pytest.fixture
+def var(in_memory: Path) -> Path:
+    return in_memory / "var"
+
+
+@pytest.fixture
+def system(var: Path) -> Iterator[System]:
+    running = System(var)
+    yield running
+    running.end()
+
+
+def note(client: Any, session_id: str, n: int) -> None:
+    client.ask("session:append", session_id=session_id, event="n", data={"n": n})
+
+
+def noted(system: System, session_id: str) -> list[int]:
+    return [entry["data"]["n"] for entry in entries(system, session_id)]
+
+
+def written(system: System, session_id: str) -> list[int]:
+    lines = system.file(session_id).read_bytes().splitlines()
+    return [json.loads(line)["data"]["n"] for line in lines]
+
+
+def everything(var: Path) -> dict[str, tuple[int, int]]:
+    """Return what is below a directory: names, sizes, times."""
+    found = {}
+    for folder, _, names in os.walk(var):
+        for name in names:
+            status = os.lstat(f"{folder}/{name}")
+            found[f"{folder}/{name}"] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def grown(system: System) -> str:
+    """Make a checkpoint of one session with two entries, go on, stop; return its id."""
+    with system.client("alice") as alice:
+        alice.ask("session:create", session_id="early")
+        note(alice, "early", 1)
+        note(alice, "early", 2)
+        checkpoint_id = made(system).id
+        note(alice, "early", 3)
+        alice.ask("session:create", session_id="late")
+        note(alice, "late", 1)
+    system.stop()
+    return checkpoint_id
+
+
+def test_a_restore_goes_back_to_the_checkpoint_and_keeps_what_came_after(system: System) -> None:
+    checkpoint_id = grown(system)
+    before = {path.name for path in (system.var / "db" / "sessions").iterdir() if path.is_dir()}
+
+    done = restoring.run(system.var, checkpoint_id)
+    assert (done.shortened, done.removed) == (["early"], ["late"])
+    aside = system.var / "archive" / f"before-restore-{checkpoint_id}"
+    assert len((aside / "early.jsonl").read_bytes().splitlines()) == 3
+    assert len((aside / "late.jsonl").read_bytes().splitlines()) == 1
+    assert before < {path.name for path in (system.var / "db" / "sessions").iterdir()}
+
+    system.start()
+    assert noted(system, "early") == written(system, "early") == [1, 2]
+    with system.client("alice") as alice:
+        with pytest.raises(NotFound):
+            alice.ask("session:get", session_id="late")
+        note(alice, "early", 30)
+    assert noted(system, "early") == [1, 2, 30]
+    until(lambda: written(system, "early") == [1, 2, 30])
+    system.stop()
+    system.start()
+    assert noted(system, "early") == [1, 2, 30]
+
+
+def test_a_client_and_a_reader_that_stay_notice(system: System) -> None:
+    with system.client("alice") as alice:
+        alice.ask("session:create", session_id="s")
+        checkpoint_id = made(system).id
+        note(alice, "s", 1)
+        assert alice.read("session:history", session_id="s")["entries"] != []
+        system.stop()
+        restoring.run(system.var, checkpoint_id)
+        assert alice.read("session:history", session_id="s")["entries"] == []
+        system.start()
+        with pytest.raises(Restored):
+            note(alice, "s", 2)
+        note(alice, "s", 3)
+    assert noted(system, "s") == [3]
+
+
+def test_a_dry_run_says_the_same_and_changes_nothing(system: System) -> None:
+    checkpoint_id = grown(system)
+    before = everything(system.var)
+    planned = restoring.plan(system.var, checkpoint_id)
+    assert everything(system.var) == before
+    assert planned == restoring.run(system.var, checkpoint_id)
+
+
+def test_restoring_twice_changes_nothing_more(system: System) -> None:
+    checkpoint_id = grown(system)
+    assert not restoring.run(system.var, checkpoint_id).is_nothing
+    before = everything(system.var)
+    again = restoring.run(system.var, checkpoint_id)
+    assert again.is_nothing
+    after = everything(system.var)
+    assert {**after, f"{system.var}/run/lock": 0} == {**before, f"{system.var}/run/lock": 0}
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(
+    system: System,
+) -> None:
+    good = grown(system)
+    newest = checkpoints.whole(root_of(system.var))[0].id
+    assert newest > good
+    data = root_of(system.var) / newest / "bus" / "data.mdb"
+    content = bytearray(data.read_bytes())
+    content[-100] ^= 1
+    data.write_bytes(content)
+    done = restoring.run(system.var)
+    assert done.id == good
+    assert list(done.damaged) == [newest]
+
+
+def test_nothing_is_restored_while_the_system_runs(system: System) -> None:
+    made(system)
+    with pytest.raises(Conflict):
+        restoring.run(system.var)
+
+
+def test_a_restore_that_is_cut_short_is_ended_before_anything_starts(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint_id = grown(system)
+    real, calls = restoring.restore, iter(range(100))
+
+    def dies(*arguments: Any) -> str:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(restoring, "restore", dies)
+    with pytest.raises(KeyboardInterrupt):
+        restoring.run(system.var, checkpoint_id)
+    monkeypatch.setattr(restoring, "restore", real)
+
+    with pytest.raises(Conflict, match="cut short"):
+        system.start()
+    newest = checkpoints.whole(root_of(system.var))[0].id
+    with pytest.raises(Conflict, match="cut short"):
+        restoring.run(system.var, newest)
+    done = restoring.run(system.var)
+    assert (done.id, len(done.unchanged), len(done.owners)) == (checkpoint_id, 2, 3)
+    system.start()
+    assert noted(system, "early") == [1, 2]
+    aside = system.var / "archive" / done.aside
+    assert len((aside / "early.jsonl").read_bytes().splitlines()) == 3
+
+
+def test_what_owners_had_to_tell_each_other_arrives_once_after_a_restore(system: System) -> None:
+    with load_on(system):
+        checkpoint_id = made(system).id
+    system.stop()
+    restoring.run(system.var, checkpoint_id)
+    system.start()
+    until(
+        lambda: not any(rows(system, owner, "ksi.outbox") for owner in ("sessions", "completion"))
+    )
+    recorded: Counter[tuple[str, str, str]] = Counter()
+    for session_id in rows(system, "sessions", "sessions"):
+        key = session_id if isinstance(session_id, str) else session_id[0]
+        for each in entries(system, key):
+            recorded[(key, each["event"], each["correlation_id"])] += 1
+    assert recorded
+    assert set(recorded.values()) == {1}
