@@ -2,6 +2,7 @@
 
 import json
 import random
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -475,6 +476,33 @@ def test_pages_of_history_are_exact_around_every_anchor(long: tuple[Twin, dict[i
                 assert (page.first_seq, page.seq) == (min(after, length) + 1, length), where
                 upto = page.first_seq - 1 + len(page.entries)
                 assert page.next == (upto if upto < length else None), where
+
+
+def test_history_at_an_entry_or_a_time_is_what_it_was_then(twin: Twin) -> None:
+    session_id = create(twin)
+    times = []
+    for n in range(131):
+        twin.pass_time(10.0)
+        times.append(twin.now)
+        append(twin, session_id, data={"n": n})
+    entries = lines(twin, session_id)
+    for seq in (0, 1, 63, 64, 65, 128, 129, 131):
+        then = twin.now if seq == 131 else times[seq] - 5
+        for at in (seq, datetime.fromtimestamp(then, UTC).isoformat()):
+            page = twin.read("session:history", session_id=session_id, at=at, limit=5)
+            assert page.entries == entries[max(0, seq - 5) : seq], at
+            assert (page.seq, page.next) == (seq, None), at
+        page = twin.read("session:history", session_id=session_id, at=seq, after=60, limit=2)
+        assert page.entries == entries[60:seq][:2]
+
+
+def test_history_at_no_entry_or_time_there_is_is_refused(twin: Twin) -> None:
+    session_id = create(twin)
+    with pytest.raises(NotFound, match="has 0 entries, not 1"):
+        twin.read("session:history", session_id=session_id, at=1)
+    for at in ("yesterday", "2026-05-04T09:00:00"):
+        with pytest.raises(Invalid, match="no time with its zone"):
+            twin.read("session:history", session_id=session_id, at=at)
 
 
 def test_without_after_history_is_the_newest(long: tuple[Twin, dict[int, str]]) -> None:

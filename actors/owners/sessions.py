@@ -21,7 +21,9 @@ role transitions. Fencing tokens: Kafka's epochs, decided where the write is dec
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -47,6 +49,7 @@ from ksi.actors.owner import (
 from ksi.transport.errors import (
     Conflict,
     Forbidden,
+    Invalid,
     KsiError,
     NotFound,
     NotOwner,
@@ -73,6 +76,7 @@ Recorded = Literal[
 EventName = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Epoch = Annotated[int, msgspec.Meta(ge=1)]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_ENTRIES_MAX)]
+At = Annotated[int, msgspec.Meta(ge=0)] | Annotated[str, msgspec.Meta(max_length=64)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400.0)]
 
 
@@ -199,19 +203,19 @@ class Create(Command[Ownership], frozen=True, kw_only=True):
 @operation(
     "session:fork",
     owner="sessions",
-    refuses=(NotFound, Conflict),
+    refuses=(NotFound, Conflict, Invalid),
     example={"session_id": "sess_1", "at": 3, "fork_id": "sess_1_again"},
 )
 class Fork(Command[Forked], frozen=True, kw_only=True):
     """Create a session that the sender owns and that goes on from entry `at` of another.
 
-    Without `at`, from its newest. Nothing is copied: the first entry of the fork names its parent,
-    and `session:history` of the parent up to `at` is what was said before. Pattern and title are
-    those of the parent; the rest is as at `session:create`.
+    Without `at`, from its newest; `at` may be a time, as at `session:history`. Nothing is copied:
+    the first entry of the fork names its parent, whose history `at` that entry is what was said
+    before. Pattern and title are those of the parent; the rest is as at `session:create`.
     """
 
     session_id: Id
-    at: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    at: At | None = None
     fork_id: Id | None = None
     admission: Admission = "open"
     invited: Annotated[list[Id], msgspec.Meta(max_length=INVITED_MAX)] = []
@@ -426,13 +430,21 @@ class ListArchived(Query[ArchivedPage], frozen=True, kw_only=True):
 
 
 @operation(
-    "session:history", owner="sessions", refuses=(NotFound,), example={"session_id": "sess_1"}
+    "session:history",
+    owner="sessions",
+    refuses=(NotFound, Invalid),
+    example={"session_id": "sess_1", "at": "2026-05-04T09:00:00Z"},
 )
 class GetHistory(Query[History], frozen=True, kw_only=True):
-    """Return entries of a session in order: the newest `limit`, or those that follow `after`."""
+    """Return entries of a session in order: the newest `limit`, or those that follow `after`.
+
+    With `at`, as it was then: at entry `at`, or at a time, as `2026-05-04T09:00:00Z`, by the times
+    of the entries.
+    """
 
     session_id: Id
     after: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    at: At | None = None
     limit: Limit = 100
 
 
@@ -758,9 +770,7 @@ def _create(command: Create, sender: Sender, tables: SessionTables, given: Given
 
 def _fork(command: Fork, sender: Sender, tables: SessionTables, given: Given) -> Decision:
     parent, session = command.session_id, _known(tables, command.session_id)
-    at = session.seq if command.at is None else command.at
-    if at > session.seq:
-        raise NotFound(f"session {parent} has {session.seq} entries, not {at}", seq=session.seq)
+    at = _seq_at(command.at, parent, session, tables)
     create = Create(
         session_id=command.fork_id,
         pattern=session.pattern,
@@ -1253,9 +1263,9 @@ def _view(session_id: str, session: Session, tables: SessionTables) -> SessionVi
 
 def _history(query: GetHistory, tables: SessionTables) -> History:
     session = _known(tables, query.session_id)
-    after = session.seq - query.limit if query.after is None else min(query.after, session.seq)
-    after = max(0, after)
-    last = min(session.seq, after + query.limit)
+    seq = _seq_at(query.at, query.session_id, session, tables)
+    after = max(0, seq - query.limit if query.after is None else min(query.after, seq))
+    last = min(seq, after + query.limit)
     entries: list[dict[str, Any]] = []
     if after < last:
         start = _offset(tables, query.session_id, after)
@@ -1276,9 +1286,62 @@ def _history(query: GetHistory, tables: SessionTables) -> History:
         session_id=query.session_id,
         entries=entries,
         first_seq=after + 1,
-        seq=session.seq,
-        next=upto if upto < session.seq else None,
+        seq=seq,
+        next=upto if upto < seq else None,
     )
+
+
+def _seq_at(at: int | str | None, session_id: str, session: Session, tables: SessionTables) -> int:
+    """Return how many entries the session had: at an entry, or at a time."""
+    if at is None:
+        return session.seq
+    if isinstance(at, str):
+        return _seq_then(_seconds(at), session_id, session, tables)
+    if at > session.seq:
+        raise NotFound(f"session {session_id} has {session.seq} entries, not {at}", seq=session.seq)
+    return at
+
+
+def _seconds(at: str) -> float:
+    """Return a time in seconds since the epoch."""
+    try:
+        time = datetime.fromisoformat(at)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None:
+        raise Invalid(
+            f"at: {at!r} is no time with its zone", hint="2026-05-04T09:00:00Z, or +02:00 for Z"
+        )
+    return time.timestamp()
+
+
+class _Stamp(msgspec.Struct):
+    timestamp: float
+
+
+_stamp_of: Final = msgspec.json.Decoder(_Stamp).decode
+
+
+def _seq_then(then: float, session_id: str, session: Session, tables: SessionTables) -> int:
+    """Return how many entries were written until then, by the first entries behind anchors."""
+
+    def lines(block: int, bytes_max: int | None = None) -> list[bytes]:
+        start, stop = _offset(tables, session_id, block * ANCHOR_EVERY), session.size
+        if (block + 1) * ANCHOR_EVERY < session.seq:
+            stop = _offset(tables, session_id, (block + 1) * ANCHOR_EVERY)
+        if bytes_max is not None:
+            stop = min(stop, start + bytes_max)
+        return tables.lines.read(session_id, start, stop).split(b"\n")[:ANCHOR_EVERY]
+
+    def begins_later(block: int) -> bool:
+        return _stamp_of(lines(block, LINE_BYTES_MAX)[0]).timestamp > then
+
+    blocks = range(-(-session.seq // ANCHOR_EVERY))
+    block = bisect_left(blocks, True, key=begins_later) - 1
+    if block < 0:
+        return 0
+    stamps = [_stamp_of(line).timestamp for line in lines(block) if line]
+    return block * ANCHOR_EVERY + bisect_right(stamps, then)
 
 
 def _offset(tables: SessionTables, session_id: str, after: int) -> int:
