@@ -2,6 +2,7 @@
 
 import json
 import random
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -58,6 +59,7 @@ def choose(chance: random.Random) -> Asked:
         *[Asked(who, "session:append", {**session, **entry, **epoch, **request})] * 6,
         *[Asked(who, "session:append_many", {**session, "entries": several, **epoch})] * 3,
         *[Asked(who, "session:contribute", {**session, **entry, **request})] * 2,
+        Asked(who, "session:fork", {**session, "at": chance.choice((None, 0, 1)), **request}),
         Asked(who, "session:transfer", {**session, "to_agent": other, **epoch}),
         Asked(who, "session:claim", session),
         Asked(REGISTRY, "session:heartbeat", {"agent_id": name}),
@@ -217,6 +219,44 @@ def test_a_session_is_created_once(twin: Twin) -> None:
 
 def test_sessions_are_told_apart_by_fresh_ids(twin: Twin) -> None:
     assert len({create(twin) for _ in range(20)}) == 20
+
+
+def test_a_fork_goes_on_from_an_entry_and_names_its_parent(twin: Twin) -> None:
+    parent = create(twin, pattern="team", title="the plan")
+    for _ in range(5):
+        append(twin, parent)
+    before = lines(twin, parent)
+    fork = twin.ask("bob", "session:fork", session_id=parent, at=3, fork_id="again")
+    view = twin.read("session:get", session_id="again")
+
+    assert (fork.session_id, fork.owner, fork.epoch) == ("again", "bob", 1)
+    assert (fork.parent, fork.parent_seq) == (view.parent, view.parent_seq) == (parent, 3)
+    assert (view.owner, view.pattern, view.title, view.seq) == ("bob", "team", "the plan", 1)
+    assert lines(twin, "again")[0]["data"] == {"parent": parent, "seq": 3}
+    assert lines(twin, parent) == before
+    assert append(twin, "again", "bob") == 2
+    assert twin.read("session:get", session_id=parent).parent is None
+
+
+def test_a_fork_is_from_the_newest_entry_also_of_a_closed_session(twin: Twin) -> None:
+    parent = create(twin)
+    append(twin, parent)
+    twin.ask("alice", "session:close", session_id=parent)
+    fork = twin.ask("bob", "session:fork", session_id=parent)
+
+    assert (fork.parent_seq, append(twin, fork.session_id, "bob")) == (1, 2)
+
+
+def test_a_fork_from_nowhere_or_onto_another_session_is_refused(twin: Twin) -> None:
+    parent = create(twin)
+    append(twin, parent)
+    with pytest.raises(NotFound, match="has 1 entries, not 2") as refused:
+        twin.ask("bob", "session:fork", session_id=parent, at=2)
+    assert refused.value.details == {"seq": 1}
+    with pytest.raises(NotFound):
+        twin.ask("bob", "session:fork", session_id="nobody")
+    with pytest.raises(Conflict):
+        twin.ask("bob", "session:fork", session_id=parent, fork_id=parent)
 
 
 @pytest.mark.parametrize("session_id", ["../etc", "a/b", "", "a\0b", "x" * 129, ".hidden", "a\n"])
@@ -436,6 +476,33 @@ def test_pages_of_history_are_exact_around_every_anchor(long: tuple[Twin, dict[i
                 assert (page.first_seq, page.seq) == (min(after, length) + 1, length), where
                 upto = page.first_seq - 1 + len(page.entries)
                 assert page.next == (upto if upto < length else None), where
+
+
+def test_history_at_an_entry_or_a_time_is_what_it_was_then(twin: Twin) -> None:
+    session_id = create(twin)
+    times = []
+    for n in range(131):
+        twin.pass_time(10.0)
+        times.append(twin.now)
+        append(twin, session_id, data={"n": n})
+    entries = lines(twin, session_id)
+    for seq in (0, 1, 63, 64, 65, 128, 129, 131):
+        then = twin.now if seq == 131 else times[seq] - 5
+        for at in (seq, datetime.fromtimestamp(then, UTC).isoformat()):
+            page = twin.read("session:history", session_id=session_id, at=at, limit=5)
+            assert page.entries == entries[max(0, seq - 5) : seq], at
+            assert (page.seq, page.next) == (seq, None), at
+        page = twin.read("session:history", session_id=session_id, at=seq, after=60, limit=2)
+        assert page.entries == entries[60:seq][:2]
+
+
+def test_history_at_no_entry_or_time_there_is_is_refused(twin: Twin) -> None:
+    session_id = create(twin)
+    with pytest.raises(NotFound, match="has 0 entries, not 1"):
+        twin.read("session:history", session_id=session_id, at=1)
+    for at in ("yesterday", "2026-05-04T09:00:00"):
+        with pytest.raises(Invalid, match="no time with its zone"):
+            twin.read("session:history", session_id=session_id, at=at)
 
 
 def test_without_after_history_is_the_newest(long: tuple[Twin, dict[int, str]]) -> None:

@@ -31,7 +31,8 @@ def choose(chance: random.Random) -> Asked:
         [
             *[Asked(alice, "session:create", {**one, "invited": ["bob"], "lease_s": 5.0})] * 4,
             Asked(bob, "session:create", {}),
-            *[Asked(alice, "session:append", NOTE)] * 4,
+            *[Asked(alice, "session:append", NOTE)] * 3,
+            Asked(bob, "session:fork", one),
             Asked(alice, "session:append_many", {**one, "entries": [{"event": "note"}]}),
             Asked(bob, "session:contribute", NOTE),
             Asked(alice, "session:transfer", {**one, "to_agent": "alice"}),

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 _FENCED: Final = frozenset(
     {"session:append", "session:append_many", "session:transfer", "session:close"}
 )
-_TEACHING: Final = frozenset({"session:create", "session:claim", "session:transfer"})
+_TEACHING: Final = frozenset(
+    {"session:create", "session:fork", "session:claim", "session:transfer"}
+)
 _EPOCHS_MAX: Final = 100_000  # Sessions whose epoch a client remembers; the oldest go first.
 _ALONE_S: Final = 1.0  # No supervisor for this long, and none is waited for: a restart is shorter.
 _FAR_ALONE_S: Final = 3.0  # The same where only failed attempts to connect tell of it.

@@ -7,6 +7,8 @@ Owns who may write which session, and what was said in it, in one total order.
 - Entries are numbered 1, 2, 3 ... a session. Entry n's line begins where line n - 1 ended, so the
   bytes of a session's file are fixed by its events, whoever writes the file and however often.
 - Others contribute through the system, if the session admits them, and become participants.
+- A fork is a session of its own that goes on from an entry of another: nothing of that is copied,
+  the link to it is its first entry.
 - A session with a lease may be claimed once its owner has been silent for `lease_s`.
 - Completions are recorded for their owner: a request if its session admits who made it, else its
   owner is told why not; an outcome once, for a request that was recorded. A closed session tells of
@@ -19,7 +21,9 @@ role transitions. Fencing tokens: Kafka's epochs, decided where the write is dec
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -45,6 +49,7 @@ from ksi.actors.owner import (
 from ksi.transport.errors import (
     Conflict,
     Forbidden,
+    Invalid,
     KsiError,
     NotFound,
     NotOwner,
@@ -71,6 +76,7 @@ Recorded = Literal[
 EventName = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Epoch = Annotated[int, msgspec.Meta(ge=1)]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_ENTRIES_MAX)]
+At = Annotated[int, msgspec.Meta(ge=0)] | Annotated[str, msgspec.Meta(max_length=64)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400.0)]
 
 
@@ -81,6 +87,13 @@ class Ownership(Reply, frozen=True, kw_only=True):
     owner: str
     epoch: int
     created_at: float | None = None
+
+
+class Forked(Ownership, frozen=True, kw_only=True):
+    """Who writes the fork, and where it leaves its parent: behind entry `parent_seq`."""
+
+    parent: str
+    parent_seq: int
 
 
 class Appended(Reply, frozen=True, kw_only=True):
@@ -117,6 +130,8 @@ class SessionView(Reply, frozen=True, kw_only=True):
     admission: Admission
     lease_s: float | None
     title: str
+    parent: str | None = None
+    parent_seq: int | None = None
 
 
 class SessionPage(Reply, frozen=True, kw_only=True):
@@ -182,6 +197,29 @@ class Create(Command[Ownership], frozen=True, kw_only=True):
     invited: Annotated[list[Id], msgspec.Meta(max_length=INVITED_MAX)] = []
     lease_s: LeaseSeconds | None = None
     title: Text = ""
+    request_id: Id | None = None
+
+
+@operation(
+    "session:fork",
+    owner="sessions",
+    refuses=(NotFound, Conflict, Invalid),
+    example={"session_id": "sess_1", "at": 3, "fork_id": "sess_1_again"},
+)
+class Fork(Command[Forked], frozen=True, kw_only=True):
+    """Create a session that the sender owns and that goes on from entry `at` of another.
+
+    Without `at`, from its newest; `at` may be a time, as at `session:history`. Nothing is copied:
+    the first entry of the fork names its parent, whose history `at` that entry is what was said
+    before. Pattern and title are those of the parent; the rest is as at `session:create`.
+    """
+
+    session_id: Id
+    at: At | None = None
+    fork_id: Id | None = None
+    admission: Admission = "open"
+    invited: Annotated[list[Id], msgspec.Meta(max_length=INVITED_MAX)] = []
+    lease_s: LeaseSeconds | None = None
     request_id: Id | None = None
 
 
@@ -392,13 +430,21 @@ class ListArchived(Query[ArchivedPage], frozen=True, kw_only=True):
 
 
 @operation(
-    "session:history", owner="sessions", refuses=(NotFound,), example={"session_id": "sess_1"}
+    "session:history",
+    owner="sessions",
+    refuses=(NotFound, Invalid),
+    example={"session_id": "sess_1", "at": "2026-05-04T09:00:00Z"},
 )
 class GetHistory(Query[History], frozen=True, kw_only=True):
-    """Return entries of a session in order: the newest `limit`, or those that follow `after`."""
+    """Return entries of a session in order: the newest `limit`, or those that follow `after`.
+
+    With `at`, as it was then: at entry `at`, or at a time, as `2026-05-04T09:00:00Z`, by the times
+    of the entries.
+    """
 
     session_id: Id
     after: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    at: At | None = None
     limit: Limit = 100
 
 
@@ -421,6 +467,12 @@ class SessionCreated(Event, frozen=True, array_like=True, tag="created"):
     title: str
     now: float
     time_s: float
+
+
+class SessionForked(Event, frozen=True, array_like=True, tag="forked"):
+    session_id: str
+    parent: str
+    seq: int
 
 
 class EntryAppended(Event, frozen=True, array_like=True, tag="appended"):
@@ -515,6 +567,11 @@ class Anchor(msgspec.Struct, frozen=True, array_like=True):
     offset: int
 
 
+class Parent(msgspec.Struct, frozen=True, array_like=True):
+    session_id: str
+    seq: int
+
+
 class Participant(msgspec.Struct, frozen=True, array_like=True):
     joined_at: float
     role: str | None
@@ -540,6 +597,7 @@ class Archived(msgspec.Struct, frozen=True, array_like=True):
 class SessionTables(Tables):
     sessions: Table[Session]
     anchors: Annotated[Table[Anchor], Keyed(str, int)]  # every 64th entry, by its number
+    parents: Table[Parent]  # by fork
     participants: Annotated[Table[Participant], Keyed(str, str)]
     invited: Annotated[Table[bytes], Keyed(str, str)]
     roles: Annotated[Table[RoleChange], Keyed(str, int)]  # by session and entry
@@ -560,6 +618,7 @@ class Sessions(Owner[SessionTables]):
     events = (
         EntryAppended
         | SessionCreated
+        | SessionForked
         | Joined
         | RoleTaken
         | OwnerChanged
@@ -583,6 +642,8 @@ class Sessions(Owner[SessionTables]):
                 return _record(command, tables, given)
             case Create():
                 return _create(command, sender, tables, given)
+            case Fork():
+                return _fork(command, sender, tables, given)
             case Transfer():
                 return _transfer(command, sender, tables, given)
             case Claim():
@@ -610,6 +671,8 @@ class Sessions(Owner[SessionTables]):
                 tables.open.delete((event.session_id, event.request_id))
             case SessionCreated():
                 _session_created(event, tables)
+            case SessionForked():
+                tables.parents.put(event.session_id, Parent(event.parent, event.seq))
             case Joined():
                 key = (event.session_id, event.agent_id)
                 tables.participants.put(key, Participant(event.now, None))
@@ -631,7 +694,7 @@ class Sessions(Owner[SessionTables]):
     def answer(self, query: Any, tables: SessionTables) -> Reply:
         match query:
             case Get():
-                return _view(query.session_id, _known(tables, query.session_id))
+                return _view(query.session_id, _known(tables, query.session_id), tables)
             case GetHistory():
                 return _history(query, tables)
             case ListSessions():
@@ -703,6 +766,33 @@ def _create(command: Create, sender: Sender, tables: SessionTables, given: Given
     )
     reply = Ownership(session_id=session_id, owner=sender.name, epoch=1, created_at=given.now)
     return Decision((created,), reply)
+
+
+def _fork(command: Fork, sender: Sender, tables: SessionTables, given: Given) -> Decision:
+    parent, session = command.session_id, _known(tables, command.session_id)
+    at = _seq_at(command.at, parent, session, tables)
+    create = Create(
+        session_id=command.fork_id,
+        pattern=session.pattern,
+        admission=command.admission,
+        invited=command.invited,
+        lease_s=command.lease_s,
+        title=session.title,
+    )
+    (created,) = _create(create, sender, tables, given).events
+    assert isinstance(created, SessionCreated)
+    fork_id = created.session_id
+    link = Entry(event="session:fork", data={"parent": parent, "seq": at})
+    first = _entry_events(fork_id, _session_of(created), link, sender.name, given)
+    reply = Forked(
+        session_id=fork_id,
+        owner=sender.name,
+        epoch=1,
+        created_at=given.now,
+        parent=parent,
+        parent_seq=at,
+    )
+    return Decision((created, SessionForked(fork_id, parent, at), *first), reply)
 
 
 def _append(command: Append, sender: Sender, tables: SessionTables, given: Given) -> Decision:
@@ -1089,8 +1179,8 @@ def _entry_appended(event: EntryAppended, tables: SessionTables) -> None:
         tables.anchors.put((event.session_id, event.seq), Anchor(event.offset))
 
 
-def _session_created(event: SessionCreated, tables: SessionTables) -> None:
-    session = Session(
+def _session_of(event: SessionCreated) -> Session:
+    return Session(
         event.owner,
         1,
         0,
@@ -1104,7 +1194,10 @@ def _session_created(event: SessionCreated, tables: SessionTables) -> None:
         event.lease_s,
         event.title,
     )
-    tables.sessions.put(event.session_id, session)
+
+
+def _session_created(event: SessionCreated, tables: SessionTables) -> None:
+    tables.sessions.put(event.session_id, _session_of(event))
     tables.owned.put((event.owner, event.session_id), b"")
     tables.participants.put((event.session_id, event.owner), Participant(event.now, None))
     for agent_id in event.invited:
@@ -1148,7 +1241,8 @@ def _session_closed(event: SessionClosed, tables: SessionTables) -> None:
     tables.sessions.put(event.session_id, closed)
 
 
-def _view(session_id: str, session: Session) -> SessionView:
+def _view(session_id: str, session: Session, tables: SessionTables) -> SessionView:
+    parent = tables.parents.get(session_id)
     return SessionView(
         session_id=session_id,
         owner=session.owner,
@@ -1162,14 +1256,16 @@ def _view(session_id: str, session: Session) -> SessionView:
         admission=session.admission,
         lease_s=session.lease_s,
         title=session.title,
+        parent=None if parent is None else parent.session_id,
+        parent_seq=None if parent is None else parent.seq,
     )
 
 
 def _history(query: GetHistory, tables: SessionTables) -> History:
     session = _known(tables, query.session_id)
-    after = session.seq - query.limit if query.after is None else min(query.after, session.seq)
-    after = max(0, after)
-    last = min(session.seq, after + query.limit)
+    seq = _seq_at(query.at, query.session_id, session, tables)
+    after = max(0, seq - query.limit if query.after is None else min(query.after, seq))
+    last = min(seq, after + query.limit)
     entries: list[dict[str, Any]] = []
     if after < last:
         start = _offset(tables, query.session_id, after)
@@ -1190,9 +1286,62 @@ def _history(query: GetHistory, tables: SessionTables) -> History:
         session_id=query.session_id,
         entries=entries,
         first_seq=after + 1,
-        seq=session.seq,
-        next=upto if upto < session.seq else None,
+        seq=seq,
+        next=upto if upto < seq else None,
     )
+
+
+def _seq_at(at: int | str | None, session_id: str, session: Session, tables: SessionTables) -> int:
+    """Return how many entries the session had: at an entry, or at a time."""
+    if at is None:
+        return session.seq
+    if isinstance(at, str):
+        return _seq_then(_seconds(at), session_id, session, tables)
+    if at > session.seq:
+        raise NotFound(f"session {session_id} has {session.seq} entries, not {at}", seq=session.seq)
+    return at
+
+
+def _seconds(at: str) -> float:
+    """Return a time in seconds since the epoch."""
+    try:
+        time = datetime.fromisoformat(at)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None:
+        raise Invalid(
+            f"at: {at!r} is no time with its zone", hint="2026-05-04T09:00:00Z, or +02:00 for Z"
+        )
+    return time.timestamp()
+
+
+class _Stamp(msgspec.Struct):
+    timestamp: float
+
+
+_stamp_of: Final = msgspec.json.Decoder(_Stamp).decode
+
+
+def _seq_then(then: float, session_id: str, session: Session, tables: SessionTables) -> int:
+    """Return how many entries were written until then, by the first entries behind anchors."""
+
+    def lines(block: int, bytes_max: int | None = None) -> list[bytes]:
+        start, stop = _offset(tables, session_id, block * ANCHOR_EVERY), session.size
+        if (block + 1) * ANCHOR_EVERY < session.seq:
+            stop = _offset(tables, session_id, (block + 1) * ANCHOR_EVERY)
+        if bytes_max is not None:
+            stop = min(stop, start + bytes_max)
+        return tables.lines.read(session_id, start, stop).split(b"\n")[:ANCHOR_EVERY]
+
+    def begins_later(block: int) -> bool:
+        return _stamp_of(lines(block, LINE_BYTES_MAX)[0]).timestamp > then
+
+    blocks = range(-(-session.seq // ANCHOR_EVERY))
+    block = bisect_left(blocks, True, key=begins_later) - 1
+    if block < 0:
+        return 0
+    stamps = [_stamp_of(line).timestamp for line in lines(block) if line]
+    return block * ANCHOR_EVERY + bisect_right(stamps, then)
 
 
 def _offset(tables: SessionTables, session_id: str, after: int) -> int:
@@ -1217,7 +1366,7 @@ def _list(query: ListSessions, tables: SessionTables) -> SessionPage:
         last = session_id
         session = _known(tables, session_id)
         if query.status in (None, session.status) and query.pattern in (None, session.pattern):
-            found.append(_view(session_id, session))
+            found.append(_view(session_id, session, tables))
     return SessionPage(sessions=found, next=None)
 
 

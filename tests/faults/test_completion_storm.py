@@ -105,6 +105,13 @@ def open_requests(system: System) -> int:
         return int(page["waiting"] + page["active"])
 
 
+def held_by(system: System) -> list[str]:
+    """Return the workers that hold a grant."""
+    with system.client("looker") as looker:
+        active = looker.read("completion:list", status="active", limit=100)["requests"]
+        return sorted({each["worker"] for each in active})
+
+
 def test_one_request_id_from_four_processes_is_one_execution_and_one_answer(
     system: System,
 ) -> None:
@@ -181,6 +188,8 @@ def strike(
             for worker in running.values():
                 worker.send(signal.SIGCONT)
         case _:
+            holding = [each for each in held_by(system) if each in running]
+            name = chance.choice(holding or [name])
             running[name].kill()
             running[name] = WorkerProcess(system.var, name, slots=2)
 

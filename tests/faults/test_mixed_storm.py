@@ -30,6 +30,7 @@ from ksi.transport.durable import DurableDelivery
 
 PATIENCE_S = 60.0
 SESSIONS = 6
+SENT_MAX = 5000  # They are left in the inbox, which holds twice as many.
 CHILDREN = (*OWNERS, "files")
 
 
@@ -48,6 +49,7 @@ class Load:
     def __init__(self, client: AsyncClient, chance: random.Random) -> None:
         self.client = client
         self.is_over = asyncio.Event()
+        self.all_said = asyncio.Event()  # nothing more will be published
         self.appended: list[tuple[str, int, str]] = []  # session, seq, token
         self.published: list[tuple[int, str]] = []  # message id, token
         self.sent: list[tuple[int, str]] = []
@@ -77,6 +79,9 @@ class Load:
         self.published.append((kept["message_id"], token))
 
     async def send(self, token: str) -> None:
+        if len(self.sent) >= SENT_MAX:
+            await self.is_over.wait()
+            return
         sent = await self.ask("agent:send_message", to_agent="reader", message={"token": token})
         self.sent.append((sent["message_id"], token))
 
@@ -90,7 +95,7 @@ class Load:
     async def read(self, reader: AsyncClient) -> None:
         """Take what is published and acknowledge it, until there is no more to come."""
         async with await reader.subscribe("jobs.>", durable="jobs") as jobs:
-            while not (self.is_over.is_set() and len(self.heard) >= len(self.published)):
+            while not (self.all_said.is_set() and len(self.heard) >= len(self.published)):
                 with suppress(TimeoutError):
                     delivery: DurableDelivery = await jobs.next(1.0)
                     self.heard.append((delivery.message_id, delivery.message["token"]))
@@ -120,10 +125,12 @@ async def carry_on(system: System, chance: random.Random, blows: int) -> Load:
             await alice.ask("session:create", session_id=f"s{n}")
         acts = [load.append] * 6 + [load.publish] * 3 + [load.send] * 2 + [load.complete] * 8
         acting = [asyncio.create_task(load.again_and_again(act)) for act in acts]
-        acting.append(asyncio.create_task(load.read(reader)))
+        reading = asyncio.create_task(load.read(reader))
         dealt = await strike(system, chance, blows)
         load.is_over.set()
         await asyncio.gather(*acting)
+        load.all_said.set()
+        await reading
         await alice.flush(PATIENCE_S)
     print(
         f"{len(load.appended)} appended, {len(load.published)} published, {len(load.sent)} sent, "
