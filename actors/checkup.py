@@ -24,12 +24,14 @@ import lmdb
 import msgspec
 
 from ksi.actors import log
+from ksi.actors.checkpoints import root_of
 from ksi.actors.followers.files import LogFollower
 from ksi.actors.followers.indexed import Verification
 from ksi.actors.owners import OWNERS
 from ksi.actors.reading import OwnerReader, archive_directory, cursor_path, log_directory, reader_of
 from ksi.actors.supervision import lock
 from ksi.actors.supervision.reports import read_children
+from ksi.storage import checkpoints
 from ksi.storage.archive import Archive
 from ksi.storage.boot import this_boot
 from ksi.storage.errors import Corrupt
@@ -48,7 +50,7 @@ from ksi.storage.format import check_format
 from ksi.storage.index import is_damage
 from ksi.storage.recovery import Mark
 from ksi.storage.store import set_view_aside
-from ksi.transport.errors import KsiError, NotRunning
+from ksi.transport.errors import KsiError, NotFound, NotRunning
 from ksi.transport.identity import run_directory
 from ksi.transport.limits import FREE_BYTES_MIN, FREE_PART_MIN, MAP_USE_MAX
 
@@ -113,6 +115,7 @@ class Checkup:
             ("permissions", self._permissions, self._close_to_others),
             ("locks", self._locks, None),
             ("stores", self._stores, None),
+            ("checkpoints", self._checkpoints, None),
             ("journals", self._journals, None),
             ("rows", self._rows, self._build_views_again),
             ("map", self._map, None),
@@ -267,9 +270,12 @@ class Checkup:
 
     def _examined(self) -> Iterator[tuple[str, Examined]]:
         for owner in OWNERS:
-            examined = examine(self.var / "db" / owner)
+            examined = examine(self.var / "db" / owner, self._snapshots(owner))
             if examined is not None:
                 yield owner, examined
+
+    def _snapshots(self, owner: str) -> Iterator[Path]:
+        return root_of(self.var).glob(f"[!.]*/{owner}")
 
     def _readable(self) -> Iterator[tuple[str, Examined]]:
         return (each for each in self._examined() if each[1].meta is not None)
@@ -288,6 +294,18 @@ class Checkup:
                 words = f"the view of {owner} is damaged or gone"
                 found.append(Finding(words, f"{self._ksi} restart, which builds it again"))
         return f"of {', '.join(names)}" if names else "none yet", found
+
+    def _checkpoints(self) -> Looked:
+        found, count = [], 0
+        for name in checkpoints.names(root_of(self.var)):
+            try:
+                checkpoints.verify(root_of(self.var) / name)
+            except NotFound:  # It was pruned just now.
+                continue
+            except Corrupt as error:
+                found.append(Finding(error.text, f"{self._ksi} checkpoint create"))
+            count += 1
+        return f"{count} whole", found
 
     def _journals(self) -> Looked:
         found, count = [], 0
@@ -320,7 +338,7 @@ class Checkup:
         for owner, examined in list(self._readable()):
             assert examined.environment is not None
             if check_rows(examined.environment)[1]:
-                set_view_aside(self.var / "db" / owner, lock_wait_s=0.0)
+                set_view_aside(self.var / "db" / owner, self._snapshots(owner), lock_wait_s=0.0)
 
     def _map(self) -> Looked:
         found, most = [], 0.0

@@ -129,7 +129,7 @@ class CheckpointSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         "one is made when the journals have grown by this much: what a start after a crash of the "
         "machine has to replay, and what journals take on the disk",
         "a small one makes checkpoints all the time",
-        "bytes", 1 << 20, SNAPSHOT_JOURNAL_BYTES,
+        "bytes", 16 << 20, SNAPSHOT_JOURNAL_BYTES,
     )] = SNAPSHOT_JOURNAL_BYTES
     keep: Annotated[int, _key(
         "so many whole ones are kept, the newest",

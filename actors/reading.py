@@ -82,18 +82,16 @@ class OwnerReader:
         answer = self.owner.answer
         return cast("R", self.reader.read(lambda tables, _meta: answer(query, self.bound(tables))))
 
+    def events_of(self, batch: StoredBatch) -> Iterator[Any]:
+        """Yield the events of a journaled batch."""
+        for record in self._decode(batch.payload).records:
+            yield from record.events
+
     def lines_of(self, batch: StoredBatch) -> Iterator[tuple[str, int, bytes]]:
         """Yield what a journaled batch adds to the owner's logs: key, offset, bytes."""
-        for record in self._decode(batch.payload).records:
-            for event in record.events:
-                for line in self.owner.lines(event):
-                    yield line.key, line.offset, line.content
-
-    def archived_by(self, batch: StoredBatch) -> Iterator[tuple[str, int | None]]:
-        """Yield the logs that a journaled batch archives, with their sizes; None: takes out."""
-        for record in self._decode(batch.payload).records:
-            for event in record.events:
-                yield from self.owner.archives(event)
+        for event in self.events_of(batch):
+            for line in self.owner.lines(event):
+                yield line.key, line.offset, line.content
 
     def is_archived(self, key: str) -> bool:
         """Return whether the log `key` is to be in the archive, as is committed now."""

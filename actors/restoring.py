@@ -21,9 +21,10 @@ from typing import Final
 import msgspec
 
 from ksi.actors.checkpoints import root_of
-from ksi.actors.reading import log_directory
+from ksi.actors.reading import archive_directory, log_directory
 from ksi.actors.supervision import lock
 from ksi.storage import checkpoints
+from ksi.storage.archive import Archive
 from ksi.storage.atomic import make_directory, sync_directory, write_atomically
 from ksi.storage.checkpoints import LATEST, Checkpoint
 from ksi.storage.errors import Corrupt
@@ -93,6 +94,7 @@ def plan(var: Path, checkpoint_id: str = LATEST) -> Plan:
     }
     sizes = {file.key: file.size for file in checkpoints.read_files(root / found.id)}
     present = dict(_present(log_directory(var)))
+    archive = Archive(archive_directory(var))
     return Plan(
         id=found.id,
         created_at=found.created_at,
@@ -101,7 +103,11 @@ def plan(var: Path, checkpoint_id: str = LATEST) -> Plan:
         unchanged=sorted(as_it_is),
         shortened=sorted(k for k, size in present.items() if k in sizes and size > sizes[k]),
         removed=sorted(present.keys() - sizes.keys()),
-        missing=sorted(k for k, size in sizes.items() if present.get(k, 0) < size),
+        missing=sorted(
+            key
+            for key, size in sizes.items()
+            if present.get(key, 0) < size and (archive.size(key) or 0) < size
+        ),
         aside=aside,
     )
 

@@ -39,12 +39,16 @@ class Archive:
 
         This is what its header says: `chunks` tells whether the rest is good.
         """
-        import zstandard
-
         try:
             with _opened(self.path(key)) as file:
-                return int(zstandard.frame_content_size(file.read(_HEADER_BYTES)))
-        except (FileNotFoundError, zstandard.ZstdError):
+                header = file.read(_HEADER_BYTES)
+        except FileNotFoundError:
+            return None
+        import zstandard  # Only now: most logs are not archived.
+
+        try:
+            return int(zstandard.frame_content_size(header))
+        except zstandard.ZstdError:
             return None
 
     def store(self, key: str, log: Path, size: int, alive: Callable[[], None]) -> None:
@@ -137,9 +141,9 @@ class Archive:
 
 
 def _decompressed(path: Path) -> Iterator[bytes]:
-    import zstandard
-
     with _opened(path) as file:
+        import zstandard
+
         try:
             frame = zstandard.ZstdDecompressor().decompressobj()
             while not frame.eof and (content := file.read(_COMPRESSED_BYTES)):

@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -81,10 +82,8 @@ def whole(root: Path) -> list[Checkpoint]:
     """
     found = []
     for name in names(root):
-        try:
+        with suppress(Corrupt, NotFound):  # NotFound: removed just now.
             found.append(read(root / name))
-        except Corrupt:
-            continue
     return sorted(found, key=lambda each: (each.number, each.id), reverse=True)
 
 

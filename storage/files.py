@@ -30,6 +30,7 @@ from zlib import crc32
 from ksi.storage.archive import Archive
 from ksi.storage.atomic import make_directory, sync_directory, write_all
 from ksi.storage.boot import this_boot
+from ksi.storage.errors import Corrupt
 from ksi.storage.journal import NO_ROOM, START, Position
 from ksi.transport.errors import Invalid, StorageFull
 from ksi.transport.limits import FILE_SYNCS_MAX, ID_PATTERN, OPEN_FILES_MAX
@@ -244,10 +245,7 @@ def read_lines(
 ) -> Iterator[list[bytes]]:
     """Yield the whole lines among the first `stop` bytes of a log, many at a time.
 
-    They come from its file or, where there is none, from `archive`.
-
-    Raises:
-        Corrupt: it is in the archive, which is damaged.
+    They come from its file or, where there is none, from `archive`, as far as that is whole.
     """
     offset, rest = 0, b""
     for content in _pieces(directory, key, archive):
@@ -264,7 +262,7 @@ def _pieces(directory: Path, key: str, archive: Archive | None) -> Iterator[byte
         fd = os.open(directory / log_name(key), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         if archive is not None:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, Corrupt):
                 yield from archive.chunks(key)
         return
     except OSError as error:

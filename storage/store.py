@@ -37,7 +37,7 @@ import msgspec
 
 from ksi.storage.atomic import make_directory, sync_directory, write_atomically
 from ksi.storage.boot import this_boot
-from ksi.storage.environment import Environment, open_copy, open_writer
+from ksi.storage.environment import Environment, open_copy, open_reader, open_writer
 from ksi.storage.errors import Corrupt, UnknownOutcome
 from ksi.storage.journal import (
     NO_ROOM,
@@ -349,7 +349,7 @@ def copy_view(directory: Path, path: Path) -> None:
     store_id = read_current(directory)
     if store_id is None or read_mark(directory / store_id, this_boot()) is Mark.OTHER_BOOT:
         raise NotRunning(f"there is no store in {directory} that can be copied", hint="ksi start")
-    environment = _open_view(directory / store_id / "view")
+    environment = open_reader(directory / store_id / "view")
     try:
         Frozen(environment.lmdb, store_id, lambda _: (0, START, 0.0)).copy(path)
     finally:

@@ -96,6 +96,8 @@ def test_damage_to_an_archive_is_found_when_it_is_read(tmp_path: Path) -> None:
         archive.path("a").write_bytes(damaged)
         with pytest.raises(Corrupt):
             list(archive.chunks("a"))
+        found = b"".join(map(b"".join, read_lines(tmp_path / "none", "a", len(LINES), archive)))
+        assert found in LINES
 
 
 def test_a_removed_log_is_gone_and_can_be_written_anew(tmp_path: Path) -> None:
@@ -181,6 +183,23 @@ def test_what_is_closed_is_archived_and_read_and_found_as_before(
     assert said.file("done").read_bytes() == content
     assert not archived(said, "done").exists()
     assert history(said, "done") == before["done"]
+
+
+def test_damage_to_an_archive_is_told_by_the_doctor_and_stops_nobody(said: System) -> None:
+    assert typed(said, "archive", "run") == 0
+    content = archived(said, "done").read_bytes()
+    archived(said, "done").write_bytes(content[:-20])
+    checks = {each.name: each for each in Checkup(said.var).run()}
+    assert checks["archive"].state == "wrong"
+    assert "done.jsonl.zst is damaged" in checks["archive"].findings[0].text
+
+    assert typed(said, "index", "rebuild") == 0
+    with said.client("operator", role="operator") as operator:
+        operator.ask("session:unarchive", session_ids=["done", "over"])
+    until(lambda: said.file("over").exists() and not archived(said, "over").exists())
+    assert archived(said, "done").exists()
+    archived(said, "done").write_bytes(content)
+    assert len(history(said, "done")) == 70
 
 
 def test_the_index_is_built_again_from_the_archive(said: System) -> None:

@@ -94,12 +94,14 @@ class LogFollower:
                 self.seq = committed.seq
             return False
         seq = self.seq
+        owner = self.reader.owner
         lines: dict[str, list[tuple[int, bytes]]] = {}
         archived: dict[str, int | None] = {}
         for batch in islice(self.reader.journal().read(position, stop), TURN_BATCHES):
-            for key, offset, content in self.reader.lines_of(batch):
-                lines.setdefault(key, []).append((offset, content))
-            archived = dict(self.reader.archived_by(batch))
+            for event in self.reader.events_of(batch):
+                for line in owner.lines(event):
+                    lines.setdefault(line.key, []).append((line.offset, line.content))
+                archived.update(owner.archives(event))
             position, seq = batch.end, batch.first_seq + batch.records - 1
             if archived:  # What is archived is closed: no line of it follows.
                 break

@@ -93,7 +93,11 @@ class Checkpoints:
         self._looked_s = now_s
         if now_s < self._not_before_s:
             return
-        reason = self._due(settings)
+        try:
+            reason = self._due(settings)
+        except (OSError, KsiError) as error:  # Files were removed by hand, say.
+            self._log.error("whether a checkpoint is due cannot be seen", error=str(error))
+            return
         if reason is not None:
             self._begin(reason, settings)
 

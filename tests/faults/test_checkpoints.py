@@ -276,11 +276,11 @@ def test_after_a_crash_of_the_machine_a_checkpoint_replaces_dropped_segments(
 
 
 def test_a_checkpoint_is_made_when_the_journals_have_grown(var: Path) -> None:
-    running = System(var, **{"checkpoint.journal_bytes": 1 << 20})
+    running = System(var, **{"checkpoint.journal_bytes": 16 << 20})
     try:
         with running.client("alice") as alice:
             alice.ask("session:create", session_id="s")
-            for _ in range(4):
+            for _ in range(36):
                 text = "x" * 500_000
                 alice.ask("session:append", session_id="s", event="n", data={"text": text})
         until(lambda: whole(root_of(var)), 30.0)

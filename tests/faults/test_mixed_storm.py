@@ -30,6 +30,7 @@ from ksi.transport.durable import DurableDelivery
 
 PATIENCE_S = 60.0
 SESSIONS = 6
+SENT_MAX = 5000  # They are left in the inbox, which holds twice as many.
 CHILDREN = (*OWNERS, "files")
 
 
@@ -77,6 +78,9 @@ class Load:
         self.published.append((kept["message_id"], token))
 
     async def send(self, token: str) -> None:
+        if len(self.sent) >= SENT_MAX:
+            await self.is_over.wait()
+            return
         sent = await self.ask("agent:send_message", to_agent="reader", message={"token": token})
         self.sent.append((sent["message_id"], token))
 

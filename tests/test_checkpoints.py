@@ -1,0 +1,113 @@
+"""`ksi checkpoint` and `ksi restore`, and what makes up a checkpoint on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system import System
+
+from ksi.console.main import main
+from ksi.storage import checkpoints
+from ksi.storage.checkpoints import Checkpoint, File
+from ksi.storage.errors import Corrupt
+from ksi.storage.journal import Position, bytes_after, create_segment, drop_segments, segments_in
+from ksi.transport.errors import NotFound
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    """Run a command with `--json`, and return what it printed; it must succeed."""
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def made_of_nothing(root: Path, number: int) -> Checkpoint:
+    place = checkpoints.making(root, number)
+    place.mkdir(parents=True)
+    count, size, digest = checkpoints.write_files(place, [File("a", 5, 7)])
+    made = Checkpoint(
+        id=f"2026-{number}",
+        number=number,
+        created_at=0.0,
+        reason="hand",
+        owners={},
+        files=count,
+        files_bytes=size,
+        files_sha256=digest,
+    )
+    checkpoints.publish(place, root, made)
+    return made
+
+
+def test_checkpoints_are_made_shown_verified_removed_and_restored_by_command(
+    system: System, capsys: pytest.CaptureFixture[str]
+) -> None:
+    var = ("--var", str(system.var))
+    first = shown(capsys, *var, "checkpoint", "create")
+    second = shown(capsys, *var, "checkpoint", "create")
+    listed = shown(capsys, *var, "checkpoint", "list")["checkpoints"]
+    assert [each["id"] for each in listed] == [second["id"], first["id"]]
+    assert shown(capsys, *var, "checkpoint", "show")["id"] == second["id"]
+    assert shown(capsys, *var, "checkpoint", "show", first["id"])["number"] == first["number"]
+    verified = shown(capsys, *var, "checkpoint", "verify")["checkpoints"]
+    assert [each["good"] for each in verified] == [True, True]
+    status = shown(capsys, *var, "status")["checkpoint"]
+    assert (status["id"], status["count"], status["failed"]) == (second["id"], 2, None)
+    removed = shown(capsys, *var, "checkpoint", "prune", "--keep", "1")["removed"]
+    assert removed == [first["id"]]
+    with system.client("operator", role="operator") as operator:
+        assert operator.ask("dev:checkpoint")["id"] > second["id"]
+    system.stop()
+
+    planned = shown(capsys, *var, "restore", second["id"], "--dry-run")
+    assert (planned["dry_run"], planned["changed"]) == (True, True)
+    assert shown(capsys, *var, "restore", second["id"])["changed"]
+    assert not shown(capsys, *var, "restore", second["id"])["changed"]
+
+
+def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    var = ("--var", str(tmp_path / "var"))
+    for words in (("checkpoint", "show"), ("restore",), ("restore", "--dry-run"), ("restore", "x")):
+        assert main([*var, *words]) == NotFound.exit_code
+        assert "not_found" in capsys.readouterr().err
+    assert not (tmp_path / "var").exists()
+
+
+def test_the_newest_stay_and_a_damaged_one_counts_for_none(tmp_path: Path) -> None:
+    for number in range(1, 6):
+        made_of_nothing(tmp_path, number)
+    (tmp_path / "2026-5" / "manifest.json").write_text("{")
+    assert checkpoints.prune(tmp_path, 2) == ["2026-1", "2026-2", "2026-5"]
+    assert [each.number for each in checkpoints.whole(tmp_path)] == [4, 3]
+
+
+def test_one_that_was_being_made_is_never_listed_and_swept(tmp_path: Path) -> None:
+    made_of_nothing(tmp_path, 1)
+    checkpoints.making(tmp_path, 2).mkdir()
+    assert checkpoints.names(tmp_path) == ["2026-1"]
+    checkpoints.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["2026-1"]
+
+
+def test_a_list_of_files_that_was_changed_is_found(tmp_path: Path) -> None:
+    made = made_of_nothing(tmp_path, 1)
+    assert checkpoints.verify(tmp_path / made.id) == made
+    assert list(checkpoints.read_files(tmp_path / made.id)) == [File("a", 5, 7)]
+    (tmp_path / made.id / checkpoints.FILES).write_text('["a", 5, 8]\n')
+    with pytest.raises(Corrupt):
+        checkpoints.verify(tmp_path / made.id)
+
+
+def test_segments_are_counted_and_dropped_but_for_the_last(tmp_path: Path) -> None:
+    for segment in (1, 10, 20):
+        with open(create_segment(tmp_path, segment), "wb") as file:
+            file.write(b"x" * 100)
+    assert bytes_after(tmp_path, Position(1, 40)) == 260
+    assert bytes_after(tmp_path, Position(20, 100)) == 0
+    assert drop_segments(tmp_path, 19) == 1
+    assert segments_in(tmp_path) == [10, 20]
+    assert drop_segments(tmp_path, 1000) == 1
+    assert segments_in(tmp_path) == [20]
