@@ -29,9 +29,14 @@ def choose(chance: random.Random) -> Asked:
     one = {"session_id": "s"}
     return chance.choice(
         [
-            *[Asked(alice, "session:create", {**one, "invited": ["bob"], "lease_s": 5.0})] * 4,
+            *[Asked(alice, "session:create", {**one, "invited": ["bob"], "lease_s": 5.0})] * 3,
             Asked(bob, "session:create", {}),
-            *[Asked(alice, "session:append", NOTE)] * 3,
+            Asked(bob, "session:archived", {}),
+            Asked(alice, "session:append", NOTE),
+            *[
+                Asked(Sender("op", "operator"), f"session:{order}", {"session_ids": ["s"]})
+                for order in ("archive", "unarchive")
+            ],
             Asked(bob, "session:fork", one),
             Asked(alice, "session:append_many", {**one, "entries": [{"event": "note"}]}),
             Asked(bob, "session:contribute", NOTE),
