@@ -88,6 +88,7 @@ class Host(pykka.ThreadingActor):
         self._said: list[tuple[bytes, Kind, Any]] = []  # at once; sent when all is taken in
         self._came = self._done = 0  # commands
         self._ours: list[Record[Any]] = []
+        self._goodbyes: deque[tuple[int, Record[Any]]] = deque()  # behind how many commands
         # What our messages led to may wait for a commit there is anyway: lost, it comes again.
         self._sent: list[Record[Any]] = []
         self._time_s = store.meta.time_s
@@ -142,10 +143,12 @@ class Host(pykka.ThreadingActor):
             self._send_all(said)
         self._send_on(started_s)
         commands = self._next_batch()
+        self._done += len(commands)
+        while self._goodbyes and self._goodbyes[0][0] <= self._done:
+            self._ours.append(self._goodbyes.popleft()[1])
         tick = started_s - self._ticked_s >= TICK_S
         if commands or self._ours or tick:
             self._carry_out(commands, started_s, tick)
-        self._done += len(commands)
         if self._queries and self._queries[0][0] <= self._done:
             self._answer()
         if started_s - self._probed_s >= _PROBE_S:
@@ -241,7 +244,9 @@ class Host(pykka.ThreadingActor):
                 for number, credit in msgspec.convert(frame.items, list[tuple[int, int]]):
                     self._deliver(self._subscriptions.grant(route, number, credit))
             case Kind.GOODBYE:
-                self._ours.append(Record(sender[0], frame.instance, 0, GOODBYE, b"", [], []))
+                # What it has sent before is known for a repeat only as long as its row is there.
+                goodbye: Record[Any] = Record(sender[0], frame.instance, 0, GOODBYE, b"", [], [])
+                self._goodbyes.append((self._came, goodbye))
                 self._subscriptions.drop(route)
                 self._send(route, Kind.FAREWELL, [])
             case _:

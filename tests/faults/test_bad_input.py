@@ -54,6 +54,7 @@ from ksi.transport import Client
 from ksi.transport.errors import Invalid, KsiError, NotOwner, TooLarge
 from ksi.transport.identity import KeyRing, endpoint, run_directory
 from ksi.transport.limits import (
+    BATCH_COMMANDS_MAX,
     BODY_BYTES_MAX,
     FRAME_BYTES_MAX,
     ITEMS_MAX,
@@ -672,6 +673,26 @@ def test_a_goodbye_right_behind_commands_comes_after_them(system: System, peer: 
     assert {peer.receive()[0], peer.receive()[0]} == {REPLIES, FAREWELL}
     until(lambda: not rows(system, "sessions", "ksi.clients", ("stranger", peer.instance.hex())))
     assert len(entries(system, session)) == 10
+
+
+def test_what_is_repeated_before_a_goodbye_is_not_carried_out_after_it(
+    system: System, peer: Stranger
+) -> None:
+    """An owner that was slow finds repeats of several batches, and a goodbye behind them."""
+    session = unpack(peer.ask(COMMANDS, [CREATE])[1][0][1])["session_id"]
+    body = pack({"session_id": session, "event": "n"})
+    notes = [[n, "session:append", body] for n in range(2, 2 + BATCH_COMMANDS_MAX)]
+    peer.ask(COMMANDS, notes, acked=1)
+    with paused(system):
+        for _ in range(20):
+            peer.send(COMMANDS, notes, acked=1, again=True)
+        peer.send(GOODBYE, [], acked=1)
+
+    until(lambda: peer.receive()[0] == FAREWELL)
+    with system.client("witness") as witness:
+        witness.ask("session:create")  # Behind all of it.
+    assert len(entries(system, session)) == len(notes)
+    until(lambda: not rows(system, "sessions", "ksi.clients", ("stranger", peer.instance.hex())))
 
 
 def test_a_request_id_with_another_body_gets_the_first_reply(system: System) -> None:
