@@ -445,6 +445,8 @@ class _Batch:
             for request_day, id in waiting:
                 request = self.rows[request_day][id]
                 self.rows[request_day][id] = request._replace(has_response=1)
+                # Its row may be there without the response, from a batch whose cursor was lost.
+                self.answered.setdefault(request_day, []).append((id,))
             stored = self._cursor.execute(
                 "SELECT day, id FROM requests WHERE session_id = ? AND correlation_id = ?", link
             ).fetchall()

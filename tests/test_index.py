@@ -582,6 +582,30 @@ def test_a_writer_that_dies_between_the_days_and_the_cursor_repeats_without_a_tr
     assert told.dump() == dumped
 
 
+def test_a_response_links_a_request_whose_row_was_left_by_a_writer_that_died(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is repeated comes in other batches: the request was written alone, now with both."""
+    told.say("s1", REQUEST, correlation_id="r1")
+    request = told.write()
+    writer = told.writer()
+
+    def die(*_: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage_index._Batch, "put", die)
+        with pytest.raises(OSError, match="killed"):
+            writer.add(request, told.place)
+    writer.abandon()
+
+    told.say("s1", RESULT, correlation_id="r1")
+    writer = told.writer()
+    writer.add([*request, *told.write()], told.place)
+    writer.close()
+    assert told.verify().found == []
+
+
 def test_more_days_than_may_be_open_are_written(
     told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
