@@ -33,13 +33,12 @@ import msgspec
 from ksi.actors import delivery
 from ksi.actors.delivery import HOST_TABLES, SENT, Batch, Client, Delivery, Record
 from ksi.actors.owner import (
+    FOLLOWED,
     Announcement,
     Decision,
     Event,
     Given,
-    Index,
     Keyed,
-    Log,
     Owner,
     Query,
     Reply,
@@ -506,20 +505,21 @@ def _hints(declared: type[Tables]) -> dict[str, Any]:
 def bind(
     declared: type[Tables],
     tables: Mapping[str, Any],
-    logs: Log | None = None,
-    index: Index | None = None,
+    views: Mapping[Any, Any] = {},
 ) -> Any:
-    """Return an instance of the declared tables over `tables`, by their names."""
+    """Return an instance of the declared tables over `tables`, by their names.
+
+    What followers write is taken from `views`, by its kind; None where it is not there.
+    """
     bound = declared()
-    beside = {Log: logs, Index: index}
     for name, kind in _hints(declared).items():
-        setattr(bound, name, beside[kind] if kind in beside else tables[name])
+        setattr(bound, name, views.get(kind) if kind in FOLLOWED else tables[name])
     return bound
 
 
-def reads_index(declared: type[Tables]) -> bool:
-    """Return whether there is an index among the declared tables."""
-    return Index in _hints(declared).values()
+def views_in(declared: type[Tables]) -> frozenset[Any]:
+    """Return the kinds of what followers write among the declared tables."""
+    return frozenset(kind for kind in _hints(declared).values() if kind in FOLLOWED)
 
 
 def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
@@ -527,7 +527,7 @@ def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
     row, the types of a key, and where it says so how many rows to keep decoded."""
     types: dict[str, tuple[Any, ...]] = dict(HOST_TABLES)
     for name, kind in _hints(owner.tables).items():
-        if kind not in (Log, Index):
+        if kind not in FOLLOWED:
             (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
             plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
             types[name] = (get_args(plain)[0], keyed.parts, keyed.cache_rows)

@@ -138,6 +138,16 @@ class CheckpointSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     )] = 5
 
 
+class EventsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The event log in var/logs/events. Taken up when the system is started."""
+
+    keep_days: Annotated[int, _key(
+        "days older than this are removed, whole ones, in UTC",
+        "what is removed is gone: sessions keep what was said, journals what is, nothing what was",
+        "days", 1, 1000,
+    )] = 30
+
+
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The operational log in var/logs/ksi."""
 
@@ -156,6 +166,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transport: TransportSection = TransportSection()
     owners: OwnersSection = OwnersSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    events: EventsSection = EventsSection()
     log: LogSection = LogSection()
 
 

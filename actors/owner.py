@@ -25,9 +25,9 @@ the split of generic loop and callbacks: Erlang/OTP gen_server.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -93,6 +93,26 @@ class Index(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Return how far the follower has come and what it does now."""
+
+
+class EventLog(Protocol):
+    """What has happened in all owners, in files that a follower writes.
+
+    `apply` does not write it. Reading gives what the follower has come to.
+    """
+
+    def find(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a page of events, and where the next one begins."""
+
+    def newest(self) -> int:
+        """Return the number of the newest event, 0 where there is none."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how much there is, and how far the follower has come."""
+
+
+# The kinds of tables that are no tables: followers write them, `apply` does not.
+FOLLOWED: Final = frozenset({Log, Index, EventLog})
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +218,7 @@ class Owner(ABC, Generic[T]):
     tables: ClassVar[type[Tables]]
     events: ClassVar[Any]  # the union of this owner's event classes
     domains: ClassVar[tuple[str, ...]] = ()  # first words of the topics it announces
+    routine: ClassVar[tuple[type[Event], ...]] = ()  # signs of life: the event log leaves them out
 
     @abstractmethod
     def decide(self, command: Any, sender: Sender, tables: T, given: Given) -> Decision:
@@ -249,6 +270,6 @@ class Owner(ABC, Generic[T]):
 
 
 __all__ = [
-    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Key", "Keyed", "Line", "Log",
-    "Owner", "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
+    "FOLLOWED", "Announcement", "Command", "Decision", "Event", "EventLog", "Given", "Index", "Key",
+    "Keyed", "Line", "Log", "Owner", "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
 ]  # fmt: skip

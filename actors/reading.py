@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
-from ksi.actors.commit import batch_decoder, bind, reads_index, table_types
-from ksi.actors.owner import Index, Owner
+from ksi.actors.commit import batch_decoder, bind, table_types, views_in
+from ksi.actors.delivery import Batch
+from ksi.actors.owner import EventLog, Index, Log, Owner
 from ksi.actors.owners import load
 from ksi.storage.journal import Batch as StoredBatch
 from ksi.storage.journal import JournalReader, Position
@@ -61,8 +62,8 @@ class OwnerReader:
             archive=archive_directory(var),
             lines_of=self.lines_of,
         )
-        self._log = CommittedLog(self.reader)
-        self._index = _index_of(var) if reads_index(owner.tables) else None
+        self._views: dict[Any, Any] = {Log: CommittedLog(self.reader)}
+        self._views |= {kind: _VIEWS[kind](var) for kind in views_in(owner.tables) & _VIEWS.keys()}
         self._bound_to: Any = None
         self._tables: Any = None
 
@@ -70,7 +71,7 @@ class OwnerReader:
         """Return the owner's declared tables over those of a read transaction."""
         if tables is not self._bound_to:
             self._bound_to = tables
-            self._tables = bind(self.owner.tables, tables, self._log, self._index)
+            self._tables = bind(self.owner.tables, tables, self._views)
         return self._tables
 
     def answer(self, query: Query[R]) -> R:
@@ -84,8 +85,12 @@ class OwnerReader:
 
     def events_of(self, batch: StoredBatch) -> Iterator[Any]:
         """Yield the events of a journaled batch."""
-        for record in self._decode(batch.payload).records:
+        for record in self.decoded(batch).records:
             yield from record.events
+
+    def decoded(self, batch: StoredBatch) -> Batch[Any]:
+        """Return a journaled batch: whose commands, when, and what has happened."""
+        return self._decode(batch.payload)
 
     def lines_of(self, batch: StoredBatch) -> Iterator[tuple[str, int, bytes]]:
         """Yield what a journaled batch adds to the owner's logs: key, offset, bytes."""
@@ -149,6 +154,15 @@ def _index_of(var: Path) -> Index:
     from ksi.actors.followers.indexed import IndexView  # SQLite, which hardly any reader needs
 
     return IndexView(var)
+
+
+def _event_log_of(var: Path) -> EventLog:
+    from ksi.actors.followers.recorded import EventLogView
+
+    return EventLogView(var)
+
+
+_VIEWS: Final = {Index: _index_of, EventLog: _event_log_of}
 
 
 def reader_of(owner: Owner[Any] | str, var: Path) -> OwnerReader:

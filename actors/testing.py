@@ -32,8 +32,11 @@ from ksi.actors.owner import (
     Announcement,
     Decision,
     Event,
+    EventLog,
     Given,
+    Index,
     Line,
+    Log,
     Owner,
     Query,
     Reply,
@@ -43,6 +46,7 @@ from ksi.storage.tables import Key, MemoryTable, TableSpec
 from ksi.transport import wire
 from ksi.transport.errors import KsiError, StorageFull, from_wire
 from ksi.transport.message import CATALOGUE, Operation, encode
+from ksi.transport.moments import time_range
 
 SEEDS: Final = 50
 STEPS: Final = 40  # Batches, ticks, queries and restarts of one seed.
@@ -212,6 +216,24 @@ class NoIndex:
         return {"days": 0, "rows": 0, "behind_bytes": None, "rebuilt": 0}
 
 
+class NoEventLog:
+    """The event log before its follower has come to anything."""
+
+    def find(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return nothing."""
+        time_range(wanted.get("since"), wanted.get("until"), now=START)
+        return {"events": [], "next": None, "offset": None, "upto": wanted.get("after") or 0}
+
+    def newest(self) -> int:
+        """Return that there is none."""
+        return 0
+
+    def state(self) -> dict[str, Any]:
+        """Return that there is nothing."""
+        nothing: dict[str, Any] = dict.fromkeys(("events", "dropped", "n", "per_s"), 0)
+        return {**nothing, "days": {}, "oldest": None, "newest": None, "behind": {}}
+
+
 class Watched(Owner[Any]):
     """An owner whose decisions and queries are watched: they may not write, and refuse as declared.
 
@@ -280,6 +302,7 @@ class Twin:
     Attributes:
         now, time_s: wall time and owner time. `pass_time` moves both.
         facts: answers from other owners' states; by default there are none.
+        views: what queries see of what followers write, by its kind; by default nothing.
         events: all that is committed; told: what was announced of it; sends: messages to others.
     """
 
@@ -288,7 +311,7 @@ class Twin:
         self.store = MemoryStore(owner)
         self.watched = Watched(owner, self.store)
         self.log = MemoryLog()
-        self.index = NoIndex()
+        self.views: dict[Any, Any] = {Log: self.log, Index: NoIndex(), EventLog: NoEventLog()}
         self.now = START
         self.time_s = 0.0
         self.facts: Facts = lambda _query: None
@@ -315,7 +338,7 @@ class Twin:
         """Answer a query; return the typed reply or raise the refusal."""
         declared = CATALOGUE[operation]
         query = declared.decode(encode(fields))
-        tables = bind(self.owner.tables, self.store.tables, self.log, self.index)
+        tables = bind(self.owner.tables, self.store.tables, self.views)
         return msgspec.msgpack.decode(
             encode(self.watched.answer(query, tables)), type=declared.reply
         )
@@ -459,7 +482,7 @@ class _Run:
         require_alike(rows, replayed.store.rows(), "the journal applied to empty tables")
         _require_numbers(rows, replayed.store.rows())
         self._retry(replayed)
-        sizes = dict(twin.owner.logs(bind(twin.owner.tables, twin.store.tables, twin.log), ""))
+        sizes = dict(twin.owner.logs(bind(twin.owner.tables, twin.store.tables, twin.views), ""))
         written = {key: len(content) for key, content in twin.log.content.items()}
         shown = {key: size for key, size in sizes.items() if size}
         assert shown == written, f"`logs` says {shown}, written is {written}"

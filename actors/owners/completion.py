@@ -636,6 +636,7 @@ class Completion(Owner[CompletionTables]):
     name = "completion"
     tables = CompletionTables
     domains = ("completion", "worker")
+    routine = (WorkerRenewed,)
     events = (
         Queued
         | Granted

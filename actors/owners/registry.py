@@ -585,6 +585,7 @@ class Registry(Owner[RegistryTables]):
     name = "registry"
     tables = RegistryTables
     domains = ("agent",)
+    routine = (AgentSeen,)
     events = (
         AgentSeen
         | AgentRegistered

@@ -615,6 +615,7 @@ class Sessions(Owner[SessionTables]):
     name = "sessions"
     tables = SessionTables
     domains = ("session",)
+    routine = (OwnerSeen,)
     events = (
         EntryAppended
         | SessionCreated

@@ -19,10 +19,13 @@ from ksi.actors.supervision.child import ChildSpec
 from ksi.actors.supervision.restarts import Strategy
 
 # Owners with something beside them in their process; it runs them, too.
-FUNCTIONS: Final = {"index": "ksi.actors.followers.indexing:run_index"}
+FUNCTIONS: Final = {
+    "index": "ksi.actors.followers.indexing:run_index",
+    "events": "ksi.actors.followers.recording:run_events",
+}
 
 
-CONTEXT: Final = frozenset({"index"})
+CONTEXT: Final = frozenset({"index", "events"})
 
 
 class Tree(NamedTuple):
@@ -60,7 +63,7 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
             kind="owner",
             phase="context" if name in CONTEXT else "owners",
             function=FUNCTIONS.get(name, "ksi.actors.process:run_owner"),
-            arguments=(str(var),) if name in FUNCTIONS else (name, str(var)),
+            arguments=_arguments(name, var, settings),
             start_s=start_s,
             shutdown_s=shutdown_s,
         )
@@ -76,3 +79,9 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
         shutdown_s=shutdown_s,
     )
     return (files, *owners)  # Stopped last, it writes all that the owners still accept.
+
+
+def _arguments(name: str, var: Path, settings: Config) -> tuple[str, ...]:
+    if name == "events":
+        return str(var), str(settings.events.keep_days)
+    return (str(var),) if name in FUNCTIONS else (name, str(var))
