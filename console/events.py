@@ -78,14 +78,14 @@ def events(
         show_json("events", {"events": found, "more": more, "upto": upto})
         return
     for event in found:
-        _show(options, event)
+        show_event(options, event)
     if more and not follow:
         print(f"there are more: --limit {limit * 10}", file=sys.stderr)
     wanted.pop("since", None)
     while follow:
         found, upto, more = _after(read, wanted, upto, PAGE)
         for event in found:
-            _show(options, event)
+            show_event(options, event)
         if not more:
             time.sleep(FOLLOW_S)
 
@@ -190,7 +190,8 @@ def _page(read: Reads, wanted: dict[str, Any], after: int | None, limit: int) ->
     return read("events", "event_log:query", **wanted, **place, limit=limit)
 
 
-def _show(options: Options, event: dict[str, Any]) -> None:
+def show_event(options: Options, event: dict[str, Any]) -> None:
+    """Print one event in a line; with `--json` as an object."""
     if options.json:
         print_json(event)
     else:

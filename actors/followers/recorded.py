@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from fnmatch import translate
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +33,7 @@ from ksi.transport.errors import KsiError
 from ksi.transport.identity import RESERVED
 from ksi.transport.limits import EVENT_PAYLOAD_BYTES, EVENT_SCAN_BYTES_MAX, FRAME_BYTES_MAX
 from ksi.transport.moments import TimeRange, day_of, time_range
+from ksi.transport.patterns import matcher, plain_part
 
 PAGE_BYTES: Final = FRAME_BYTES_MAX * 3 // 4  # An answer fits into a frame.
 RATE_S: Final = 60.0  # Over how long events a second are counted.
@@ -184,18 +184,6 @@ def _agents(fields: Mapping[str, Any], record: Record[Any]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name and name not in RESERVED]
 
 
-@lru_cache(maxsize=256)
-def matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    """Return what tells whether the name of an event is under one of some patterns.
-
-    Patterns are those of a shell: `*` any characters, `?` one, `[ab]` one of these.
-    """
-    if not patterns or "*" in patterns:
-        return lambda _event: True
-    found = re.compile("|".join(map(translate, patterns))).match
-    return lambda event: found(event) is not None
-
-
 class EventLogView:
     """The event log of one var, for queries: see `ksi.actors.owner.EventLog`."""
 
@@ -208,9 +196,10 @@ class EventLogView:
         """Return `events` that agree with all that is wanted, in the order of their numbers.
 
         Args:
-            wanted: `patterns` of names, `agent_id`, `session_id`, `correlation_id`, moments
-                `since` and `until`, a number `after`, `offset`, `limit`, `reverse`, and `resolve`
-                for values in the place of references; all may be missing.
+            wanted: `patterns` of names, `agent_id` or patterns of `agents`, `session_id`,
+                `correlation_id`, moments `since` and `until`, a number `after`, `offset`,
+                `limit`, `reverse`, and `resolve` for values in the place of references; all may
+                be missing.
 
         Returns:
             `events`; `next` and `offset`: what `after` and `offset` of the next page are, None at
@@ -363,10 +352,8 @@ def _needles(wanted: Mapping[str, Any]) -> list[bytes]:
     names = ("correlation_id", "session_id", "agent_id")
     needles = [_to_json(wanted[name]) for name in names if wanted.get(name) is not None]
     patterns: Sequence[str] = wanted.get("patterns") or ()
-    if len(patterns) == 1:
-        plain, *_ = re.split(r"[*?\[]", patterns[0])
-        if plain:
-            needles.append(b'"event":' + _to_json(plain)[:-1])
+    if len(patterns) == 1 and (plain := plain_part(patterns[0])):
+        needles.append(b'"event":' + _to_json(plain)[:-1])
     return [needle for needle in needles if needle.isascii()]
 
 
@@ -375,7 +362,8 @@ def _filter(wanted: Mapping[str, Any], times: TimeRange) -> Callable[[bytes], bo
     named = matcher(tuple(wanted.get("patterns") or ()))
     agent_id, session_id = wanted.get("agent_id"), wanted.get("session_id")
     correlation_id = wanted.get("correlation_id")
-    agents = tuple(wanted.get("agents") or ())
+    target: Sequence[str] = wanted.get("agents") or ()
+    is_meant = matcher(tuple(target))
     is_open = times.since is None and times.until is None
 
     def agrees(line: bytes) -> bool:
@@ -387,7 +375,7 @@ def _filter(wanted: Mapping[str, Any], times: TimeRange) -> Callable[[bytes], bo
             (is_open or times.holds(head.timestamp))
             and named(head.event)
             and (agent_id is None or agent_id in head.agents)
-            and (not agents or not set(agents).isdisjoint(head.agents))
+            and (not target or any(map(is_meant, head.agents)))
             and session_id in (None, head.session_id)
             and correlation_id in (None, head.correlation_id)
         )

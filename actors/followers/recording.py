@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from heapq import merge
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -39,7 +38,8 @@ GROUP_S: Final = 0.02  # Events that come within this time are written together.
 SAVE_S: Final = 0.5  # How often the place is noted: what a start after a kill reads back.
 SYNC_S: Final = 30.0  # How often the log is synced; sooner, owners would wait behind it.
 SWEEP_S: Final = 60.0  # How often days that are over their time are looked for.
-TURN_BATCHES: Final = 256  # Journal batches of one owner taken in one turn.
+TURN_BATCHES: Final = 256  # Journal batches of one owner taken in one turn ...
+TURN_BYTES: Final = 1 << 20  # ... or about so much of its journal: it is all in memory.
 CLOSE_S: Final = 3.0  # For the last events at the end; a supervisor waits 5.
 LAST_S: Final = 0.3  # Spent on them: what is left is logged after the next start.
 RETRY_S: Final = 0.5  # After trouble that may pass.
@@ -81,12 +81,18 @@ class Journal:
             found = self._read(known.position, committed.position)
         except NotFound:  # Dropped, though we were not past it: what is missing is counted.
             found = self._read(journal.start(), committed.position)
-        return found, known, len(found) == TURN_BATCHES
+        return found, known, bool(found) and found[-1].stored.end < committed.position
 
     def _read(self, start: Position, stop: Position) -> list[_Taken]:
-        batches = islice(self._reader.journal().read(start, stop), TURN_BATCHES)
-        decoded = ((stored, self._reader.decoded(stored)) for stored in batches)
-        return [_Taken(batch.now, self, stored, batch) for stored, batch in decoded]
+        found: list[_Taken] = []
+        room = TURN_BYTES
+        for stored in self._reader.journal().read(start, stop):
+            batch = self._reader.decoded(stored)
+            found.append(_Taken(batch.now, self, stored, batch))
+            room -= len(stored.payload)
+            if room < 0 or len(found) == TURN_BATCHES:
+                break
+        return found
 
 
 class EventFollower:
@@ -241,7 +247,7 @@ def _described(taken: _Taken, store: str) -> Iterator[tuple[int, int, LoggedEven
 
 def run_events(var: str, keep_days: str) -> None:
     """Run the owner of event subscriptions on `var`, and the follower beside it, until SIGTERM."""
-    os.nice(10)  # Behind the owners clients wait for.
+    os.nice(15)  # Behind all that clients wait for: the log may come later.
     run_owner("events", var, lambda root, logger: _start(root, logger, int(keep_days)))
 
 

@@ -25,7 +25,7 @@ FUNCTIONS: Final = {
 }
 
 
-CONTEXT: Final = frozenset({"index", "events"})
+CONTEXT: Final = frozenset({"index", "events", "observation"})
 
 
 class Tree(NamedTuple):
