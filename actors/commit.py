@@ -53,7 +53,6 @@ from ksi.transport.errors import (
     Busy,
     Evicted,
     Expired,
-    Forbidden,
     Internal,
     KsiError,
     StorageFull,
@@ -80,6 +79,7 @@ class Work(NamedTuple):
     request: wire.Request
     expires_s: float | None  # on the monotonic clock, like:
     arrived_s: float = 0.0
+    far: bool = False  # it came over a network
 
 
 Facts = Callable[[Query[Any]], Reply | KsiError | None]  # answers from other owners' states
@@ -330,11 +330,7 @@ class CommitLoop:
         declared = CATALOGUE.get(request.operation)
         if declared is None or declared.owner != self.owner.name or not declared.changes:
             raise not_taken(request.operation, self.owner.name, "command")
-        if work.sender.role not in declared.roles:
-            raise Forbidden(
-                f"{request.operation} is for {' and '.join(sorted(declared.roles))}, "
-                f"and {work.sender.name} is {work.sender.role}"
-            )
+        declared.require_role(work.sender.name, work.sender.role, far=work.far)
         if work.expires_s is not None and clock_s >= work.expires_s:
             raise Expired(f"the time for {request.operation} ran out before it was carried out")
         return declared

@@ -204,6 +204,7 @@ class Host(pykka.ThreadingActor):
                 request,
                 None if left_ms is None else letter.arrived_s + left_ms / 1000,
                 letter.arrived_s,
+                letter.far,
             )
             if kind is Kind.COMMANDS:
                 self._commands.append(work)
@@ -352,9 +353,9 @@ class Host(pykka.ThreadingActor):
             declared = CATALOGUE.get(request.operation)
             if declared is None or declared.owner != self._owner.name or declared.kind != "query":
                 raise not_taken(request.operation, self._owner.name, "query")
-            if work.sender.role not in declared.roles:
-                raise Forbidden(f"{request.operation} is not for the role {work.sender.role}")
+            declared.require_role(work.sender.name, work.sender.role, far=work.far)
             query = declared.decode(request.body)
+            declared.require_own(query, work.sender.name, work.sender.role)
             reply = self._owner.answer(query, self._reader.bound(tables))
             body = wire.encode(reply)
             if len(body) > _REPLY_BYTES_MAX:

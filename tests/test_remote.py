@@ -476,6 +476,23 @@ def test_a_role_is_what_the_system_says_and_not_what_was_carried(
         alleged.ask("agent:spawn", agent_id="x", argv=["true"])
 
 
+def test_over_a_network_only_operators_start_and_end_processes(
+    system: System, afar: Path, alice: Client
+) -> None:
+    spawn: dict[str, Any] = {"agent_id": "scout", "argv": ["true"], "dry_run": True}
+    for operation, fields in (
+        ("agent:spawn", spawn),
+        ("agent:restart", {"agent_id": "alice"}),
+        ("agent:terminate", {"agent_id": "alice"}),
+    ):
+        with pytest.raises(Forbidden, match="for operator over a network, and alice is agent"):
+            alice.ask(operation, fields)
+    carried(system, afar, "op", "--role", "operator")
+    with Client("op", var=afar) as operator, system.client("alice") as here:
+        for client in (operator, here):
+            assert client.ask("agent:spawn", spawn)["agent_id"] == "scout"
+
+
 def test_a_revoked_key_is_out_at_once_and_a_new_one_is_let_in(
     system: System, afar: Path, alice: Client, session: str
 ) -> None:

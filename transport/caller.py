@@ -297,6 +297,7 @@ class Caller:
             raise Invalid(f"{name} is a {declared.kind}", hint=f"ask it: client.ask({name!r}, ...)")
         reader = self._reader(declared.owner)
         if isinstance(what, Message):
+            self._require_may_read(declared, what)
             return reader.answer(cast("Query[Any]", what))
         if fields is not None:
             named = {**fields, **named}
@@ -304,7 +305,13 @@ class Caller:
             query = cast("Query[Any]", msgspec.convert(named, declared.message))
         except msgspec.ValidationError as error:
             raise Invalid(f"{what}: {error}", hint=declared.hint) from None
+        self._require_may_read(declared, query)
         return msgspec.to_builtins(reader.answer(query))
+
+    def _require_may_read(self, declared: Operation, query: Message) -> None:
+        """Refuse what the owner would refuse. A courtesy: who reads here can read the files."""
+        declared.require_role(self.name, self.certificate.role)
+        declared.require_own(query, self.name, self.certificate.role)
 
     def _enrolled(self, name: str | None, role: Role) -> Certificate:
         name = name or os.environ.get("KSI_AGENT")

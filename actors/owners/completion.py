@@ -415,7 +415,13 @@ class LeaveWorker(Command[None], frozen=True, kw_only=True):
     epoch: Epoch
 
 
-@operation("worker:grants", owner="completion", roles=WORKERS, example={"worker": "gpu-1"})
+@operation(
+    "worker:grants",
+    owner="completion",
+    roles=WORKERS,
+    own="worker",
+    example={"worker": "gpu-1"},
+)
 class GetGrants(Query[Grants], frozen=True, kw_only=True):
     """Return the grants a worker holds with all it needs for them, or those of them named."""
 
