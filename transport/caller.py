@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 import msgspec
 import zmq
 
-from ksi.transport.errors import Forbidden, Invalid, KsiError, NotRunning, Unavailable
+from ksi.transport.errors import (
+    Forbidden,
+    Invalid,
+    KsiError,
+    NotRunning,
+    Restored,
+    Unavailable,
+)
 from ksi.transport.identity import Certificate, Directory, KeyRing
 from ksi.transport.limits import WINDOW_COMMANDS_MAX
 from ksi.transport.link import Link
@@ -195,6 +202,19 @@ class Caller:
             )
             link = self.links[owner] = Link(owner, *sockets, self._cut)
         return link
+
+    def store_of(self, owner: str) -> str:
+        """Return the id of the store that an owner has last answered from; "" if none has yet."""
+        link = self.links.get(owner)
+        return "" if link is None else link.window.store
+
+    def require_store(self, owner: str, store: str) -> None:
+        """Raise `Restored` unless the owner has last answered from this store."""
+        if self.store_of(owner) != store:
+            raise Restored(
+                f"the store of the {owner} was restored meanwhile: its numbers have begun anew",
+                hint="read the state; what is not settled comes again",
+            )
 
     def owner_of_topic(self, pattern: str) -> str:
         """Return who announces topics under `pattern`: by its first word, else the bus."""
