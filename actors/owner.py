@@ -7,6 +7,7 @@ To read it, a *query* is answered from one committed state, by the owner or in a
 
     decide(command, sender, tables, given) -> Decision      reads tables, writes nothing
     apply(event, tables)                                    writes tables, live and in replay
+    answered(message, refusal, tables, given) -> Decision   another owner's word on a message
     relay(signal, sender, tables) -> Announcement           reads tables; nothing is kept
     answer(query, tables) -> reply                          reads tables, in any process
 
@@ -218,6 +219,13 @@ class Owner(ABC, Generic[T]):
         date when it is used: the other owner has the last word, through a `Send`.
         """
         return None
+
+    def answered(self, command: Any, refusal: KsiError | None, tables: T, given: Given) -> Decision:
+        """Return what follows from another owner's answer to `command`, a message of this one.
+
+        `refusal` None: it was carried out there. What it leads to may be decided twice.
+        """
+        return Decision()
 
     def relay(self, signal: Any, sender: Sender, tables: T) -> Announcement | None:
         """Return what subscribers are told of `signal`, or raise a refusal.

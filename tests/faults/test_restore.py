@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections import Counter
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 from checkpointing import load_on, made
 from system import System
-from trouble import entries, rows, until
+from trouble import WAIT_S, entries, rows, until
 
 from ksi.actors import restoring
 from ksi.actors.checkpoints import root_of
 from ksi.storage import checkpoints
+from ksi.transport import AsyncClient
 from ksi.transport.errors import Conflict, NotFound, Restored
 
 
@@ -175,6 +177,59 @@ def test_a_restore_that_is_cut_short_is_ended_before_anything_starts(
     assert noted(system, "early") == [1, 2]
     aside = system.var / "archive" / done.aside
     assert len((aside / "early.jsonl").read_bytes().splitlines()) == 3
+
+
+def before_and_after(system: System, kept: int) -> Iterator[None]:
+    """Say five things, some before a checkpoint; once they are read, go back and say another."""
+    with system.client("alice") as alice:
+        for n in range(1, 6):
+            alice.ask("message:publish", topic="jobs.new", message={"n": n})
+            if n == kept:
+                checkpoint_id = made(system).id
+    yield
+    system.stop()
+    restoring.run(system.var, checkpoint_id)
+    system.start()
+    with system.client("alice") as alice:
+        alice.ask("message:publish", topic="jobs.new", message={"n": 6})
+    yield
+
+
+def test_a_reader_that_lives_through_a_restore_of_the_bus_begins_anew(system: System) -> None:
+    with system.client("bob") as bob, bob.subscribe("jobs.>", durable="jobs") as jobs:
+        went = before_and_after(system, kept=2)
+        next(went)
+        former = [jobs.next(WAIT_S) for _ in range(5)]
+        former[0].ack()
+        bob.flush()
+        next(went)
+        again = [jobs.next(WAIT_S) for _ in range(3)]
+        assert [each.message["n"] for each in again] == [1, 2, 6]
+        with pytest.raises(Restored):
+            former[1].ack()  # Its number is that of another message now.
+        for each in again:
+            each.ack()
+        bob.flush()
+        assert bob.read("message:stats")["waiting"] == 0
+
+
+def test_on_asyncio_it_begins_anew_likewise(system: System) -> None:
+    async def read() -> None:
+        async with AsyncClient("bob", var=system.var) as bob:
+            jobs = await bob.subscribe("jobs.>", durable="jobs")
+            went = before_and_after(system, kept=1)
+            next(went)
+            former = [await jobs.next(WAIT_S) for _ in range(5)]
+            next(went)
+            again = [await jobs.next(WAIT_S) for _ in range(2)]
+            assert [each.message["n"] for each in again] == [1, 6]
+            with pytest.raises(Restored):
+                await former[1].ack()
+            for each in again:
+                await each.ack()
+            await bob.flush()
+
+    asyncio.run(read())
 
 
 def test_what_owners_had_to_tell_each_other_arrives_once_after_a_restore(system: System) -> None:
