@@ -33,10 +33,12 @@ from ksi.actors.owner import (
     Decision,
     Event,
     Given,
+    Interrupted,
     Line,
     Owner,
     Query,
     Reply,
+    Restored,
     Sender,
 )
 from ksi.storage.tables import Key, MemoryTable, TableSpec
@@ -330,7 +332,16 @@ class Twin:
         self, works: Sequence[Work], ours: Sequence[Record[Any]] = (), *, tick: bool = False
     ) -> Outcome:
         """Carry out a batch, as the host does; monotonic time is owner time here."""
-        outcome = self.loop.run(works, ours, self.now, self.time_s, self.time_s, tick=tick)
+        return self._told_of(
+            self.loop.run(works, ours, self.now, self.time_s, self.time_s, tick=tick)
+        )
+
+    def restored(self, interrupted: Interrupted = "retry") -> Outcome:
+        """Let the owner decide about a restore, as the host does before anything else."""
+        restored = Restored(interrupted=interrupted)
+        return self._told_of(self.loop.run_restored(restored, self.now, self.time_s))
+
+    def _told_of(self, outcome: Outcome) -> Outcome:
         self.events += outcome.events
         self.sends += outcome.sends
         for each in outcome.told:
@@ -448,6 +459,8 @@ class _Run:
             self.twin.pass_time(self.chance.choice((0.05, 0.25, 1.0, 5.0, 70.0)))
         elif chance < 0.95:
             self.twin.restart()
+            if self.twin.owner.recovers and self.chance.random() < 0.5:
+                self.twin.restored(self.chance.choice(("retry", "fail")))
         else:
             self._retry(self.twin)
 
