@@ -43,6 +43,7 @@ from ksi.actors.owner import (
     Owner,
     Query,
     Reply,
+    Restored,
     Send,
     Sender,
     Tables,
@@ -209,6 +210,25 @@ class CommitLoop:
         if tick:
             _extend(together, self.run((), (), now, time_s, clock_s, tick=True))
         return together
+
+    def run_restored(self, restored: Restored, now: float, time_s: float) -> Outcome:
+        """Commit what the owner decides about a restore of its store, before anything else.
+
+        Raises:
+            StorageFull: there is no room; nothing has changed.
+            UnknownOutcome: the outcome is unknown; end the process.
+        """
+        given = Given(now, time_s, self.ids)
+        self._outcome = outcome = Outcome([], [], [], [])
+        self.store.room()
+        self.store.begin()
+        try:
+            records = self._passed(restored, given)
+            if records:
+                self._commit(records, given)
+        finally:
+            self._undo()
+        return outcome
 
     def _run(
         self,
@@ -447,15 +467,16 @@ class CommitLoop:
             if not (is_due or self._asked_tick):
                 break
             is_due = self._asked_tick = False
-            records += self._tick(given)
+            records += self._passed(Tick(), given)
         return records
 
-    def _tick(self, given: Given) -> list[Record[Any]]:
+    def _passed(self, what: Tick | Restored, given: Given) -> list[Record[Any]]:
+        """Let the owner decide about what nobody has asked for."""
         try:
-            decision = self._apply(Tick(), self._self, given)
+            decision = self._apply(what, self._self, given)
         except Busy:  # The outbox is full: what is due waits for the next tick.
             return []
-        except KsiError as refusal:  # Time cannot be refused.
+        except KsiError as refusal:  # What has passed cannot be refused.
             raise _Fault from refusal
         return self._of_our_own(delivery.TICK, decision, given)
 

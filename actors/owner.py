@@ -28,7 +28,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -170,8 +170,21 @@ class Announcement(msgspec.Struct, frozen=True, gc=False):
     sender: str = ""
 
 
+Interrupted = Literal["retry", "fail"]
+
+
 class Tick(Command[None], frozen=True, kw_only=True):
     """Time has passed. Sent by the host to its own owner: a few times a second, and when asked."""
+
+
+class Restored(Command[None], frozen=True, kw_only=True):
+    """The store was restored from a checkpoint: what was told of later is undone.
+
+    Sent by the host to an owner that `recovers`: once, before anything else is carried out.
+    `interrupted` is what is to become of work that was under way: tried again, or failed.
+    """
+
+    interrupted: Interrupted = "retry"
 
 
 class Keyed:
@@ -199,6 +212,7 @@ class Owner(ABC, Generic[T]):
     tables: ClassVar[type[Tables]]
     events: ClassVar[Any]  # the union of this owner's event classes
     domains: ClassVar[tuple[str, ...]] = ()  # first words of the topics it announces
+    recovers: ClassVar[bool] = False  # whether it decides about `Restored`
 
     @abstractmethod
     def decide(self, command: Any, sender: Sender, tables: T, given: Given) -> Decision:
@@ -257,6 +271,7 @@ class Owner(ABC, Generic[T]):
 
 
 __all__ = [
-    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Key", "Keyed", "Line", "Log",
-    "Owner", "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
+    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Interrupted", "Key", "Keyed",
+    "Line", "Log", "Owner", "Query", "Reply", "Restored", "Send", "Sender", "Table", "Tables",
+    "Tick",
 ]  # fmt: skip

@@ -33,10 +33,12 @@ from ksi.actors.owner import (
     Decision,
     Event,
     Given,
+    Interrupted,
     Line,
     Owner,
     Query,
     Reply,
+    Restored,
     Sender,
 )
 from ksi.storage.tables import Key, MemoryTable, TableSpec
@@ -351,7 +353,16 @@ class Twin:
     ) -> Outcome:
         """Carry out a batch, as the host does; monotonic time is owner time here."""
         now, time_s = self.now, self.time_s
-        outcome = self.loop.run(works, ours, now, time_s, time_s, answers=answers, tick=tick)
+        return self._told_of(
+            self.loop.run(works, ours, now, time_s, time_s, answers=answers, tick=tick)
+        )
+
+    def restored(self, interrupted: Interrupted = "retry") -> Outcome:
+        """Let the owner decide about a restore, as the host does before anything else."""
+        restored = Restored(interrupted=interrupted)
+        return self._told_of(self.loop.run_restored(restored, self.now, self.time_s))
+
+    def _told_of(self, outcome: Outcome) -> Outcome:
         self.events += outcome.events
         self.sends += outcome.sends
         for each in outcome.told:
@@ -483,6 +494,8 @@ class _Run:
             self.twin.pass_time(self.chance.choice((0.05, 0.25, 1.0, 5.0, 70.0)))
         elif chance < 0.95:
             self.twin.restart()
+            if self.twin.owner.recovers and self.chance.random() < 0.5:
+                self.twin.restored(self.chance.choice(("retry", "fail")))
         elif chance < 0.97 and type(self.twin.owner).answered is not Owner.answered:
             self.twin.hears = not self.twin.hears
             self.twin.hear()

@@ -470,6 +470,49 @@ def test_a_request_over_which_workers_vanish_again_and_again_is_given_up(twin: T
     assert ended.attempt == 2 * LAPSES_MAX
 
 
+def test_what_a_restore_interrupts_waits_again_in_its_place_and_no_former_name_holds(
+    twin: Twin,
+) -> None:
+    first, second, third = (submit(twin) for _ in range(3))
+    other = submit(twin, "s2")
+    epoch = register(twin, slots=2)
+    assert held(twin) == {first: 1, other: 1}
+
+    twin.restored("retry")
+    assert [status(twin, each).status for each in (first, other)] == ["queued"] * 2
+    assert told(twin, first)[-1] == "requeued"
+    with pytest.raises(NotFound):
+        twin.ask(W1, "worker:renew", epoch=epoch)
+    with pytest.raises(StaleEpoch):
+        report(twin, first)
+    register(twin)
+    assert drain(twin) == [first, second, third, other]
+    assert status(twin, first).attempt == 2
+
+
+def test_what_a_restore_interrupts_ends_once_where_that_is_the_rule(twin: Twin) -> None:
+    first, second = submit(twin), submit(twin)
+    register(twin)
+    for _ in range(2):
+        twin.restored("fail")
+        ended = status(twin, first)
+        assert (ended.status, ended.reason) == ("failed", "daemon_restart")
+        assert status(twin, second).status == "queued"
+    assert recorded(twin).count(("completion:failed", first)) == 1
+    assert told(twin, first).count("failed") == 1
+    register(twin)
+    assert drain(twin) == [second]
+
+
+def test_a_request_that_restores_interrupt_again_and_again_is_given_up(twin: Twin) -> None:
+    request_id = submit(twin)
+    for _ in range(LAPSES_MAX):
+        register(twin)
+        assert status(twin, request_id).status == "active"
+        twin.restored("retry")
+    assert status(twin, request_id).reason == "daemon_restart"
+
+
 def test_there_is_a_bound_to_workers(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(completion, "WORKERS_MAX", 1)
     register(twin)

@@ -29,7 +29,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -39,10 +39,12 @@ from ksi.actors.owner import (
     Decision,
     Event,
     Given,
+    Interrupted,
     Keyed,
     Owner,
     Query,
     Reply,
+    Restored,
     Send,
     Sender,
     Table,
@@ -90,6 +92,7 @@ PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # What grants in one reply may
 PAGE_REQUESTS_MAX: Final = 1000  # Requests in one reply.
 DUE_MAX: Final = 32  # Leases that lapse, and outcomes forgotten, in one decision.
 RETRY_AFTER_S: Final = 0.5  # What a requester is asked to wait where the queue is full.
+DAEMON_RESTART: Final = "daemon_restart"  # Why a request ended, where a restore interrupted it.
 ANYTHING: Final = "*"  # What a request requires that any worker may take; every worker offers it.
 
 Status = Literal["queued", "active", "completed", "failed", "cancelled"]
@@ -646,6 +649,7 @@ class Completion(Owner[CompletionTables]):
     name = "completion"
     tables = CompletionTables
     domains = ("completion", "worker")
+    recovers = True
     events = (
         Queued
         | Recorded
@@ -675,6 +679,8 @@ class Completion(Owner[CompletionTables]):
         match command:
             case Tick():
                 return _tick(tables, given)
+            case Restored():
+                return _restored(command.interrupted, tables, given)
             case Async():
                 return _async(command, sender, tables, given)
             case Report():
@@ -1072,17 +1078,39 @@ def _registered(tables: CompletionTables, name: str, epoch: int) -> Worker:
     return worker
 
 
+def _restored(interrupted: Interrupted, tables: CompletionTables, given: Given) -> Decision:
+    """Let all workers go: no epoch, and no attempt, that was named since the checkpoint holds.
+
+    What they were at waits again, as often as when workers vanish, or ends.
+    """
+    lapses_max = LAPSES_MAX if interrupted == "retry" else 1
+    why = DAEMON_RESTART
+    return _together(
+        [
+            _left(name, why, tables, given, lapsed=True, lapses_max=lapses_max, why=why)
+            for name, _worker in tables.workers.range()
+        ]
+    )
+
+
 def _left(
-    name: str, reason: str, tables: CompletionTables, given: Given, *, lapsed: bool
+    name: str,
+    reason: str,
+    tables: CompletionTables,
+    given: Given,
+    *,
+    lapsed: bool,
+    lapses_max: int = LAPSES_MAX,
+    why: str | None = None,
 ) -> Decision:
-    """Let a worker go. What it holds waits again, or ends if too many went over it."""
+    """Let a worker go. What it holds waits again, or ends for `why` if too many went over it."""
     events: list[Event] = []
     sends: list[Send] = []
     for (_, request_id), grant in tables.grants.range(prefix=(name,)):
         request = _known(tables, request_id)
-        if lapsed and request.lapses + 1 >= LAPSES_MAX:
-            why = f"given up: {LAPSES_MAX} workers vanished over it, at last {name}"
-            end = _end(request_id, request, "failed", given, by=OURS, reason=why)
+        if lapsed and request.lapses + 1 >= lapses_max:
+            given_up = why or f"given up: {LAPSES_MAX} workers vanished over it, at last {name}"
+            end = _end(request_id, request, "failed", given, by=OURS, reason=given_up)
             events += end.events
             sends += end.sends
         else:
@@ -1524,6 +1552,22 @@ def _free_rows(name: str, worker: Worker | None) -> set[tuple[str, int, str]]:
     if worker is None or worker.used >= worker.slots:
         return set()
     return {(offered, worker.used, name) for offered in (ANYTHING, *worker.capabilities)}
+
+
+class Open(NamedTuple):
+    """What is open in a state: how many wait, by session, and the requests that run."""
+
+    waiting: dict[str, int]
+    active: list[str]
+
+
+def open_in(tables: CompletionTables) -> Open:
+    """Return what is open, for whoever is told what a restore would do."""
+    lanes = dict(tables.lanes.range())
+    return Open(
+        {session_id: lane.waiting for session_id, lane in lanes.items() if lane.waiting},
+        [lane.active for lane in lanes.values() if lane.active],
+    )
 
 
 def _view(request_id: str, request: Request) -> RequestView:

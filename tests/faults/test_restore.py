@@ -232,6 +232,69 @@ def test_on_asyncio_it_begins_anew_likewise(system: System) -> None:
     asyncio.run(read())
 
 
+@pytest.mark.parametrize("rule", ["retry", "fail"])
+def test_after_a_restore_requests_go_on_in_order_and_what_was_interrupted_once(
+    system: System, rule: str
+) -> None:
+    with system.client("alice") as alice, system.client("w", role="worker") as worker:
+        for session_id in ("s1", "s2"):
+            alice.ask("session:create", session_id=session_id)
+        for n in range(3):
+            alice.ask("completion:async", session_id="s1", prompt="x", request_id=f"a{n}")
+            alice.ask("completion:async", session_id="s2", prompt="x", request_id=f"b{n}")
+        epoch = worker.ask("worker:register")["epoch"]
+        assert until(lambda: granted(worker)) == ["a0"]
+        checkpoint_id = made(system).id
+        assert answer(worker, 6) == ["a0", "b0", "a1", "b1", "a2", "b2"]
+        system.stop()
+        (system.var / "ksi.toml").write_text(f'[checkpoint]\ninterrupted = "{rule}"\n')
+
+        planned = restoring.plan(system.var, checkpoint_id)
+        assert planned.queued == {"s1": 2, "s2": 3}
+        assert (planned.interrupted, planned.rule) == (["a0"], rule)
+        restoring.run(system.var, checkpoint_id)
+        system.start()
+        with system.client("bob") as bob:
+            interrupted = bob.ask("completion:status", request_id="a0")
+        with pytest.raises(Restored):
+            worker.ask("worker:renew", epoch=epoch)
+        with pytest.raises(NotFound):
+            worker.ask("worker:renew", epoch=epoch)
+        epoch = worker.ask("worker:register")["epoch"]
+        system.stop()
+        system.start()  # What was decided at the first start is not decided again.
+        assert until(lambda: worker.ask("worker:renew", epoch=epoch)["grants"])
+        rest = ["b0", "a1", "b1", "a2", "b2"]
+        if rule == "retry":
+            assert (interrupted["status"], interrupted["attempt"]) == ("queued", 1)
+            assert answer(worker, 6) == ["a0", *rest]
+        else:
+            ended = (interrupted["status"], interrupted["reason"])
+            assert ended == ("failed", "daemon_restart")
+            assert answer(worker, 5) == rest
+    until(lambda: not rows(system, "completion", "ksi.outbox"))
+    ends = [each for each in entries(system, "s1") if each["event"] != "completion:request"]
+    assert len(ends) == 3
+    failed = [each["data"]["reason"] for each in ends if each["event"] == "completion:failed"]
+    assert failed == ([] if rule == "retry" else ["daemon_restart"])
+
+
+def granted(worker: Any) -> list[str]:
+    grants = worker.ask("worker:grants", worker="w")["grants"]
+    return [each["request_id"] for each in grants]
+
+
+def answer(worker: Any, count: int) -> list[str]:
+    """Report so many of the requests as they are granted; return the order."""
+    order: list[str] = []
+    while len(order) < count:
+        (grant,) = until(lambda: worker.ask("worker:grants", worker="w")["grants"])
+        name = {"request_id": grant["request_id"], "attempt": grant["attempt"]}
+        worker.ask("worker:report", **name, result={"response": "x"})
+        order.append(grant["request_id"])
+    return order
+
+
 def test_what_owners_had_to_tell_each_other_arrives_once_after_a_restore(system: System) -> None:
     with load_on(system):
         checkpoint_id = made(system).id
