@@ -110,6 +110,82 @@ def request_ids_forgotten() -> None:
     commit._has_request_id = lambda _operation: False  # type: ignore[assignment]
 
 
+def stale_reads() -> None:
+    """An owner answers a query again with what it has answered within a twentieth of a second."""
+    from ksi.actors.host import Host
+    from ksi.transport import wire
+
+    real = Host._answer_one
+    answered: dict[bytes, tuple[float, wire.Answer]] = {}
+
+    def remembering(self: Any, work: Any, tables: Any) -> wire.Answer:
+        now_s = time.monotonic()
+        known = answered.get(work.request.body)
+        if known is None or now_s - known[0] > 0.05:
+            known = answered[work.request.body] = now_s, real(self, work, tables)
+        return wire.Answer(work.request.number, known[1].body, known[1].error)
+
+    Host._answer_one = remembering  # type: ignore[method-assign]
+
+
+def bodies_unchecked() -> None:
+    """What is no message of the protocol is taken for the fault of the owner."""
+    from ksi.transport import message
+    from ksi.transport.errors import Invalid
+
+    real = message.Operation._decode
+
+    def trusting(self: Any, decoder: Any, body: Any) -> Any:
+        try:
+            return real(self, decoder, body)
+        except Invalid as refusal:
+            raise ValueError(refusal.text) from refusal
+
+    message.Operation._decode = trusting  # type: ignore[method-assign]
+
+
+def sender_believed() -> None:
+    """Who speaks is who the body says."""
+    import msgspec
+
+    from ksi.actors.commit import CommitLoop
+    from ksi.actors.owner import Sender
+
+    real = CommitLoop._carry_out
+
+    def believing(self: Any, work: Any, *arguments: Any) -> Any:
+        try:
+            said = msgspec.msgpack.decode(work.request.body).get("data", {}).get("sender")
+        except (msgspec.DecodeError, AttributeError):
+            said = None
+        if said:
+            work = work._replace(sender=Sender(said, work.sender.role))
+        return real(self, work, *arguments)
+
+    CommitLoop._carry_out = believing  # type: ignore[method-assign]
+
+
+def view_before_journal() -> None:
+    """Readers see a batch before it is on disk."""
+    from ksi.storage.store import Store
+
+    real = Store.commit
+
+    def early(self: Any, payload: bytes, records: int, extra: bytes, time_s: float) -> Any:
+        self.commit_view()
+        self.begin()
+        return real(self, payload, records, extra, time_s)
+
+    Store.commit = early  # type: ignore[method-assign]
+
+
+def mailbox_without_bound() -> None:
+    """A client that reads nothing is kept everything for."""
+    from ksi.transport import mailbox
+
+    mailbox.REPLY_FRAMES_MAX = mailbox.REQUEST_FRAMES_MAX = 0  # type: ignore[misc]
+
+
 def epoch_unchecked() -> None:
     """Whoever was the owner of a session once goes on writing."""
     from ksi.actors.owners import sessions
@@ -171,10 +247,9 @@ def prune_before_publish() -> None:
 
 def checksums_unread() -> None:
     """A damaged row is believed."""
-    from ksi.storage import snapshots, tables
+    from ksi.storage.tables import CRC_BYTES, RowCodec
 
-    tables.intact = lambda _key, _value: True  # type: ignore[assignment]
-    snapshots.intact = tables.intact  # type: ignore[attr-defined]
+    RowCodec.decode = lambda self, _key, value: self.unpack(value[:-CRC_BYTES])  # type: ignore[method-assign]
 
 
 def newer_format_read() -> None:
@@ -201,24 +276,24 @@ def orphans_allowed() -> None:
     preload.die_with = lambda _parent: None  # type: ignore[assignment]
 
 
-POWER: Final = "tests/faults/test_power_loss.py::"
+FAULTS: Final = "tests/faults/"
+STORM: Final = FAULTS + "test_kill_storm.py::test_two_hundred_kills_lose_double_and_reorder_nothing"
+WORLDS: Final = (
+    "tests/simulation/test_system.py::test_all_owners_together_do_what_everybody_was_told"
+)
+POWER: Final = (
+    FAULTS + "test_power_loss.py::test_nothing_acknowledged_is_lost_in_any_state_a_power_cut_leaves"
+)
+CALLS: Final = FAULTS + "test_system_calls.py::test_every_call_is_hit_and_nothing_is_lost"
 MUTANTS: Final = {
     "reply-before-commit": Mutant(
-        reply_before_commit,
-        "tests/faults/test_kill_storm.py::"
-        "test_two_hundred_kills_lose_double_and_reorder_nothing",
-        "is not entry|IndexError|KeyError|returncode",
-        is_slow=True,
+        reply_before_commit, STORM, "is lost|was told|returncode", is_slow=True
     ),
     "journal-not-synced": Mutant(
-        journal_not_synced,
-        POWER + "test_nothing_acknowledged_is_lost_in_any_state_a_power_cut_leaves",
-        "lost with the cut|Corrupt",
+        journal_not_synced, POWER, "lost with the cut|Corrupt|number"
     ),
     "view-trusted-after-a-crash": Mutant(
-        view_trusted_after_a_crash,
-        POWER + "test_nothing_acknowledged_is_lost_in_any_state_a_power_cut_leaves",
-        "Error|Corrupt",
+        view_trusted_after_a_crash, POWER, "Error|Corrupt|SIGBUS"
     ),
     "no-duplicate-check": Mutant(
         no_duplicate_check,
@@ -226,20 +301,78 @@ MUTANTS: Final = {
         "test_commands_happen_once_and_in_order_over_a_network_that_loses_repeats_and_reorders",
         "happened more than once",
     ),
+    "no-duplicate-check-between-owners": Mutant(no_duplicate_check, WORLDS, "assert"),
+    "request-ids-forgotten": Mutant(
+        request_ids_forgotten,
+        FAULTS + "test_zombies.py::"
+        "test_clients_that_are_killed_and_start_again_have_no_command_carried_out_twice",
+        "one was doubled",
+    ),
+    "stale-reads": Mutant(stale_reads, STORM, "had ended before an earlier one", is_slow=True),
+    "epoch-unchecked": Mutant(
+        epoch_unchecked,
+        FAULTS + "test_zombies.py::"
+        "test_writers_that_were_paused_are_refused_once_another_owns_their_sessions",
+        "a former owner has written|refused",
+    ),
+    "attempt-unchecked": Mutant(
+        attempt_unchecked,
+        FAULTS + "test_completion_trouble.py::"
+        "test_a_worker_that_is_stopped_and_goes_on_is_refused_and_takes_part_again",
+        "assert",
+    ),
+    "orphans-allowed": Mutant(
+        orphans_allowed,
+        FAULTS + "test_supervisor_kills.py::"
+        "test_a_killed_supervisor_leaves_nobody_and_loses_nothing",
+        "these are still there",
+    ),
     "cut-ignored": Mutant(
         cut_ignored,
-        "tests/faults/test_checkpoints.py::"
+        FAULTS + "test_checkpoints.py::"
         "test_a_cut_that_owners_hear_of_one_after_the_other_is_one_cut",
         "an effect without its cause",
+    ),
+    "prune-before-publish": Mutant(
+        prune_before_publish, CALLS + "[checkpoint and prune-killed]", "assert 4 >= 5",
+        is_slow=True,
+    ),
+    "projection-without-offset": Mutant(
+        projection_without_offset, CALLS + "[projection and archive-killed]", "assert",
+        is_slow=True,
+    ),
+    "bodies-unchecked": Mutant(
+        bodies_unchecked,
+        FAULTS + "test_fuzz.py::test_no_frame_is_too_strange_for_any_owner",
+        "failed",
+    ),
+    "sender-believed": Mutant(
+        sender_believed,
+        FAULTS + "test_bad_input.py::"
+        "test_the_sender_is_the_key_and_what_the_body_claims_is_data",
+        "assert|DID NOT RAISE",
+    ),
+    "mailbox-without-bound": Mutant(
+        mailbox_without_bound,
+        FAULTS + "test_bad_input.py::"
+        "test_clients_that_stop_reading_cost_their_queues_and_nobody_waits_for_them",
+        "grown_mb|assert",
+        is_slow=True,
+    ),
+    "full-disk-not-undone": Mutant(
+        full_disk_not_undone, CALLS + "[commit-ENOSPC]", "assert", is_slow=True
+    ),
+    "checksums-unread": Mutant(
+        checksums_unread,
+        "tests/test_reader.py::test_a_damaged_row_is_reported_and_reading_goes_on",
+        "DID NOT RAISE|Error",
     ),
     "newer-format-read": Mutant(
         newer_format_read,
         "tests/test_format.py::test_a_newer_format_is_refused_and_nothing_is_touched",
         "DID NOT RAISE",
     ),
-    "checksums-unread": Mutant(
-        checksums_unread,
-        "tests/test_reader.py::test_a_damaged_row_is_reported_and_reading_goes_on",
-        "DID NOT RAISE|Error",
+    "view-before-journal": Mutant(
+        view_before_journal, CALLS + "[commit-killed]", "assert", is_slow=True
     ),
 }  # fmt: skip

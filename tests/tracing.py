@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import random
 import signal
 import struct
 import sys
@@ -36,6 +37,7 @@ IN_DIRECTORY: Final = {
     265: "linkat", 268: "fchmodat",
 }  # fmt: skip
 KILL: Final = -1
+ACT_S_MAX: Final = 60  # A child that hangs is ended, with -SIGALRM.
 
 _TRACEME, _CONT, _POKEUSER, _SYSCALL, _SETOPTIONS, _CALL = 0, 7, 6, 24, 0x4200, 0x420E
 _OPTIONS: Final = 1 | 8 | 0x80 | 0x100000  # sysgood, clone, seccomp; a tracer's end kills
@@ -95,15 +97,16 @@ def steps(action: Callable[[], Any], root: Path) -> int:
 
 
 def hit_at_each(
-    action: Callable[[], Any], root: Path, how: int, *, runs: int
+    action: Callable[[], Any], root: Path, how: int, chance: random.Random, *, runs: int
 ) -> Iterator[tuple[int, str, int]]:
-    """Run `action` about `runs` times, each time with a later call that fails, or kills it.
+    """Run `action` so many times, each time with another call that fails, or kills it; at the most
+    with each of its calls.
 
     Yields which, its name, and how the child ended, after each; put back what it changed.
     """
     count = steps(action, root)
-    yield 0, "", 0
-    for number in range(1, count + 1, max(1, count // runs)):
+    yield 0, "none", 0
+    for number in sorted(chance.sample(range(1, count + 1), min(runs, count))):
         names: list[str] = []
 
         def decide(call: Call, number: int = number, names: list[str] = names) -> int:
@@ -121,6 +124,7 @@ def _act(action: Callable[[], Any]) -> NoReturn:
         _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         _ptrace(_TRACEME, 0)
         _filter()
+        signal.alarm(ACT_S_MAX)
         os.kill(os.getpid(), signal.SIGSTOP)
         action()
         os._exit(0)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from agreement import require_index
 from system import System
-from trouble import entries, until
+from trouble import entries
 from workers import happened, require_one_at_a_time, working
 
 from ksi.actors.owners import OWNERS

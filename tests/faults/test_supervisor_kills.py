@@ -1,4 +1,4 @@
-"""The supervisor is killed, again and again: nobody is left behind, nothing acknowledged is lost."""
+"""The supervisor is killed, again and again: nobody is left, and nothing acknowledged is lost."""
 
 from __future__ import annotations
 
