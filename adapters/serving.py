@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,8 @@ async def serve_http(
         app = TokenRequired(app, secret)
     with socket.create_server((HOST, port), backlog=_BACKLOG) as listening:
         ready(f"http://{HOST}:{listening.getsockname()[1]}/mcp")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # uvicorn raises what has ended it once more.
         settings = uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=_SHUTDOWN_S
         )
