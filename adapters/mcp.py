@@ -120,6 +120,7 @@ class ToolServer:
             on_list_resources=resources.list,
             on_list_resource_templates=resources.templates,
             on_read_resource=resources.read,
+            on_subscriptions_listen=resources.listen,
         )
         self.server.middleware.append(self._require_identity)
 

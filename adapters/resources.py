@@ -5,16 +5,20 @@
     ksi://tool/NAME                  the full definition of a tool
 
 Each is one JSON object: what the operation behind it answers. So there are only those whose
-operations are tools of the same server.
+operations are tools of the same server. A client that listens is told when a session or an agent it
+names has changed; like any announcement that may be missed, so it is a reason to look and no more.
 """
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import AsyncExitStack, suppress
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 from mcp.server.context import ServerRequestContext
+from mcp.server.subscriptions import InMemorySubscriptionBus, ListenHandler, ResourceUpdated
 from mcp_types import (
     ListResourcesResult,
     ListResourceTemplatesResult,
@@ -23,12 +27,15 @@ from mcp_types import (
     ReadResourceResult,
     Resource,
     ResourceTemplate,
+    SubscriptionsListenRequestParams,
+    SubscriptionsListenResult,
     TextResourceContents,
 )
 
 from ksi.adapters.refusals import protocol_error
 from ksi.adapters.tools import Catalogue
 from ksi.transport import AsyncClient
+from ksi.transport.aclient import Subscription
 from ksi.transport.errors import Invalid, KsiError, NotFound
 
 JSON: Final = "application/json"
@@ -130,6 +137,28 @@ class Resources:
         content = TextResourceContents(uri=params.uri, mime_type=JSON, text=text)
         return ReadResourceResult(contents=[content])
 
+    async def listen(
+        self, ctx: Context, params: SubscriptionsListenRequestParams
+    ) -> SubscriptionsListenResult:
+        """Tell a client when one of the resources it names has changed, for as long as it hears."""
+        bus = InMemorySubscriptionBus()
+        async with AsyncExitStack() as news:
+            for uri in dict.fromkeys(params.notifications.resource_subscriptions or ()):
+                try:
+                    changes = await self._changes(uri)
+                except KsiError as error:
+                    raise protocol_error(error, uri=uri) from None
+                news.callback(changes.close)
+                news.callback(asyncio.create_task(_tell(changes, bus, uri)).cancel)
+            return await ListenHandler(bus)(ctx, params)
+
+    async def _changes(self, uri: str) -> Subscription:
+        name, id, query = _parts(uri)
+        if name not in self._kinds or query:
+            raise NotFound(f"nothing tells when {uri[:200]!r} changes", hint="ksi://session/ID")
+        await self._read(uri)  # So it is there.
+        return await self._client.subscribe(f"{name}.{id}.>", credit=1)
+
     async def _read(self, uri: str) -> Any:
         name, id, query = _parts(uri)
         if name == "tool" and not query:
@@ -146,6 +175,12 @@ class Resources:
             return f"{name} {after}"
         names = list(self._kinds)
         return next(iter(names[names.index(name) + 1 :]), None)
+
+
+async def _tell(changes: Subscription, bus: InMemorySubscriptionBus, uri: str) -> None:
+    with suppress(KsiError):  # The client is closed, or its key revoked: nothing more will come.
+        while await changes.take():
+            await bus.publish(ResourceUpdated(uri=uri))
 
 
 def _parts(uri: str) -> tuple[str, str, dict[str, Any]]:

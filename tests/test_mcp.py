@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from mcp import MCPError
 from mcp.client.streamable_http import streamable_http_client
+from mcp.client.subscriptions import ResourceUpdated
 from mcp.shared._httpx_utils import create_mcp_http_client
 from mcp.types import TextContent
 from system import System
@@ -307,6 +308,26 @@ def test_what_is_no_resource_is_an_error_that_names_it(system: System, uri: str)
             assert error.code == -32602
             assert error.data["uri"] == uri
             assert error.data["code"] in ("not_found", "invalid", "unknown_operation")
+
+    asyncio.run(run())
+
+
+def test_who_listens_is_told_when_a_session_has_changed(system: System) -> None:
+    async def run() -> None:
+        async with within(system) as client:
+            uri = "ksi://session/other"
+            fields = {"session_id": "other", "event": "note"}
+            async with client.listen(resource_subscriptions=[uri]) as changes:
+                for _ in range(2):
+                    await client.call_tool("ksi_session_append", {**fields, "session_id": "plan"})
+                    await client.call_tool("ksi_session_append", fields)
+                    told = await asyncio.wait_for(anext(changes), 10)
+                    assert told == ResourceUpdated(uri)
+            for wrong in ("ksi://tool/ksi_session_get", "ksi://nobody/x", "ksi://session/a b"):
+                with pytest.raises(MCPError) as raised:
+                    async with client.listen(resource_subscriptions=[wrong]):
+                        pass
+                assert raised.value.error.data["uri"] == wrong
 
     asyncio.run(run())
 
