@@ -57,9 +57,7 @@ from ksi.transport.outcomes import still_open
 
 CALL_S: Final = 30.0  # What a call may take where the server is not told: models are patient.
 LOOK_S: Final = 2.0  # How often a client that waits hears that it still does.
-LISTED_MS: Final = (
-    300_000  # For how long a list holds: after an upgrade the new one is wanted soon.
-)
+LISTED_MS: Final = 300_000  # How long a list holds: upgrades are rare, and wanted soon.
 _INTRODUCE_S: Final = 1.0  # A list is not worth waiting longer for the owner that shortens it.
 _CLOSE_S: Final = 1.0
 

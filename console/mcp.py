@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 import click
 
 from ksi.console.options import DURATION, Failed, Options, group
 from ksi.console.show import show_json
+from ksi.transport.remote import is_remote
 
 AGENT: Final = "mcp"  # who a client is unless --as or KSI_AGENT says otherwise
 CALL_S: Final = 30.0  # As in `ksi.adapters.mcp`, which takes long to import.
@@ -78,7 +80,8 @@ def serve(
                     await serve_stdio(tools)
                 else:
                     secret = None if no_token else token(options.var, client.name)
-                    await serve_http(tools, port, secret, lambda url: _announce(options, url))
+                    ready = partial(_announce, options, client.name)
+                    await serve_http(tools, port, secret, ready)
             finally:
                 await tools.close()
 
@@ -106,17 +109,17 @@ def show_token(options: Options) -> None:
         print(said)
 
 
-def _name(options: Options) -> str:
-    return options.identity or AGENT
+def _name(options: Options) -> str | None:
+    """Return who is spoken for; None: whoever's key was carried here from another machine."""
+    return options.identity or (None if is_remote(options.var) else AGENT)
 
 
-def _announce(options: Options, url: str) -> None:
-    said: dict[str, Any] = {"agent": _name(options), "url": url}
+def _announce(options: Options, name: str, url: str) -> None:
     if options.json:
-        show_json("mcp.serve", said)
+        show_json("mcp.serve", {"agent": name, "url": url})
         sys.stdout.flush()
     else:
-        print(f"{said['agent']} is served at {url}", file=sys.stderr, flush=True)
+        print(f"{name} is served at {url}", file=sys.stderr, flush=True)
 
 
 def _require_extra() -> None:
