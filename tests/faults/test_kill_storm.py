@@ -50,7 +50,7 @@ def _storm(system: System, tmp_path: Path, kills: int) -> None:
 
     killed: Counter[str] = Counter()
     while killed.total() < kills:
-        time.sleep(chance.uniform(0.02, 0.25))
+        time.sleep(chance.uniform(0.02, 0.25))  # It may come at any moment.
         name = chance.choices(["sessions", "registry", "files"], [5, 1, 2])[0]
         pid = system.pid_of(name)
         if pid is not None:
