@@ -33,6 +33,7 @@ from ksi.actors.owner import (
     Decision,
     Event,
     Given,
+    Index,
     Interrupted,
     Line,
     Owner,
@@ -223,9 +224,7 @@ class Watched(Owner[Any]):
     """
 
     def __init__(self, owner: Owner[Any], store: MemoryStore) -> None:
-        self.name = owner.name  # type: ignore[misc]
-        self.tables = owner.tables  # type: ignore[misc]
-        self.events = owner.events  # type: ignore[misc]
+        vars(self).update(name=owner.name, tables=owner.tables, events=owner.events)
         self._owner = owner
         self._store = store
         self.done: set[str] = set()
@@ -302,7 +301,7 @@ class Twin:
         self.store = MemoryStore(owner)
         self.watched = Watched(owner, self.store)
         self.log = MemoryLog()
-        self.index = NoIndex()
+        self.index: Index = NoIndex()
         self.now = START
         self.time_s = 0.0
         self.facts: Facts = lambda _query: None

@@ -55,7 +55,7 @@ class AsyncClient:
         self, name: str | None = None, *, var: str | Path | None = None, role: Role = "agent"
     ) -> None:
         self._caller = Caller(name, var=var, role=role)
-        self._loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]
+        self._loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # with the first link
         self._scheduled: set[Link] = set()
         self._sweeping = False
         self._woken = 0  # callers that were answered and have not asked again
@@ -162,7 +162,7 @@ class AsyncClient:
         """
         if self._caller.remote:
             self._caller.require_query(what)
-            return await self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]
+            return await self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]  # no overload takes both
         return self._caller.read_local(what, fields, named)
 
     async def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
@@ -326,7 +326,7 @@ class AsyncClient:
             self._arrived(link)
         deadline_s = time.monotonic() + _FAREWELL_S
         while time.monotonic() < deadline_s and not all(link.window.farewell for link in links):
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # The loop reads the sockets meanwhile.
 
     async def _send(self, prepared: Prepared, deadline_s: float | None) -> Pending:
         link = self._caller.links.get(prepared.owner) or self._link(prepared.owner)

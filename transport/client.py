@@ -182,7 +182,7 @@ class Client:
         """
         if self._caller.remote:
             self._caller.require_query(what)
-            return self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]
+            return self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]  # no overload takes both
         return self._caller.read_local(what, fields, named)
 
     def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:

@@ -150,7 +150,7 @@ class Rebuild:
         until_s = time.monotonic() + FILES_WAIT_S
         for position, sizes in self._pages():
             while (source.written()[1] or oldest) < position and time.monotonic() < until_s:
-                time.sleep(GROUP_S)
+                time.sleep(GROUP_S)  # A poll with a deadline.
             for lines, are_all in self._lines(sizes):
                 whole &= are_all
                 self.lines += self.writer.add(lines, begin)
@@ -414,7 +414,7 @@ def _follow(var: Path, logger: Any, stopping: threading.Event, woken: int) -> No
             if news.poll(int(wait_s * 1000)) and not stopping.is_set():
                 while bell.poll(0):
                     bell.recv()
-                time.sleep(GROUP_S)
+                time.sleep(GROUP_S)  # What comes meanwhile goes with it.
         follower.close()
         context.destroy(linger=0)
     except BaseException:
