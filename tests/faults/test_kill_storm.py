@@ -24,6 +24,7 @@ import pytest
 from agreement import require_agreement, tokens_of
 from history import Operation, violations
 from system import System
+from weather import WEATHER
 
 CLIENTS = 4
 CALLERS = 16
@@ -38,6 +39,29 @@ def test_two_hundred_kills_lose_double_and_reorder_nothing(system: System, tmp_p
 @pytest.mark.soak
 def test_a_thousand_kills_lose_double_and_reorder_nothing(system: System, tmp_path: Path) -> None:
     _storm(system, tmp_path, 1000)
+
+
+def test_frames_that_come_twice_late_or_never_and_jumping_clocks_lose_and_double_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(CLIENT.parent))
+    running = System(tmp_path / "var", WEATHER)
+    try:
+        _storm(running, tmp_path, 15)
+    finally:
+        running.end()
+
+
+@pytest.mark.soak
+def test_three_hundred_kills_in_bad_weather_lose_and_double_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(CLIENT.parent))
+    running = System(tmp_path / "var", WEATHER)
+    try:
+        _storm(running, tmp_path, 300)
+    finally:
+        running.end()
 
 
 def _storm(system: System, tmp_path: Path, kills: int) -> None:

@@ -28,7 +28,7 @@ from ksi.storage import prewrite
 from ksi.storage.journal import MAGIC
 from ksi.storage.store import read_current
 
-STATES, MANY_STATES = 400, 5000
+STATES, MANY_STATES = 400, 7000
 
 
 def seeded() -> random.Random:
@@ -170,4 +170,4 @@ def test_whatever_is_done_when_the_power_is_cut_can_be_done_again(left: Left, wh
 def test_whatever_is_done_when_the_power_is_cut_very_often_can_be_done_again(
     left: Left, what: str
 ) -> None:
-    work_and_cut(left, what, 2500)
+    work_and_cut(left, what, 1500)
