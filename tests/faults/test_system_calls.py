@@ -20,7 +20,7 @@ from left_behind import WORK, Left, left_behind
 from tracing import KILL, hit_at_each
 
 HOW = {"killed": KILL, "EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
-BLOWS = 6  # of each kind, at calls that are drawn; in the soak there are as many as calls
+BLOWS = 4  # of each kind, at calls that are drawn; in the soak there are as many as calls
 
 
 @pytest.fixture(scope="module")
