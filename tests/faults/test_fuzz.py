@@ -16,10 +16,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import zmq
 from hosted import host_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ksi.actors.outbox import Outbox
 from ksi.actors.owners import OWNERS, load, load_all
 from ksi.actors.testing import Twin
 from ksi.transport.mailbox import Letter, Post
@@ -38,6 +40,15 @@ NASTY: list[Any] = [
     "operator", "\x1b[2J", "*", ">", "a.>.b", b"", b"\xff" * 9, [], {}, [[]], {"": {}},
     {"a": None}, [1, "a", None], ["sess_1"] * 3, {"k" * 600: 1}, {1: 2}, [{"a": [{"b": {}}]}] * 2,
 ]  # fmt: skip
+
+
+class Nobody:
+    """The socket to another owner, and its monitor, when none is there."""
+
+    def recv(self, _flags: int) -> bytes:
+        raise zmq.Again
+
+    recv_multipart = recv
 
 
 class Hosted:
@@ -59,9 +70,7 @@ class Hosted:
             sender_of=lambda key: (key, self.role), send=self._answered, ring=lambda: None,
             watch=lambda *_: None, timeout_s=0.0, gone=False,
         )  # fmt: skip
-        outbox = SimpleNamespace(
-            cut=SimpleNamespace(number=0), turn=lambda _: [], push=lambda *_, **__: []
-        )
+        outbox = Outbox("store", lambda _: (Nobody(), Nobody()), self)
         self.host = host_of(twin, mailbox, outbox, self)
         for each in self.operations:
             self.send(self.frame(each.name, pack(each.example)), "alice", "operator")
