@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from crashing import in_child
-from left_behind import Left, history_in, left_behind, project
+from left_behind import Left, history_in, project
 
 from ksi.actors.checkpoints import root_of
 from ksi.actors.followers.indexed import Verification
@@ -19,12 +19,6 @@ from ksi.storage import checkpoints
 from ksi.storage.errors import Corrupt
 
 REPORTED = 3  # What a child that looks ends with where it is told of damage.
-
-
-@pytest.fixture(scope="module")
-def left() -> Iterator[Left]:
-    with left_behind() as found:
-        yield found
 
 
 def view(left: Left) -> Any:

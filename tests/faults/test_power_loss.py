@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from crashing import in_child
 from disk import SAID, Event, Recording, disk_after
-from left_behind import WORK, Left, left_behind
+from left_behind import WORK, Left
 from small_store import add, leave, open_store, state_of
 from tracing import run
 
@@ -117,12 +117,6 @@ def test_nothing_acknowledged_is_lost_in_very_many_states_a_power_cut_leaves(
     if zeros_ahead:
         write_ahead_often(monkeypatch)
     use_and_cut(in_memory, MANY_STATES)
-
-
-@pytest.fixture(scope="module")
-def left() -> Iterator[Left]:
-    with left_behind() as found:
-        yield found
 
 
 def restart_the_machine() -> None:
