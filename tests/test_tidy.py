@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "ksi.transport.errors",
         "ksi.transport.limits",
         "ksi.transport.message",
+        "ksi.transport.moments",
     ),
     "console": ("ksi.console", "ksi.transport", "ksi.actors"),
     "adapters": ("ksi.adapters", "ksi.transport", *DECLARATIONS),

@@ -23,7 +23,6 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -59,6 +58,7 @@ from ksi.transport.errors import (
 from ksi.transport.limits import ARCHIVE_MAX, FRAME_BYTES_MAX
 from ksi.transport.message import OPERATOR, Id, Message, Plain, Text, operation
 from ksi.transport.message import OWNER as OWNERS_ONLY
+from ksi.transport.moments import moment
 
 LINE_BYTES_MAX: Final = FRAME_BYTES_MAX  # A line must fit into the frame that reads it back.
 PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # One page of history, with room for its header.
@@ -1296,23 +1296,10 @@ def _seq_at(at: int | str | None, session_id: str, session: Session, tables: Ses
     if at is None:
         return session.seq
     if isinstance(at, str):
-        return _seq_then(_seconds(at), session_id, session, tables)
+        return _seq_then(moment(at, what="at"), session_id, session, tables)
     if at > session.seq:
         raise NotFound(f"session {session_id} has {session.seq} entries, not {at}", seq=session.seq)
     return at
-
-
-def _seconds(at: str) -> float:
-    """Return a time in seconds since the epoch."""
-    try:
-        time = datetime.fromisoformat(at)
-    except ValueError:
-        time = None
-    if time is None or time.tzinfo is None:
-        raise Invalid(
-            f"at: {at!r} is no time with its zone", hint="2026-05-04T09:00:00Z, or +02:00 for Z"
-        )
-    return time.timestamp()
 
 
 class _Stamp(msgspec.Struct):
