@@ -21,7 +21,7 @@ from ksi.actors.owners import OWNERS
 from ksi.actors.stat import Stat, read_stat
 from ksi.actors.supervision import checkpointed
 from ksi.actors.supervision.lock import Holder, holder
-from ksi.actors.supervision.reports import Exit, read_children, read_exit, read_index
+from ksi.actors.supervision.reports import Exit, read_children, read_exit, read_follower
 from ksi.actors.supervision.system import CheckpointList, ChildStatus, Phase, State, SystemStatus
 from ksi.transport.errors import KsiError
 from ksi.transport.limits import FREE_BYTES_MIN, FREE_PART_MIN, MAILBOX_REQUESTS_MAX
@@ -165,7 +165,7 @@ def look(var: Path) -> System:
         unreadable=unreadable,
         free_bytes=free_bytes,
         disk_bytes=disk_bytes,
-        index=read_index(run),
+        index=read_follower(run, "index"),
         checkpoints=checkpointed.listed(var, run),
     )
 
