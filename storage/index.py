@@ -564,7 +564,7 @@ class IndexReader:
         return days[::-1] if reverse else days
 
     def _query(self, path: Path, sql: str, parameters: Sequence[Any]) -> list[Any]:
-        return sqlite.ask(path, sql, parameters, of="index")
+        return sqlite.ask(path, sql, parameters, of="index", look="index status")
 
 
 def known_of(cursor: sqlite3.Connection, session_id: str) -> Known:

@@ -91,11 +91,12 @@ def remove(path: Path) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def ask(path: Path, sql: str, parameters: Sequence[Any] = (), *, of: str) -> list[Any]:
+def ask(path: Path, sql: str, parameters: Sequence[Any] = (), *, of: str, look: str) -> list[Any]:
     """Return what a database answers to one question; nothing if there is none.
 
     Args:
         of: what it is a part of, for the text of a refusal: `index`.
+        look: the sub-command that shows how that is: `index status`.
 
     Raises:
         Corrupt: it is damaged; its writer will notice and build it again.
@@ -114,11 +115,11 @@ def ask(path: Path, sql: str, parameters: Sequence[Any] = (), *, of: str) -> lis
             if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
                 raise Busy(
                     f"the {of} was read for {INDEX_QUERY_S_MAX:.0f} s and is not through",
-                    hint="ask for less: a session, an agent, a shorter time",
+                    hint="ask for less: a session, a shorter time, a rarer word",
                 ) from error
             raise Corrupt(
                 f"{path.name} of the {of} cannot be read: {error}",
-                hint=f"it is built again when that is noticed: ksi {of} status",
+                hint=f"it is built again when that is noticed: ksi {look}",
             ) from error
         if inode_of(path) == inode:  # Otherwise it may have been read half from its successor.
             return rows

@@ -90,7 +90,8 @@ class CacheFollower(ABC, Generic[W]):
     Whatever goes wrong, the next turn begins from what is on disk.
     """
 
-    name: str  # what it is called in words, and in the run directory
+    name: str  # of what it says of itself, in the run directory
+    what: str  # it keeps, in words
     order = "rebuild"  # the order of its owner to build it again
 
     def __init__(self, owner: str, var: Path, logger: Any) -> None:
@@ -105,6 +106,7 @@ class CacheFollower(ABC, Generic[W]):
         self._told: dict[str, Any] = {}
         self._told_s = self._settled_s = self._until_s = 0.0
         self._retry_s = RETRY_S
+        self._built_s = float("-inf")  # when it was last built
 
     @abstractmethod
     def _open(self) -> W:
@@ -159,7 +161,7 @@ class CacheFollower(ABC, Generic[W]):
                 self._finish(self._writer)
                 self._writer.close()
         except (KsiError, Outdated, OSError, sqlite3.Error) as error:
-            self._log.warning(f"the {self.name} was not closed in order", error=str(error))
+            self._log.warning(f"the {self.what} was not closed in order", error=str(error))
         self._writer = None
         self._let_go()
 
@@ -204,7 +206,7 @@ class CacheFollower(ABC, Generic[W]):
         return 0 if order is None else int(order.number)
 
     def _begin(self, reason: str) -> None:
-        self._log.warning(f"building the {self.name}", reason=reason)
+        self._log.warning(f"building the {self.what}", reason=reason)
         self._rebuild = self._make(reason, self._ordered(self.order))
 
     def _install(self, rebuild: Making) -> None:
@@ -212,9 +214,10 @@ class CacheFollower(ABC, Generic[W]):
             self._writer.abandon()
             self._writer = None
         rebuild.install()
+        self._built_s = time.monotonic()
         self._rebuild = self._outdated = None
         seconds = round(time.monotonic() - rebuild.begun_s, 3)
-        self._log.info(f"the {self.name} is built", lines=rebuild.lines, seconds=seconds)
+        self._log.info(f"the {self.what} is built", lines=rebuild.lines, seconds=seconds)
 
     def _meet(self, error: Exception) -> bool:
         """Build the cache again if it is at fault, otherwise try again a little later."""
@@ -225,12 +228,15 @@ class CacheFollower(ABC, Generic[W]):
         )
         if is_at_fault and not was_rebuilding:
             self._outdated = str(error)
-            return True
+            if time.monotonic() - self._built_s > RETRY_S_MAX:
+                return True
+            self._until_s = time.monotonic() + RETRY_S  # It was built only just now.
+            return False
         if not isinstance(error, NotRunning):  # That is how a new var begins.
             self._trouble = str(error)
             is_expected = isinstance(error, KsiError | Outdated | OSError | sqlite3.Error)
             self._log.error(
-                f"the {self.name} cannot be written", error=str(error), exc_info=not is_expected
+                f"the {self.what} cannot be written", error=str(error), exc_info=not is_expected
             )
         self._until_s = time.monotonic() + self._retry_s
         self._retry_s = min(2 * self._retry_s, RETRY_S_MAX)

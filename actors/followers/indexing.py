@@ -221,7 +221,7 @@ class Rebuild:
 class IndexFollower(CacheFollower[IndexWriter]):
     """Keeps the index of one var, builds it again and verifies it."""
 
-    name = "index"
+    name = what = "index"
 
     def __init__(self, var: Path, logger: Any) -> None:
         super().__init__("index", var, logger)
