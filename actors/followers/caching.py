@@ -295,12 +295,14 @@ def run_with(owner: str, var: str, make: Make, *, group_s: float = GROUP_S) -> N
 def _beside(owner: str, make: Make, group_s: float) -> Beside:
     def start(var: Path, logger: Any) -> Callable[[], None]:
         stopping = threading.Event()
-        arguments = (owner, make, var, logger, stopping, group_s)
+        woken = os.eventfd(0, os.EFD_CLOEXEC)
+        arguments = (owner, make, var, logger, stopping, woken, group_s)
         thread = threading.Thread(target=_follow, args=arguments, daemon=True)
         thread.start()
 
         def end() -> None:
             stopping.set()
+            os.eventfd_write(woken, 1)
             thread.join(CLOSE_S)  # What it is doing may as well be done again after the next start.
 
         return end
@@ -309,22 +311,31 @@ def _beside(owner: str, make: Make, group_s: float) -> Beside:
 
 
 def _follow(
-    owner: str, make: Make, var: Path, logger: Any, stopping: threading.Event, group_s: float
+    owner: str,
+    make: Make,
+    var: Path,
+    logger: Any,
+    stopping: threading.Event,
+    woken: int,
+    group_s: float,
 ) -> None:
     try:
         followers = wait_for_room(lambda: make(var, logger), logger)
         context = zmq.Context()
         bell = listen(context, bell_endpoint(var, "sessions"))
+        news = zmq.Poller()
+        for each in (bell, woken):
+            news.register(each, zmq.POLLIN)
         while not stopping.is_set():
             if sum(each.turn() for each in followers):  # Each has its turn.
                 continue
             wait_s = min(group_s if each.is_behind() else each.wait_s for each in followers)
-            if bell.poll(int(wait_s * 1000)):
+            if news.poll(int(wait_s * 1000)) and not stopping.is_set():
                 while bell.poll(0):
                     bell.recv()
                 time.sleep(group_s)
-        for each in followers:
-            each.close()
+        for follower in followers:
+            follower.close()
         context.destroy(linger=0)
     except BaseException:
         logger.exception(f"a follower beside {owner} ended")

@@ -51,7 +51,6 @@ from ksi.transport.errors import (
     Conflict,
     Forbidden,
     Invalid,
-    KsiError,
     NotFound,
     NotOwner,
     StaleEpoch,
@@ -366,7 +365,7 @@ class Heartbeat(Command[None], frozen=True, kw_only=True):
     "session:record",
     owner="sessions",
     roles=OWNERS_ONLY,
-    refuses=(TooLarge,),
+    refuses=(NotFound, Conflict, Forbidden, TooLarge),
     example={
         "session_id": "sess_1",
         "request_id": "req_1",
@@ -376,7 +375,10 @@ class Heartbeat(Command[None], frozen=True, kw_only=True):
     },
 )
 class RecordEntry(Command[None], frozen=True, kw_only=True):
-    """Write a request or its outcome into a session. Sent by the owner of completions."""
+    """Write a request or its outcome into a session. Sent by the owner of completions.
+
+    What is there already, and the outcome of a request that is not, is left out.
+    """
 
     session_id: Id
     request_id: Id
@@ -385,15 +387,8 @@ class RecordEntry(Command[None], frozen=True, kw_only=True):
     data: Plain
 
 
-class Refusal(Message, frozen=True, kw_only=True):
-    """What the owner of completions is told of a request that is not recorded."""
-
-    request_id: str
-    reason: str
-
-
 class ClosedSession(Message, frozen=True, kw_only=True):
-    """What it is told of a session that had open requests."""
+    """What the owner of completions is told of a session that had open requests."""
 
     session_id: str
 
@@ -900,18 +895,13 @@ def _contributed(
 def _record(command: RecordEntry, tables: SessionTables, given: Given) -> Decision:
     """Record what the owner of completions has accepted, unless it is not to be any more."""
     session_id, request_id = command.session_id, command.request_id
+    session = _open(tables, session_id)
     is_request = command.event == "completion:request"
-    if not is_request and tables.open.get((session_id, request_id)) is None:
-        return Decision()  # The request was not recorded.
-    try:
-        session = _open(tables, session_id)
-        if is_request:
-            _require_admitted(session_id, session, command.agent_id, tables)
-    except KsiError as error:
-        if is_request:
-            refusal = Refusal(request_id=request_id, reason=error.text)
-            return Decision(sends=(Send("completion", "completion:refuse", refusal),))
-        return Decision((RequestSettled(session_id, request_id),))
+    is_open = tables.open.get((session_id, request_id)) is not None
+    if is_request == is_open:
+        return Decision()
+    if is_request:
+        _require_admitted(session_id, session, command.agent_id, tables)
     entry = Entry(event=command.event, data=command.data, correlation_id=request_id)
     events = _contributed(session_id, session, entry, command.agent_id, tables, given)
     mark = (RequestOpened if is_request else RequestSettled)(session_id, request_id)
