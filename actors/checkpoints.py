@@ -34,6 +34,7 @@ import zmq
 
 from ksi.actors import log
 from ksi.actors.commit import bind, table_types
+from ksi.actors.followers.conversed import cache_path
 from ksi.actors.followers.indexed import index_directory
 from ksi.actors.owner import Owner
 from ksi.actors.owners import OWNERS, load
@@ -43,9 +44,10 @@ from ksi.storage import checkpoints
 from ksi.storage.atomic import make_directory, sync_directory
 from ksi.storage.boot import this_boot
 from ksi.storage.checkpoints import Checkpoint, File
+from ksi.storage.conversations import ConversationsReader
 from ksi.storage.errors import Corrupt
 from ksi.storage.files import read_cursor, read_log
-from ksi.storage.index import read_place
+from ksi.storage.index import Place, read_place
 from ksi.storage.journal import drop_segments
 from ksi.storage.snapshots import Manifest, read_copy
 from ksi.storage.store import Store, copy_view, seal_copy
@@ -372,9 +374,17 @@ def drop_journals(var: Path) -> int:
 def _followed(var: Path, store: str) -> int:
     """Return the first number of the sessions' journal that a follower still has to read."""
     synced = read_cursor(cursor_path(var, "sessions"), this_boot()).synced
-    place = read_place(index_directory(var))
     if synced is None or synced.store != store:
         return 0
-    if place is None or place.store != store:  # It is built again, from the files.
-        return synced.position.segment
-    return min(synced.position.segment, place.position.segment)
+    segments = [synced.position.segment]
+    for place in (read_place(index_directory(var)), _conversations_place(var)):
+        if place is not None and place.store == store:  # Otherwise it is built from the files.
+            segments.append(place.position.segment)
+    return min(segments)
+
+
+def _conversations_place(var: Path) -> Place | None:
+    try:
+        return ConversationsReader(cache_path(var)).place()
+    except KsiError:
+        return None
