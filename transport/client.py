@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar, overload
+from typing import Any, Final, Generic, Self, TypeVar, overload
 
 import zmq
 
@@ -32,6 +32,7 @@ from ksi.transport.message import Command, Message, Query, Role
 from ksi.transport.window import Pending
 
 R = TypeVar("R")
+D = TypeVar("D")
 
 KEEPER_S: Final = 0.02  # How often the keeper looks, while there is anything to look after.
 _CLOSE_S: Final = 5.0
@@ -271,6 +272,23 @@ class Client:
                         pass
         raise outcomes.still_open(request_id, timeout_s)
 
+    def watch(
+        self, prefix: str | None = None, *, id: str | None = None, after: int | None = None
+    ) -> Watch:
+        """Follow what changes in the state: all of it, ids that begin with `prefix`, or one `id`.
+
+        It begins behind the revision `after`, else now, and leaves out nothing and repeats nothing:
+        whatever is lost with a connection is read from the state.
+
+        Raises:
+            NotFound: changes behind `after` are not kept any more.
+            Conflict: there is no such revision yet; the store was restored.
+        """
+        wanted = {"id": id, "prefix": prefix}
+        page = self.read("state:changes", wanted, after=after, limit=1)
+        bell = self.subscribe(page["topic"], credit=1)
+        return Watch(self, bell, wanted, page["revision"] if after is None else after)
+
     def inbox(self) -> DurableSubscription:
         """Read what others send to this agent: direct messages, broadcasts and tasks."""
         return self.subscribe(INBOX, durable=INBOX)
@@ -480,20 +498,15 @@ class Subscription:
             self._link.unsubscribe(self._subscribed)
 
 
-class DurableSubscription:
-    """What waits under a name, in order, until it is acknowledged: as `Subscription`.
+class _Fetched(Generic[D]):
+    """What is fetched page by page, whenever a bell says that there is more."""
 
-    Each message comes once to each of these objects; what was not acknowledged comes again to the
-    next one of the same name.
-    """
-
-    def __init__(self, client: Client, durable: str, bell: Subscription) -> None:
+    def __init__(self, client: Client, bell: Subscription, what: str) -> None:
         self._client = client
-        self._durable = durable
         self._bell = bell
-        self._page: deque[DurableDelivery] = deque()
-        self._after = 0
-        self._look = True  # Something may wait that was not fetched.
+        self._what = what
+        self._page: deque[D] = deque()
+        self._look = True  # Something may be there that was not fetched.
 
     def __enter__(self) -> Self:
         return self
@@ -501,17 +514,17 @@ class DurableSubscription:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[DurableDelivery]:
+    def __iter__(self) -> Iterator[D]:
         while True:
             yield self.next()
 
-    def next(self, timeout_s: float | None = None) -> DurableDelivery:
-        """Return the next message that waits.
+    def next(self, timeout_s: float | None = None) -> D:
+        """Return the next of them.
 
         Raises:
             TimeoutError: none came in time.
-            NotFound: the subscription was ended.
-            Unavailable: the bus does not answer, or the client is closed.
+            NotFound: what is read from is not there any more.
+            Unavailable: its owner does not answer, or the client is closed.
         """
         deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while not self._page:
@@ -520,15 +533,31 @@ class DurableSubscription:
                 continue
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
-                raise TimeoutError(f"nothing waits in {self._durable} after {timeout_s} s")
+                raise TimeoutError(f"nothing in {self._what} after {timeout_s} s")
             with contextlib.suppress(TimeoutError):
                 self._bell.next(min(left_s, LOOK_S))
             self._look = True
         return self._page.popleft()
 
     def close(self) -> None:
-        """Stop reading. The subscription stays, and what comes waits in it."""
+        """Stop reading."""
         self._bell.close()
+
+    def _fetch(self) -> None:
+        raise NotImplementedError
+
+
+class DurableSubscription(_Fetched[DurableDelivery]):
+    """What waits under a name, in order, until it is acknowledged: as `Subscription`.
+
+    Each message comes once to each of these objects; what was not acknowledged comes again to the
+    next one of the same name. The subscription stays when it is closed, and what comes waits in it.
+    """
+
+    def __init__(self, client: Client, durable: str, bell: Subscription) -> None:
+        super().__init__(client, bell, durable)
+        self._durable = durable
+        self._after = 0
 
     def _fetch(self) -> None:
         ask, durable = self._client.ask, self._durable
@@ -547,3 +576,28 @@ class DurableSubscription:
 
     def _settle(self, number: int) -> None:
         self._client.tell("message:ack", durable=self._durable, message_ids=[number])
+
+
+class Watch(_Fetched[dict[str, Any]]):
+    """Changes of the state in order, each once: `with client.watch("config/") as changes:`.
+
+    They are as `state:changes` returns them. Whoever goes on later, or elsewhere, does so from
+    `revision` or that of the last change it has dealt with.
+    """
+
+    def __init__(
+        self, client: Client, bell: Subscription, wanted: Mapping[str, Any], revision: int
+    ) -> None:
+        super().__init__(client, bell, "what is watched")
+        self._wanted = wanted
+        self._looked = revision
+
+    @property
+    def revision(self) -> int:
+        """All that is watched and has changed up to here was returned."""
+        return self._page[0]["revision"] - 1 if self._page else self._looked
+
+    def _fetch(self) -> None:
+        page = self._client.read("state:changes", self._wanted, after=self._looked)
+        self._page.extend(page["changes"])
+        self._looked, self._look = page["revision"], page["more"]
