@@ -12,7 +12,8 @@ Owns the queue of every session, the grants that workers hold, and the outcomes.
   attempt. What a former attempt reports is refused.
 - A request ends once: completed, failed or cancelled. Its outcome is kept for a while; the record
   is the session's file, which the owner of sessions writes. That owner also has the last word on
-  who may speak: what it refuses to record ends here as cancelled.
+  who may speak: nothing is granted before its request is recorded, and what it refuses ends here
+  as cancelled. Of an outcome that it refuses the request says so.
 
 Grants are decided once a commit, in the tick that follows, over heads of queues and free workers
 only: the cost depends on neither how many requests wait nor how many sessions there are.
@@ -28,7 +29,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -38,10 +39,12 @@ from ksi.actors.owner import (
     Decision,
     Event,
     Given,
+    Interrupted,
     Keyed,
     Owner,
     Query,
     Reply,
+    Restored,
     Send,
     Sender,
     Table,
@@ -89,9 +92,11 @@ PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # What grants in one reply may
 PAGE_REQUESTS_MAX: Final = 1000  # Requests in one reply.
 DUE_MAX: Final = 32  # Leases that lapse, and outcomes forgotten, in one decision.
 RETRY_AFTER_S: Final = 0.5  # What a requester is asked to wait where the queue is full.
+DAEMON_RESTART: Final = "daemon_restart"  # Why a request ended, where a restore interrupted it.
 ANYTHING: Final = "*"  # What a request requires that any worker may take; every worker offers it.
 
 Status = Literal["queued", "active", "completed", "failed", "cancelled"]
+UNRECORDED: Final = "unrecorded"  # Why an outcome is not in the file, in the place of what it says.
 OURS: Final = "completion"  # Who ends what took too long, or too many workers.
 FINAL: Final = frozenset({"completed", "failed", "cancelled"})
 WORKERS: Final[frozenset[Role]] = frozenset({"worker", "operator"})
@@ -120,7 +125,8 @@ class Accepted(Reply, frozen=True, kw_only=True):
 
 
 class RequestView(Reply, frozen=True, kw_only=True):
-    """One request: times in seconds since the epoch. `reason` says why it was not completed.
+    """One request: times in seconds since the epoch. `reason` says why it was not completed, or
+    its outcome is not in the session's file.
 
     `result` and `progress`, what its worker last said, are only in `completion:status`.
     """
@@ -285,19 +291,6 @@ class SetLimit(Command[Limits], frozen=True, kw_only=True):
 
 
 @operation(
-    "completion:refuse",
-    owner="completion",
-    roles=OWNERS_ONLY,
-    example={"request_id": "req_1", "reason": "session sess_1 is closed"},
-)
-class Refuse(Command[None], frozen=True, kw_only=True):
-    """A request was not recorded, for this reason: it ends. Sent by the owner of sessions."""
-
-    request_id: Id
-    reason: Text
-
-
-@operation(
     "completion:session_closed",
     owner="completion",
     roles=OWNERS_ONLY,
@@ -415,7 +408,13 @@ class LeaveWorker(Command[None], frozen=True, kw_only=True):
     epoch: Epoch
 
 
-@operation("worker:grants", owner="completion", roles=WORKERS, example={"worker": "gpu-1"})
+@operation(
+    "worker:grants",
+    owner="completion",
+    roles=WORKERS,
+    own="worker",
+    example={"worker": "gpu-1"},
+)
 class GetGrants(Query[Grants], frozen=True, kw_only=True):
     """Return the grants a worker holds with all it needs for them, or those of them named."""
 
@@ -445,6 +444,18 @@ class Queued(Event, frozen=True, array_like=True, tag="queued"):
     run_s: float
     size: int
     now: float
+    recorded: bool = True  # False: it waits for the owner of sessions to write it
+
+
+class Recorded(Event, frozen=True, array_like=True, tag="recorded"):
+    request_id: str
+
+
+class Unrecorded(Event, frozen=True, array_like=True, tag="unrecorded"):
+    request_id: str
+    session_id: str
+    requester: str
+    reason: str
 
 
 class Granted(Event, frozen=True, array_like=True, tag="granted"):
@@ -546,6 +557,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     timeout_ms: int = 0
     finished_at: float | None = None
     reason: str | None = None
+    recorded: bool = True  # in the session's file
 
 
 class Prompt(msgspec.Struct, frozen=True, array_like=True):
@@ -572,6 +584,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     number: int
     request_id: str
     requires: str
+    recorded: bool = True
 
 
 class Lane(msgspec.Struct, frozen=True, array_like=True):
@@ -636,8 +649,11 @@ class Completion(Owner[CompletionTables]):
     name = "completion"
     tables = CompletionTables
     domains = ("completion", "worker")
+    recovers = True
     events = (
         Queued
+        | Recorded
+        | Unrecorded
         | Granted
         | Progressed
         | Requeued
@@ -663,6 +679,8 @@ class Completion(Owner[CompletionTables]):
         match command:
             case Tick():
                 return _tick(tables, given)
+            case Restored():
+                return _restored(command.interrupted, tables, given)
             case Async():
                 return _async(command, sender, tables, given)
             case Report():
@@ -673,8 +691,6 @@ class Completion(Owner[CompletionTables]):
                 return _progress(command, sender, tables)
             case Cancel():
                 return _cancel(command, sender, tables, given)
-            case Refuse():
-                return _refuse(command, tables, given)
             case SessionClosed():
                 return Decision((QueueClosed(command.session_id),), tick=True)
             case RegisterWorker():
@@ -688,10 +704,24 @@ class Completion(Owner[CompletionTables]):
             case _:
                 raise TypeError(command)
 
+    def answered(
+        self, command: Any, refusal: KsiError | None, tables: CompletionTables, given: Given
+    ) -> Decision:
+        assert isinstance(command, sessions.RecordEntry)
+        if command.event == "completion:request":
+            return _request_recorded(command.request_id, refusal, tables, given)
+        if refusal is not None:
+            return _outcome_refused(command, refusal, tables)
+        return Decision()
+
     def apply(self, event: Any, tables: CompletionTables) -> None:
         match event:
             case Queued():
                 _queued(event, tables)
+            case Recorded():
+                _request_noted(event.request_id, tables)
+            case Unrecorded():
+                _outcome_missed(event, tables)
             case Granted():
                 _granted(event, tables)
             case Progressed():
@@ -745,6 +775,8 @@ class Completion(Owner[CompletionTables]):
                 )
             case Progressed():
                 return (_told(event, "progress", attempt=event.attempt, progress=event.progress),)
+            case Unrecorded():
+                return (_told(event, "unrecorded", reason=event.reason),)
             case Requeued():
                 requeued = _told(event, "requeued", attempt=event.attempt, reason=event.reason)
                 return (requeued, *_revoked(event))
@@ -797,6 +829,7 @@ def _async(command: Async, sender: Sender, tables: CompletionTables, given: Give
         command.run_s,
         size,
         given.now,
+        recorded=False,
     )
     reply = Accepted(
         request_id=request_id,
@@ -807,7 +840,7 @@ def _async(command: Async, sender: Sender, tables: CompletionTables, given: Give
         priority=command.priority,
     )
     record = _recorded(session_id, request_id, sender.name, "completion:request", entry)
-    return Decision((event,), reply, (record,), tick=not lane.active)
+    return Decision((event,), reply, (record,))
 
 
 def _require_admitted(session_id: str, sender: Sender, fact: Reply | KsiError | None) -> None:
@@ -857,14 +890,40 @@ def _cancel(command: Cancel, sender: Sender, tables: CompletionTables, given: Gi
     return _end(request_id, request, "cancelled", given, by=sender.name, reason=reason)
 
 
-def _refuse(command: Refuse, tables: CompletionTables, given: Given) -> Decision:
-    request_id, reason = command.request_id, command.reason
+def _request_recorded(
+    request_id: str, refusal: KsiError | None, tables: CompletionTables, given: Given
+) -> Decision:
+    """A request is in its session's file, and may be granted; or it never will be, and ends."""
     request = tables.requests.get(request_id)
-    if request is None or request.status in FINAL:
+    if request is None or request.status in FINAL or request.recorded:
         return Decision()
-    by = "sessions"
-    end = _end(request_id, request, "cancelled", given, by=by, reason=reason, record=False)
+    if refusal is None:
+        return Decision((Recorded(request_id),), tick=True)
+    end = _end(
+        request_id, request, "cancelled", given, by="sessions", reason=refusal.text, record=False
+    )
     return Decision(end.events, tick=True)
+
+
+def _outcome_refused(
+    command: sessions.RecordEntry, refusal: KsiError, tables: CompletionTables
+) -> Decision:
+    """An outcome is not in its session's file: whoever asks is told, and the file if it can be."""
+    request = tables.requests.get(command.request_id)
+    if UNRECORDED in command.data:  # Not even that.
+        return Decision()
+    sends: tuple[Send, ...] = ()
+    if not isinstance(refusal, Conflict | NotFound):
+        entry = {"agent_id": command.agent_id, UNRECORDED: refusal.text}
+        sends = (
+            _recorded(
+                command.session_id, command.request_id, command.agent_id, command.event, entry
+            ),
+        )
+    if request is None:
+        return Decision((), None, sends)
+    unrecorded = Unrecorded(command.request_id, request.session_id, request.requester, refusal.text)
+    return Decision((unrecorded,), None, sends)
 
 
 def _progress(command: Progress, sender: Sender, tables: CompletionTables) -> Decision:
@@ -1019,17 +1078,39 @@ def _registered(tables: CompletionTables, name: str, epoch: int) -> Worker:
     return worker
 
 
+def _restored(interrupted: Interrupted, tables: CompletionTables, given: Given) -> Decision:
+    """Let all workers go: no epoch, and no attempt, that was named since the checkpoint holds.
+
+    What they were at waits again, as often as when workers vanish, or ends.
+    """
+    lapses_max = LAPSES_MAX if interrupted == "retry" else 1
+    why = DAEMON_RESTART
+    return _together(
+        [
+            _left(name, why, tables, given, lapsed=True, lapses_max=lapses_max, why=why)
+            for name, _worker in tables.workers.range()
+        ]
+    )
+
+
 def _left(
-    name: str, reason: str, tables: CompletionTables, given: Given, *, lapsed: bool
+    name: str,
+    reason: str,
+    tables: CompletionTables,
+    given: Given,
+    *,
+    lapsed: bool,
+    lapses_max: int = LAPSES_MAX,
+    why: str | None = None,
 ) -> Decision:
-    """Let a worker go. What it holds waits again, or ends if too many went over it."""
+    """Let a worker go. What it holds waits again, or ends for `why` if too many went over it."""
     events: list[Event] = []
     sends: list[Send] = []
     for (_, request_id), grant in tables.grants.range(prefix=(name,)):
         request = _known(tables, request_id)
-        if lapsed and request.lapses + 1 >= LAPSES_MAX:
-            why = f"given up: {LAPSES_MAX} workers vanished over it, at last {name}"
-            end = _end(request_id, request, "failed", given, by=OURS, reason=why)
+        if lapsed and request.lapses + 1 >= lapses_max:
+            given_up = why or f"given up: {LAPSES_MAX} workers vanished over it, at last {name}"
+            end = _end(request_id, request, "failed", given, by=OURS, reason=given_up)
             events += end.events
             sends += end.sends
         else:
@@ -1276,6 +1357,7 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
         event.run_s,
         event.size,
         event.now,
+        recorded=event.recorded,
     )
     tables.requests.put(event.request_id, request)
     prompt = Prompt(event.prompt, event.model, event.data, event.options)
@@ -1283,6 +1365,22 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
     lane = tables.lanes.get(event.session_id) or Lane()
     _put_lane(tables, event.session_id, lane, _enter(tables, event.request_id, request, lane))
     _add(tables, number=event.number - _totals(tables).number, waiting=1, open_bytes=event.size)
+
+
+def _request_noted(request_id: str, tables: CompletionTables) -> None:
+    request = _known(tables, request_id)
+    tables.requests.put(request_id, msgspec.structs.replace(request, recorded=True))
+    lane = tables.lanes.get(request.session_id) or Lane()
+    if lane.head is not None and lane.head.request_id == request_id:
+        head = msgspec.structs.replace(lane.head, recorded=True)
+        _put_lane(tables, request.session_id, lane, msgspec.structs.replace(lane, head=head))
+
+
+def _outcome_missed(event: Unrecorded, tables: CompletionTables) -> None:
+    request = _known(tables, event.request_id)
+    missed = f"not in the session's file: {event.reason}"
+    reason = missed if request.reason is None else f"{request.reason}; {missed}"
+    tables.requests.put(event.request_id, msgspec.structs.replace(request, reason=reason))
 
 
 def _granted(event: Granted, tables: CompletionTables) -> None:
@@ -1354,7 +1452,7 @@ def _enter(tables: CompletionTables, request_id: str, request: Request, lane: La
     """Put a request into the queue of its session."""
     key = (request.session_id, request.rank, request.number)
     tables.queue.put(key, Waiting(request_id, request.requires))
-    head = Head(request.rank, request.number, request_id, request.requires)
+    head = Head(request.rank, request.number, request_id, request.requires, request.recorded)
     if lane.head is not None and (lane.head.rank, lane.head.number) < key[1:]:
         head = lane.head
     return msgspec.structs.replace(lane, waiting=lane.waiting + 1, head=head)
@@ -1368,7 +1466,8 @@ def _leave(tables: CompletionTables, request_id: str, request: Request, lane: La
         head = None
         if lane.waiting > 1:
             (_, rank, number), first = next(tables.queue.range(prefix=(request.session_id,)))
-            head = Head(rank, number, first.request_id, first.requires)
+            recorded = _known(tables, first.request_id).recorded
+            head = Head(rank, number, first.request_id, first.requires, recorded)
     return msgspec.structs.replace(lane, waiting=lane.waiting - 1, head=head)
 
 
@@ -1389,7 +1488,7 @@ def _put_lane(tables: CompletionTables, session_id: str, before: Lane, after: La
 
 
 def _ready_of(lane: Lane) -> Head | None:
-    return None if lane.active else lane.head
+    return None if lane.active or lane.head is None or not lane.head.recorded else lane.head
 
 
 def _queue_closed(event: QueueClosed, tables: CompletionTables) -> None:
@@ -1453,6 +1552,22 @@ def _free_rows(name: str, worker: Worker | None) -> set[tuple[str, int, str]]:
     if worker is None or worker.used >= worker.slots:
         return set()
     return {(offered, worker.used, name) for offered in (ANYTHING, *worker.capabilities)}
+
+
+class Open(NamedTuple):
+    """What is open in a state: how many wait, by session, and the requests that run."""
+
+    waiting: dict[str, int]
+    active: list[str]
+
+
+def open_in(tables: CompletionTables) -> Open:
+    """Return what is open, for whoever is told what a restore would do."""
+    lanes = dict(tables.lanes.range())
+    return Open(
+        {session_id: lane.waiting for session_id, lane in lanes.items() if lane.waiting},
+        [lane.active for lane in lanes.values() if lane.active],
+    )
 
 
 def _view(request_id: str, request: Request) -> RequestView:
