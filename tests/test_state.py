@@ -863,6 +863,7 @@ def test_the_steps_of_a_transaction_build_on_each_other_in_one_commit(twin: Twin
         (step("relationship:create", from_id="new", to_id="ghost", relation_type="has"), NotFound),
         (step("entity:create", id="new", type="task"), Conflict),
         (step("entity:update", id="new"), Invalid),
+        (step("set", key="x", value=1, request_id="r"), Invalid),
         (step("set", key="new", value=1), Conflict),
         (step("entity:delete", id="new", relationships="refuse", revision=1), Conflict),
     ],

@@ -1285,9 +1285,12 @@ _STEPS: Final[dict[str, type[Any]]] = {
 def _converted(fields: Any, kind: type[Any], path: str) -> Any:
     """Return a command that is part of another; its open fields were checked with that one."""
     try:
-        return msgspec.convert(fields, kind)
+        part = msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
         raise Invalid(f"{error} of `{path}`"[:1000]) from None
+    if part.request_id is not None:
+        raise Invalid(f"a request_id is of the whole command - at `$.request_id` of `{path}`")
+    return part
 
 
 def _of_part(refusal: KsiError, path: str) -> KsiError:
