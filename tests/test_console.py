@@ -295,7 +295,7 @@ def test_config_says_where_a_value_comes_from(nothing: Shell) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("ksi sta", {"start", "status"}),
+        ("ksi sta", {"start", "state", "status"}),
         ("ksi ask session:ap", {"append", "append_many"}),
         ("ksi ask session:append --se", {"--session-id"}),
         ("ksi ask session:create --admission ", {"open", "invited", "closed"}),
@@ -436,6 +436,43 @@ def test_refusals_have_their_exit_codes(
     done = system(*words)
     assert done.code == code
     assert says in the_error(done, error)
+
+
+def test_the_state_is_set_read_listed_asked_and_watched(system: Shell) -> None:
+    made = system("state", "set", "config/model", '{"name": "opus", "n": 1e300}', "--json").json
+    watched = subprocess.Popen(
+        [*KSI, "state", "watch", "config/", "--after", str(made["revision"] - 1), "-n", "3",
+         "--json"],
+        env=system.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert json.loads(system("state", "get", "config/model").out) == {"name": "opus", "n": 1e300}
+    stale = system("state", "set", "config/model", "1", "--revision", "0")
+    assert stale.code == 5
+    assert f"has the revision {made['revision']}" in the_error(stale, "conflict")
+    assert system("state", "set", "config/text", "plain words").code == 0
+    assert system("state", "set", "config/digits", "12", "--text").code == 0
+    assert [json.loads(system("state", "get", f"config/{key}").out) for key in ("text", "digits")] \
+        == ["plain words", "12"]  # fmt: skip
+    listed = system("state", "list", "config/", "--limit", "2", "--json").json
+    assert (list(listed["keys"]), listed["more"]) == (["config/digits", "config/model"], True)
+    out, _ = watched.communicate(timeout=30)
+    changes = [json.loads(line) for line in out.splitlines()]
+    assert [each["id"] for each in changes] == ["config/model", "config/text", "config/digits"]
+    assert system("state", "delete", "config/text", "--yes").code == 0
+    assert system("state", "get", "config/text").code == 6
+
+    system("ask", "state:entity:create", "--type", "task", "--id", "t1", "--properties", '{"n": 3}')
+    system("ask", "state:relationship:create", "--from", "t1", "--to", "t1", "--type", "follows")
+    only = ("--type", "task", "--where", '{"n": {"$gt": 2}}')
+    assert [e["id"] for e in system("state", "query", *only, "--json").json["entities"]] == ["t1"]
+    assert "t1 follows t1" in system("state", "show", "t1").out
+    assert system("state", "query", "--where", "{").code == 2
+    assert '{"n": 3}' in system("state", "query", *only).out
+    pushed = ("--namespace", "jobs", "--key", "todo", "--data", "[1]")
+    system("ask", "async_state:push", *pushed)
+    assert "todo" in system("state", "queues").out
+    assert re.search(r"relationship +follows +1", system("state").out)
+    assert system("status", "--json").json["state"] == {"entities": 3, "queued": 1}
 
 
 def test_the_index_is_asked_built_again_and_verified(system: Shell) -> None:
