@@ -109,7 +109,7 @@ def test_a_provider_is_cancelled_when_its_grant_is_over(system: System) -> None:
     async def check() -> None:
         provider = Obliging()
         async with serving(system, provider) as alice:
-            slow = await outcome(alice, "wait", run_s=0.3)
+            slow = await outcome(alice, "wait", run_s=0.3, attempts_max=1)
             assert slow["reason"] == "it took longer than 0.3 s"
             accepted = await alice.ask("completion:async", session_id="s", prompt="wait")
             request_id = accepted["request_id"]

@@ -16,7 +16,7 @@ from trouble import until
 
 from ksi.actors.commit import batch_decoder
 from ksi.actors.owners import completion
-from ksi.actors.owners.completion import Ended, Granted, Queued, Requeued
+from ksi.actors.owners.completion_declared import Deferred, Ended, Granted, Queued, Requeued
 from ksi.actors.reading import reader_of
 from ksi.transport.errors import KsiError
 
@@ -108,7 +108,7 @@ def require_one_at_a_time(events: list[Any]) -> list[str]:
                 assert event.session_id not in active, f"two grants at once: {event}"
                 assert event.request_id not in ended, f"granted after its end: {event}"
                 active[event.session_id] = event.request_id, event.attempt
-            case Requeued():
+            case Requeued() | Deferred():
                 assert active.pop(event.session_id) == (event.request_id, event.attempt)
             case Ended():
                 assert event.request_id not in ended, f"ended twice: {event}"
