@@ -45,7 +45,7 @@ def choose(chance: random.Random) -> Asked:
     agent = OPERATOR if chance.random() < 0.1 else Sender(chance.choice(("alice", "bob")), "agent")
     worker = chance.choice((W1, W1, W1, W2))
     session = {"session_id": chance.choice(("s1", "s2", "s3"))}
-    request = {"request_id": f"r{chance.randint(1, 8)}"}
+    request = {"request_id": f"r{chance.randint(1, 6)}"}
     held = {**request, "attempt": chance.choice((1, 1, 1, 1, 2, 3))}
     priority, requires = {"priority": chance.choice((1, 5, 9))}, chance.choice((None, "gpu"))
     prompt = {"prompt": chance.choice(("hi", "\u2028 \x85")), "requires": requires}
@@ -60,13 +60,13 @@ def choose(chance: random.Random) -> Asked:
     budget = chance.choice(({"tokens": 200}, {"cost_usd": 9.0, "restart": True}, {}, {}, {}))
     choices: list[Asked] = [
         *[Asked(agent, "completion:async", {**session, **prompt, **priority, **timeout})] * 3,
-        *[Asked(agent, "completion:async", {**session, **prompt, **request})] * 8,
+        *[Asked(agent, "completion:async", {**session, **prompt, **request})] * 24,
         *[Asked(worker, "worker:report", {**held, "result": {"response": "x"}})] * 10,
         *[Asked(worker, "worker:report", {**held, "error": "it broke", "kind": kind})] * 3,
         Asked(worker, "worker:report", {**held, "error": "no", **provider, **usage}),
         Asked(worker, "worker:report", {**held, **provider, **usage}),
         Asked(worker, "worker:unfit", {**provider, "reason": "no key"}),
-        *[Asked(OPERATOR, "completion:retry", {**request, **chance.choice(({}, session))})] * 4,
+        *[Asked(OPERATOR, "completion:retry", {**request, **chance.choice(({}, session))})] * 8,
         Asked(OPERATOR, "completion:budget", {"agent_id": "alice", **budget}),
         Asked(OPERATOR, "completion:budget", {**session, **budget}),
         *[Asked(worker, "worker:tokens", {**held, "start": 0, "text": "An"})] * 12,
@@ -75,9 +75,9 @@ def choose(chance: random.Random) -> Asked:
         Asked(agent, "completion:token_usage", {}),
         Asked(agent, "completion:budgets", {}),
         *[Asked(worker, "worker:progress", {**held, "progress": {"tokens": 3}})] * 12,
-        *[Asked(worker, "worker:register", {**offers, **lease})] * 3,
-        *[Asked(worker, "worker:renew", {**epoch, "slots": chance.choice((None, 2))})] * 3,
-        Asked(worker, "worker:leave", epoch),
+        *[Asked(worker, "worker:register", {**offers, **lease})] * 10,
+        *[Asked(worker, "worker:renew", {**epoch, "slots": chance.choice((None, 2))})] * 5,
+        *[Asked(worker, "worker:leave", epoch)] * 3,
         Asked(agent, "completion:cancel", {**request, **chance.choice(({}, session))}),
         Asked(SESSIONS, "completion:refuse", {**request, "reason": "no"}),
         Asked(OPERATOR, "completion:limit", {"limit": chance.choice((0, 1, 2, 256))}),
