@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from system import System
 
-from ksi.adapters.providers import PROVIDERS, Echo, Grant, Provider, Say
+from ksi.adapters.providers import PROVIDERS, Echo, Grant, Provider, Talk
 from ksi.adapters.worker import Worker
 from ksi.console.worker import PROVIDER_NAMES
 from ksi.transport import AsyncClient
@@ -23,7 +23,7 @@ class Obliging:
     name = "obliging"
     cancelled = 0
 
-    async def complete(self, grant: Grant, say: Say) -> Any:
+    async def complete(self, grant: Grant, talk: Talk) -> Any:
         match grant.prompt:
             case "raise":
                 raise RuntimeError("no model today")
@@ -36,7 +36,7 @@ class Obliging:
             case "none":
                 return None
             case "wait":
-                await say({"tokens": 1})
+                await talk.say({"tokens": 1})
                 try:
                     await asyncio.sleep(60)
                 except asyncio.CancelledError:
@@ -77,7 +77,7 @@ async def outcome(alice: AsyncClient, prompt: str, **more: Any) -> dict[str, Any
         ("large", "the result is"),
         ("odd", "is not a number JSON can hold"),
         ("object", "cannot be encoded"),
-        ("none", "Expected `object`"),
+        ("none", "has returned NoneType, no result"),
     ],
 )
 def test_what_a_provider_cannot_answer_fails_with_words_and_its_worker_goes_on(
