@@ -12,6 +12,7 @@ from ksi.adapters.providers import (
     Grant,
     Settings,
     Talk,
+    broken,
     key,
     kind_of_status,
     messages_of,
@@ -53,8 +54,10 @@ class Anthropic:
             raise Failed(kind_of_status(error.status_code), words, retry_after_s=after_s) from None
         except anthropic.APIConnectionError as error:
             raise Failed("network_error", f"{error} {error.__cause__ or ''}".strip()) from None
-        except anthropic.APIError as error:
-            raise Failed("provider_error", str(error).replace(self._key, "***")) from None
+        except Failed:
+            raise
+        except Exception as error:
+            raise broken(error, self._key) from error
 
     async def _streamed(
         self, client: anthropic.AsyncAnthropic, grant: Grant, talk: Talk
@@ -63,16 +66,19 @@ class Anthropic:
         said = options.given()
         if "stop" in said:
             said["stop_sequences"] = said.pop("stop")
-        said.pop("seed", None)  # They take none.
+        said.pop("seed", None)  # They take none, and these of some models only.
+        more = {name: said.pop(name) for name in ("temperature", "top_p") if name in said}
         if options.system:
             said["system"] = options.system
         messages = await messages_of(grant, talk, options)
         fields: dict[str, Any] = {"max_tokens": TOKENS_USUAL, **said, "model": model}
         fields["messages"] = [each for each in messages if each["role"] != "system"]
-        async with client.messages.stream(**fields) as stream:
+        async with client.messages.stream(**fields, extra_body=more or None) as stream:
             async for text in stream.text_stream:
                 await talk.tokens(text)
             final = await stream.get_final_message()
+        if final.stop_reason is None:
+            raise Failed("network_error", "the answer broke off", usage=_usage_of(final.usage))
         return {
             "response": "".join(part.text for part in final.content if part.type == "text"),
             "model": final.model,

@@ -208,9 +208,16 @@ def _shown(lines: str) -> str:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End the program and its process group, if it has not ended."""
-    if process.returncode is not None:
-        return
+    """End the program and its process group, if it has not ended, and let go of its pipes."""
+    try:
+        if process.returncode is None:
+            await _told_to_end(process)
+    finally:
+        transport: asyncio.SubprocessTransport = process._transport  # type: ignore[attr-defined]
+        transport.close()  # What was not read to its end stays open otherwise.
+
+
+async def _told_to_end(process: asyncio.subprocess.Process) -> None:
     waiting = asyncio.ensure_future(process.wait())
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):

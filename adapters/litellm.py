@@ -12,7 +12,6 @@ from typing import Any
 
 from ksi.adapters.openai import failures, gathered
 from ksi.adapters.providers import (
-    Failed,
     Grant,
     Settings,
     Talk,
@@ -54,17 +53,14 @@ class LiteLlm:
         messages = await messages_of(grant, talk, options)
         more = {"api_base": self._settings.base_url, "api_key": self._key}
         with failures(self._key or "\0"):
-            try:
-                stream = await litellm.acompletion(
-                    model=model,
-                    messages=messages,
-                    stream=True,
-                    stream_options={"include_usage": True},
-                    timeout=grant.run_s,
-                    num_retries=0,
-                    **{name: value for name, value in more.items() if value},
-                    **options.given(),
-                )
-                return await gathered(stream, talk, model)
-            except litellm.exceptions.BadRequestError as error:
-                raise Failed("invalid_request", str(error)) from None
+            stream = await litellm.acompletion(
+                model=model,
+                messages=messages,
+                stream=True,
+                stream_options={"include_usage": True},
+                timeout=grant.run_s,
+                num_retries=0,
+                **{name: value for name, value in more.items() if value},
+                **options.given(),
+            )
+            return await gathered(stream, talk, model)

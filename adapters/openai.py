@@ -19,6 +19,7 @@ from ksi.adapters.providers import (
     Options,
     Settings,
     Talk,
+    broken,
     key,
     kind_of_status,
     messages_of,
@@ -129,5 +130,7 @@ def failures(secret: str) -> Iterator[None]:
         raise Failed(kind_of_status(error.status_code), words, retry_after_s=after_s) from None
     except openai.APIConnectionError as error:
         raise Failed("network_error", f"{error} {error.__cause__ or ''}".strip()) from None
-    except openai.APIError as error:  # In the middle of a stream.
-        raise Failed("provider_error", str(error).replace(secret, "***")) from None
+    except Failed:
+        raise
+    except Exception as error:
+        raise broken(error, secret) from error

@@ -293,6 +293,20 @@ def kind_of_words(words: str) -> Kind:
     return "provider_error"
 
 
+def broken(error: Exception, secret: str) -> Failed:
+    """Return what an error means that a library lets through in the middle of an answer.
+
+    Libraries use one HTTP client or another, which name their errors alike.
+    """
+    names = {each.__name__ for each in type(error).__mro__}
+    words = f"{type(error).__name__}: {error}".replace(secret, "***")
+    if "TimeoutException" in names:
+        return Failed("timeout", words)
+    if "TransportError" in names:
+        return Failed("network_error", words)
+    return Failed("provider_error", words)
+
+
 def retry_after_s(header: str | None) -> float | None:
     """Return how long a server wants to be left alone; a date is not understood."""
     try:

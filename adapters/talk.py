@@ -21,7 +21,11 @@ from ksi.transport.limits import HISTORY_BYTES_MAX, HISTORY_TURNS_MAX, TEXT_CHAR
 TOKENS_S: Final = 0.1  # How often those who listen see more of an answer.
 RECORDED_S: Final = 10.0  # How long the record of a request may take: its owner may be restarting.
 LOOK_S: Final = 0.02
-ENTRIES_MAX: Final = 4 * HISTORY_TURNS_MAX  # The newest; turns before them are not told.
+WINDOW: Final = 64  # Entries read at once; large ones are half a megabyte.
+ENTRIES_MAX: Final = 4096  # How far back prompts are looked for that waited long for answers ...
+READ_BYTES_MAX: Final = 16 << 20  # ... or so many bytes.
+REQUEST: Final = "completion:request"
+RESULT: Final = "completion:result"
 PARENTS_MAX: Final = 8  # Forks of forks.
 
 
@@ -62,30 +66,49 @@ class SessionTalk:
                 entries = await self._entries(self._grant.session_id)
                 if self._is_recorded(entries):
                     before = await self._with_parents(entries)
-                    return self._turns(before, bytes_max, own=len(entries))
+                    return self._past(before, bytes_max, own=len(entries))
             if time.monotonic() > until_s:
                 raise Failed("temporary_failure", "the session has no record of what came before")
             await asyncio.sleep(LOOK_S)
 
     def _is_recorded(self, entries: list[dict[str, Any]]) -> bool:
+        """Whether the session's record has the answer that the grant follows, or else the grant.
+
+        That may have been queued so long ago that it is further back than we look.
+        """
         said = {(each["event"], each.get("correlation_id")) for each in entries}
-        follows = self._grant.follows
-        waited = follows is None or ("completion:result", follows) in said
-        # Many others may have been queued since: then it is further back than we look.
-        ours = ("completion:request", self._grant.request_id) in said
-        return waited and (ours or len(entries) >= ENTRIES_MAX)
+        if self._grant.follows is not None:
+            return (RESULT, self._grant.follows) in said
+        return (REQUEST, self._grant.request_id) in said or len(entries) >= ENTRIES_MAX
 
     async def _entries(self, session_id: str, at: int | None = None) -> list[dict[str, Any]]:
-        """Return the newest entries of a session, or those up to one."""
-        newest: dict[str, Any] = {"session_id": session_id, "limit": ENTRIES_MAX}
-        if at is not None:
-            newest["at"] = at
-        page = await self._client.read("session:history", newest)
-        entries: list[dict[str, Any]] = list(page["entries"])
-        while page["next"] is not None and len(entries) < ENTRIES_MAX:
-            page = await self._client.read("session:history", {**newest, "after": page["next"]})
-            entries += page["entries"]
+        """Return the newest entries of a session, or those up to one: as many as it takes."""
+        upto = {} if at is None else {"at": at}
+        entries, first, size = await self._window(session_id, upto)
+        while first > 1 and not _enough(entries) and len(entries) < ENTRIES_MAX:
+            if size > READ_BYTES_MAX:
+                break
+            after = max(0, first - 1 - WINDOW)
+            earlier = {**upto, "after": after, "limit": first - 1 - after}
+            window, first, more = await self._window(session_id, earlier)
+            entries, size = window + entries, size + more
+            await asyncio.sleep(0)  # Others of this worker want to go on, too.
         return entries
+
+    async def _window(
+        self, session_id: str, where: dict[str, int]
+    ) -> tuple[list[dict[str, Any]], int, int]:
+        """Return entries, the number of the first, and about how many bytes they say."""
+        wanted: dict[str, Any] = {"limit": WINDOW, **where, "session_id": session_id}
+        page = await self._client.read("session:history", wanted)
+        entries: list[dict[str, Any]] = list(page["entries"])
+        first, last = page["first_seq"], page["first_seq"] + wanted["limit"] - 1
+        while page["next"] is not None and page["next"] < last:  # Large ones come in pages.
+            left = {**wanted, "after": page["next"], "limit": last - page["next"]}
+            page = await self._client.read("session:history", left)
+            entries += page["entries"]
+        size = sum(len(str(each["data"])) for each in entries)
+        return entries, first, size
 
     async def _with_parents(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the entries of a fork behind those of its parent, up to where it was forked."""
@@ -94,32 +117,44 @@ class SessionTalk:
             if first.get("event") != "session:fork" or len(entries) >= ENTRIES_MAX:
                 break
             parent, at = first["data"]["parent"], first["data"]["seq"]
-            with contextlib.suppress(KsiError):  # Archived or gone: what is here has to do.
-                entries = [*await self._entries(parent, at), *entries[1:]]
-                continue
-            break
+            try:
+                before = await self._entries(parent, at)
+            except KsiError:  # Archived or gone: what is here has to do.
+                break
+            entries = [*before, *entries[1:]]
         return entries
 
-    def _turns(self, entries: list[dict[str, Any]], bytes_max: int, own: int) -> Past:
-        prompts = {
-            each.get("correlation_id"): each["data"].get("prompt")
-            for each in entries
-            if each["event"] == "completion:request"
-        }
+    def _past(self, entries: list[dict[str, Any]], bytes_max: int, own: int) -> Past:
+        """Return the turns that fit, and the provider's session if it knows all of them."""
+        prompts = _prompts(entries)
         turns: deque[Turn] = deque()
         provider_session = None
         room = bytes_max
         for back, entry in enumerate(reversed(entries)):
-            data = entry["data"]
-            if entry["event"] != "completion:result":
-                continue
-            prompt, response = prompts.get(entry.get("correlation_id")), data.get("response")
-            if not isinstance(prompt, str) or not isinstance(response, str):
+            data, prompt = entry["data"], prompts.get(entry.get("correlation_id"))
+            response = data.get("response")
+            if entry["event"] != RESULT or not isinstance(response, str) or prompt is None:
                 continue
             if not turns and back < own and data.get("provider") == self._provider:
-                provider_session = data.get("provider_session")  # It knows all up to here.
+                provider_session = data.get("provider_session")
             room -= len(prompt.encode()) + len(response.encode())
             if room < 0 or len(turns) == HISTORY_TURNS_MAX:
                 break
             turns.appendleft(Turn(prompt, response))
         return Past(list(turns), provider_session if isinstance(provider_session, str) else None)
+
+
+def _prompts(entries: list[dict[str, Any]]) -> dict[Any, str]:
+    """Return the prompts of requests by their ids."""
+    return {
+        each.get("correlation_id"): prompt
+        for each in entries
+        if each["event"] == REQUEST and isinstance(prompt := each["data"].get("prompt"), str)
+    }
+
+
+def _enough(entries: list[dict[str, Any]]) -> bool:
+    """Whether more entries would add no turn: all there may be are here, with their prompts."""
+    prompts = _prompts(entries)
+    answered = [each.get("correlation_id") for each in entries if each["event"] == RESULT]
+    return len(answered) >= HISTORY_TURNS_MAX and all(each in prompts for each in answered)

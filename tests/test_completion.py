@@ -878,6 +878,8 @@ def test_over_its_budget_nothing_is_accepted_and_nothing_begun(
         report(twin, request_id, result={"response": "done"}, usage=TOOK)
     ended = status(twin, third)
     assert (ended.status, ended.kind, ended.attempt) == ("failed", "budget", 0)
+    last = msgspec.msgpack.decode(twin.sends[-1][3])
+    assert (last["event"], last["agent_id"]) == ("completion:failed", "alice")
     with pytest.raises(Quota, match="the budget is used up"):
         submit(twin)
     submit(twin, "s2", "bob")

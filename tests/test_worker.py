@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import click
 import pytest
 from system import System
 
 from ksi.adapters.providers import PROVIDERS, Echo, Grant, Provider, Talk
-from ksi.adapters.worker import Worker
-from ksi.console.worker import PROVIDER_NAMES
+from ksi.adapters.worker import Pace, Worker
+from ksi.console.worker import PROVIDER_NAMES, require_fit
 from ksi.transport import AsyncClient
 from ksi.transport.errors import Invalid
 
@@ -162,3 +164,46 @@ def test_a_worker_without_a_provider_is_none_and_the_console_knows_all(system: S
     with pytest.raises(Invalid):
         Worker("none", [], var=system.var)
     assert set(PROVIDER_NAMES) == set(PROVIDERS)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("nonsense", "'nonsense' is not one of"),
+        ("echo --slots 0", "0 is not in the range"),
+        ("echo --rate often", "is no rate"),
+        ("echo 'unbalanced", "No closing quotation"),
+        ("echo --unknown 3", "No such option"),
+        ("command --command no-such-program", "finds no program 'no-such-program'"),
+        ("command", "needs a command line"),
+        ("echo --offers 'two words'", "--offers takes one word"),
+        ("openai --key-file no-such-file", "cannot be read"),
+    ],
+)
+def test_a_worker_that_cannot_answer_is_refused_before_it_is_started(line: str, words: str) -> None:
+    with pytest.raises((Invalid, click.UsageError)) as refused:
+        require_fit(line)
+    shown = refused.value
+    assert words in (shown.format_message() if isinstance(shown, click.UsageError) else str(shown))
+
+
+def test_the_name_of_a_supervised_worker_says_what_it_offers() -> None:
+    assert require_fit("echo --offers parrot --slots 2") == (
+        "worker-parrot",
+        ["--provider", "echo", "--offers", "parrot", "--slots", "2"],
+    )
+
+
+def test_a_provider_rests_as_long_as_it_asks_and_is_called_evenly() -> None:
+    async def check() -> list[float]:
+        pace = Pace(20.0)
+        begun_s = time.monotonic()
+        await asyncio.gather(pace.turn(), pace.turn(), pace.turn())
+        apart_s = time.monotonic() - begun_s
+        pace.rest(0.2)
+        await pace.turn()
+        return [apart_s, time.monotonic() - begun_s]
+
+    three_s, rested_s = asyncio.run(check())
+    assert three_s >= 0.1
+    assert rested_s >= 0.3

@@ -631,7 +631,7 @@ def _end(
     provider: str = "",
 ) -> Decision:
     """End an open request: once, for a request that has ended is not open any more."""
-    speaker = request.worker if by == OURS else by
+    speaker = (request.worker or request.requester) if by == OURS else by
     entry = {**(result or {}), "agent_id": speaker}
     if reason is not None:
         entry["reason"] = reason
