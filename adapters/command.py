@@ -92,6 +92,9 @@ class Command:
             "prompt": grant.prompt,
             "session": past.provider_session,
         }
+        for name in ("model", "session"):
+            if (known[name] or "").startswith("-"):
+                raise Failed("invalid_request", f"the {name} {known[name]!r} is an option")
         words = list(filled(self._words, known))
         ours = {"KSI_REQUEST": grant.request_id, "KSI_SESSION": grant.session_id}
         try:

@@ -19,6 +19,7 @@ from ksi.transport.errors import KsiError, NotFound
 from ksi.transport.limits import HISTORY_BYTES_MAX, HISTORY_TURNS_MAX, TEXT_CHARS_MAX
 
 TOKENS_S: Final = 0.1  # How often those who listen see more of an answer.
+TOLD_S: Final = 1.0  # How long an answer is held up where nobody passes it on.
 RECORDED_S: Final = 10.0  # How long the record of a request may take: its owner may be restarting.
 LOOK_S: Final = 0.02
 WINDOW: Final = 64  # Entries read at once; large ones are half a megabyte.
@@ -54,7 +55,7 @@ class SessionTalk:
             fields = self._named(start=self._start, text=said)
             self._start += len(said)
             with contextlib.suppress(KsiError):
-                await self._client.ask("worker:tokens", fields)
+                await self._client.ask("worker:tokens", fields, timeout_s=TOLD_S)
 
     def _named(self, **more: Any) -> dict[str, Any]:
         return {"request_id": self._grant.request_id, "attempt": self._grant.attempt, **more}

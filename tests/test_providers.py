@@ -137,6 +137,11 @@ def test_a_programs_own_session_is_resumed_and_when_it_is_lost_the_past_is_told(
     assert "new any one" in lost["response"]
 
 
+def test_a_model_cannot_be_an_option_of_the_program() -> None:
+    failed = failure("command", "hi", program("[--model {model}]"), model="--do-anything")
+    assert (failed.kind, "is an option" in str(failed)) == ("invalid_request", True)
+
+
 def test_a_program_may_read_all_there_is_as_json() -> None:
     reader = (
         "import json, sys; g = json.load(sys.stdin); print(*g['history'][0].values(), g['prompt'])"

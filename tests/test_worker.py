@@ -12,11 +12,12 @@ import click
 import pytest
 from system import System
 
-from ksi.adapters.providers import PROVIDERS, Echo, Grant, Provider, Talk
+from ksi.actors.owners.spending import Usage
+from ksi.adapters.providers import PROVIDERS, Echo, Failed, Grant, Provider, Talk
 from ksi.adapters.worker import Pace, Worker
 from ksi.console.worker import PROVIDER_NAMES, require_fit
 from ksi.transport import AsyncClient
-from ksi.transport.errors import Invalid
+from ksi.transport.errors import Invalid, Unanswered, Unavailable
 
 
 class Obliging:
@@ -45,6 +46,32 @@ class Obliging:
                     self.cancelled += 1
                     raise
         return {"response": "well", "model": "obliging"}
+
+
+class Speaking:
+    """Answers word by word."""
+
+    name = "speaking"
+
+    async def complete(self, grant: Grant, talk: Talk) -> Any:
+        for word in ("one", " two", " three"):
+            await talk.tokens(word)
+            await asyncio.sleep(0.12)
+        return {"response": "one two three", "model": "speaking"}
+
+
+class Flaky:
+    """Fails twice in a way that may pass; each attempt takes more."""
+
+    name = "flaky"
+    calls = 0
+
+    async def complete(self, grant: Grant, talk: Talk) -> Any:
+        self.calls += 1
+        usage = Usage(output_tokens=self.calls)
+        if self.calls < 3:
+            raise Failed("provider_error", "not yet", usage=usage)
+        return {"response": "now", "model": "flaky", "usage": usage}
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +170,42 @@ def test_one_worker_answers_as_many_sessions_at_a_time_as_it_has_slots(system: S
             ends = [await alice.outcome(each["request_id"]) for each in accepted]
         granted = max(each["granted_at"] for each in ends)
         assert granted < min(each["finished_at"] for each in ends)
+
+    asyncio.run(check())
+
+
+def test_an_answer_is_waited_for_and_a_failure_raised(system: System) -> None:
+    async def check() -> None:
+        async with serving(system, Obliging(), Speaking()) as alice:
+            heard: list[tuple[int, str]] = []
+            answered = await alice.complete(
+                "s", "say", requires="speaking", on_tokens=lambda *piece: heard.append(piece)
+            )
+            assert answered["result"]["response"] == "one two three"
+            assert heard[0] == (0, "one")
+            assert "".join(text for _, text in heard) in "one two three"
+            with pytest.raises(Unanswered, match="no model today") as failed:
+                await alice.complete("s", "raise")
+            assert failed.value.details["status"] == "failed"
+            with pytest.raises(Unavailable, match="it goes on"):
+                await alice.complete("s", "wait", timeout_s=0.3, request_id="slow")
+            await alice.ask("completion:cancel", request_id="slow")
+
+    asyncio.run(check())
+
+
+def test_what_a_provider_says_of_its_failure_decides_whether_it_is_asked_again(
+    system: System,
+) -> None:
+    async def check() -> None:
+        flaky = Flaky()
+        async with serving(system, flaky) as alice:
+            answered = await alice.complete("s", "x", retry_s=0.1)
+            assert (answered["attempt"], answered["failures"]) == (3, 2)
+            assert answered["result"]["usage"]["output_tokens"] == 3
+            taken = await alice.read("completion:token_usage", model="flaky")
+            assert taken["output_tokens"] == 1 + 2 + 3
+        assert flaky.calls == 3
 
     asyncio.run(check())
 

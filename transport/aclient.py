@@ -287,9 +287,12 @@ class AsyncClient:
             status = await self.ask("completion:status", request_id=request_id, timeout_s=left_s)
             if outcomes.has_ended(status):
                 return status
-            left_s = min(deadline_s - time.monotonic(), outcomes.RECHECK_S)
+            again_s = min(deadline_s, time.monotonic() + outcomes.RECHECK_S)
             with contextlib.suppress(TimeoutError):
-                while not outcomes.may_have_ended(delivery := await news.next(left_s)):
+                while True:
+                    delivery = await news.next(max(0.0, again_s - time.monotonic()))
+                    if outcomes.may_have_ended(delivery):
+                        break
                     outcomes.hear(delivery, on_tokens)
         raise outcomes.still_open(request_id, timeout_s)
 

@@ -532,7 +532,7 @@ def _report(command: Report, sender: Sender, tables: CompletionTables, given: Gi
     model = command.result.get("model")
     if not isinstance(model, str):
         prompt = tables.prompts.get(request_id)
-        model = prompt.model if prompt else None
+        model = (prompt.model if prompt else None) or command.provider
     usage, requester = command.usage, request.requester
     taken = spending.taken(requester, request.session_id, model, usage, given.now)
     if command.error is None:
