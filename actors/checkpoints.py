@@ -20,7 +20,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -333,14 +333,12 @@ def _logs(copy: Path) -> Iterator[tuple[str, int]]:
     owner = load("sessions")
     specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
     after = ""
+
+    def page_behind(tables: Mapping[str, Any]) -> list[tuple[str, int]]:
+        return list(islice(owner.logs(bind(owner.tables, tables), after), PAGE_LOGS))
+
     while True:
-        page = read_copy(
-            copy,
-            specs,
-            lambda tables, after=after: list(  # type: ignore[misc]
-                islice(owner.logs(bind(owner.tables, tables), after), PAGE_LOGS)
-            ),
-        )
+        page = read_copy(copy, specs, page_behind)
         yield from page
         if len(page) < PAGE_LOGS:
             return

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 import msgspec
 
 from ksi.actors.log import Level
+from ksi.actors.owner import Interrupted
 from ksi.transport.errors import Invalid
 from ksi.transport.limits import HUNG_COMMIT_S, HUNG_TURN_S, SNAPSHOT_JOURNAL_BYTES, TICK_S
 
@@ -136,6 +137,12 @@ class CheckpointSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         "with 1 there is nothing to fall back to when it is damaged",
         "checkpoints", 1, 10_000,
     )] = 5
+    interrupted: Annotated[Interrupted, msgspec.Meta(extra={
+        "reason": "what becomes of requests that were running in a checkpoint that is restored: "
+        "they wait again in their place, or end as failed with the reason daemon_restart",
+        "danger": "retry calls the model again for what may have been answered since",
+        "unit": "retry or fail",
+    })] = "retry"
 
 
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

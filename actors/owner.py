@@ -7,6 +7,7 @@ To read it, a *query* is answered from one committed state, by the owner or in a
 
     decide(command, sender, tables, given) -> Decision      reads tables, writes nothing
     apply(event, tables)                                    writes tables, live and in replay
+    answered(message, refusal, tables, given) -> Decision   another owner's word on a message
     relay(signal, sender, tables) -> Announcement           reads tables; nothing is kept
     answer(query, tables) -> reply                          reads tables, in any process
 
@@ -27,7 +28,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -169,8 +170,21 @@ class Announcement(msgspec.Struct, frozen=True, gc=False):
     sender: str = ""
 
 
+Interrupted = Literal["retry", "fail"]
+
+
 class Tick(Command[None], frozen=True, kw_only=True):
     """Time has passed. Sent by the host to its own owner: a few times a second, and when asked."""
+
+
+class Restored(Command[None], frozen=True, kw_only=True):
+    """The store was restored from a checkpoint: what was told of later is undone.
+
+    Sent by the host to an owner that `recovers`: once, before anything else is carried out.
+    `interrupted` is what is to become of work that was under way: tried again, or failed.
+    """
+
+    interrupted: Interrupted = "retry"
 
 
 class Keyed:
@@ -198,6 +212,7 @@ class Owner(ABC, Generic[T]):
     tables: ClassVar[type[Tables]]
     events: ClassVar[Any]  # the union of this owner's event classes
     domains: ClassVar[tuple[str, ...]] = ()  # first words of the topics it announces
+    recovers: ClassVar[bool] = False  # whether it decides about `Restored`
 
     @abstractmethod
     def decide(self, command: Any, sender: Sender, tables: T, given: Given) -> Decision:
@@ -218,6 +233,13 @@ class Owner(ABC, Generic[T]):
         date when it is used: the other owner has the last word, through a `Send`.
         """
         return None
+
+    def answered(self, command: Any, refusal: KsiError | None, tables: T, given: Given) -> Decision:
+        """Return what follows from another owner's answer to `command`, a message of this one.
+
+        `refusal` None: it was carried out there. What it leads to may be decided twice.
+        """
+        return Decision()
 
     def relay(self, signal: Any, sender: Sender, tables: T) -> Announcement | None:
         """Return what subscribers are told of `signal`, or raise a refusal.
@@ -249,6 +271,7 @@ class Owner(ABC, Generic[T]):
 
 
 __all__ = [
-    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Key", "Keyed", "Line", "Log",
-    "Owner", "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
+    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Interrupted", "Key", "Keyed",
+    "Line", "Log", "Owner", "Query", "Reply", "Restored", "Send", "Sender", "Table", "Tables",
+    "Tick",
 ]  # fmt: skip

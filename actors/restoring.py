@@ -20,7 +20,12 @@ from typing import Final
 
 import msgspec
 
+from ksi.actors import config
 from ksi.actors.checkpoints import root_of
+from ksi.actors.commit import bind, table_types
+from ksi.actors.owner import Interrupted
+from ksi.actors.owners import completion
+from ksi.actors.owners.completion import Open
 from ksi.actors.reading import archive_directory, log_directory
 from ksi.actors.supervision import lock
 from ksi.storage import checkpoints
@@ -30,7 +35,9 @@ from ksi.storage.checkpoints import LATEST, Checkpoint
 from ksi.storage.errors import Corrupt
 from ksi.storage.files import log_name
 from ksi.storage.format import check_format
+from ksi.storage.snapshots import read_copy
 from ksi.storage.store import is_as_restored, restore
+from ksi.storage.tables import TableSpec
 from ksi.transport.errors import Conflict, NotFound
 
 RESTORING: Final = "RESTORING"
@@ -53,6 +60,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         shortened: session files that are longer than in the checkpoint.
         removed: session files it does not know. Like those, they are kept in `aside`.
         missing: session files that lack bytes the checkpoint knows of; they stay as they are.
+        queued: how many requests wait in each session: they will go on doing so, in their order.
+        interrupted: requests that were running; the `rule` says what becomes of them: they wait
+            again in their place, or end as failed with the reason `daemon_restart`, once.
     """
 
     id: str
@@ -64,6 +74,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     removed: list[str]
     missing: list[str]
     aside: str
+    queued: dict[str, int]
+    interrupted: list[str]
+    rule: Interrupted
 
     @property
     def is_nothing(self) -> bool:
@@ -95,6 +108,7 @@ def plan(var: Path, checkpoint_id: str = LATEST) -> Plan:
     sizes = {file.key: file.size for file in checkpoints.read_files(root / found.id)}
     present = dict(_present(log_directory(var)))
     archive = Archive(archive_directory(var))
+    waits = Open({}, []) if "completion" in as_it_is else _open_in(root / found.id)
     return Plan(
         id=found.id,
         created_at=found.created_at,
@@ -109,6 +123,9 @@ def plan(var: Path, checkpoint_id: str = LATEST) -> Plan:
             if present.get(key, 0) < size and (archive.size(key) or 0) < size
         ),
         aside=aside,
+        queued=waits.waiting,
+        interrupted=waits.active,
+        rule=config.load(var).config.checkpoint.interrupted,
     )
 
 
@@ -199,6 +216,17 @@ def _newest_first(root: Path) -> list[str]:
     newest = readable[0] if readable else ""
     damaged = [name for name in checkpoints.names(root) if name not in readable and name > newest]
     return [*reversed(damaged), *readable]
+
+
+def _open_in(checkpoint: Path) -> Open:
+    """Return the requests that are open in a checkpoint."""
+    owner = completion.OWNER
+    specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
+    return read_copy(
+        checkpoint / owner.name,
+        specs,
+        lambda tables: completion.open_in(bind(owner.tables, tables)),
+    )
 
 
 def _present(directory: Path) -> Iterator[tuple[str, int]]:

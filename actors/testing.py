@@ -27,21 +27,23 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from ksi.actors.commit import CommitLoop, Facts, Outcome, Work, batch_decoder, bind, table_types
-from ksi.actors.delivery import ClientRow, Record
+from ksi.actors.delivery import SENT, Answered, ClientRow, Record
 from ksi.actors.owner import (
     Announcement,
     Decision,
     Event,
     Given,
+    Interrupted,
     Line,
     Owner,
     Query,
     Reply,
+    Restored,
     Sender,
 )
 from ksi.storage.tables import Key, MemoryTable, TableSpec
 from ksi.transport import wire
-from ksi.transport.errors import KsiError, StorageFull, from_wire
+from ksi.transport.errors import Conflict, Internal, KsiError, StorageFull, from_wire
 from ksi.transport.message import CATALOGUE, Operation, encode
 
 SEEDS: Final = 50
@@ -240,6 +242,16 @@ class Watched(Owner[Any]):
         """Return what the owner wants to know."""
         return self._owner.fact(command, sender)
 
+    def answered(
+        self, command: Any, refusal: KsiError | None, tables: Any, given: Given
+    ) -> Decision:
+        """Decide what follows from an answer, likewise."""
+        self._store.is_frozen = True
+        try:
+            return self._owner.answered(command, refusal, tables, given)
+        finally:
+            self._store.is_frozen = False
+
     def relay(self, signal: Any, sender: Sender, tables: Any) -> Announcement | None:
         """Relay, with the tables locked."""
         said: Announcement | None = self._watch(
@@ -280,6 +292,8 @@ class Twin:
     Attributes:
         now, time_s: wall time and owner time. `pass_time` moves both.
         facts: answers from other owners' states; by default there are none.
+        hears: whether other owners answer messages at once, else with `hear`; where the owner
+            wants to know. refuses: what they answer to one: None, or a refusal.
         events: all that is committed; told: what was announced of it; sends: messages to others.
     """
 
@@ -292,6 +306,9 @@ class Twin:
         self.now = START
         self.time_s = 0.0
         self.facts: Facts = lambda _query: None
+        self.hears = type(owner).answered is not Owner.answered
+        self.refuses: Callable[[Any], KsiError | None] = lambda _message: None
+        self._unheard: list[tuple[str, int, str, bytes]] = []
         self.events: list[Event] = []
         self.told: list[Announcement] = []
         self.sends: list[tuple[str, int, str, bytes]] = []
@@ -327,10 +344,25 @@ class Twin:
         return self.run([], tick=True)
 
     def run(
-        self, works: Sequence[Work], ours: Sequence[Record[Any]] = (), *, tick: bool = False
+        self,
+        works: Sequence[Work],
+        ours: Sequence[Record[Any]] = (),
+        *,
+        answers: Sequence[Answered] = (),
+        tick: bool = False,
     ) -> Outcome:
         """Carry out a batch, as the host does; monotonic time is owner time here."""
-        outcome = self.loop.run(works, ours, self.now, self.time_s, self.time_s, tick=tick)
+        now, time_s = self.now, self.time_s
+        return self._told_of(
+            self.loop.run(works, ours, now, time_s, time_s, answers=answers, tick=tick)
+        )
+
+    def restored(self, interrupted: Interrupted = "retry") -> Outcome:
+        """Let the owner decide about a restore, as the host does before anything else."""
+        restored = Restored(interrupted=interrupted)
+        return self._told_of(self.loop.run_restored(restored, self.now, self.time_s))
+
+    def _told_of(self, outcome: Outcome) -> Outcome:
         self.events += outcome.events
         self.sends += outcome.sends
         for each in outcome.told:
@@ -338,7 +370,20 @@ class Twin:
         for event in outcome.events:
             for line in self.owner.lines(event):
                 self.log.add(line)
+        self._unheard += outcome.sends
+        if self.hears and outcome.sends:
+            self.hear()
         return outcome
+
+    def hear(self) -> None:
+        """Let the other owners answer what they were sent."""
+        unheard, self._unheard = self._unheard, []
+        answers, sent = [], {}
+        for owner, number, operation, body in unheard:
+            refusal = self.refuses(CATALOGUE[operation].decode(body))
+            answers.append(Answered(owner, operation, body, refusal))
+            sent[owner] = Record[Any](owner, b"", number, SENT, b"", [], [])
+        self.run([], [*sent.values()], answers=answers)
 
     def restart(self) -> None:
         """Begin anew with what is committed, as after a crash of the process."""
@@ -436,6 +481,7 @@ class _Run:
     def __init__(self, owner: Owner[Any], choose: Chooser, seed: int) -> None:
         self.twin = Twin(owner, seed)
         self.chance = random.Random(seed)
+        self.twin.refuses = self._answer
         self._choose = choose
         self._callers: dict[tuple[Sender, int], _Caller] = {}
 
@@ -448,6 +494,11 @@ class _Run:
             self.twin.pass_time(self.chance.choice((0.05, 0.25, 1.0, 5.0, 70.0)))
         elif chance < 0.95:
             self.twin.restart()
+            if self.twin.owner.recovers and self.chance.random() < 0.5:
+                self.twin.restored(self.chance.choice(("retry", "fail")))
+        elif chance < 0.97 and type(self.twin.owner).answered is not Owner.answered:
+            self.twin.hears = not self.twin.hears
+            self.twin.hear()
         else:
             self._retry(self.twin)
 
@@ -501,6 +552,13 @@ class _Run:
         if self.twin.store.fails is None:
             assert [answer.error[0] for answer in answers] == [StorageFull.code] * len(works)
         self.twin.store.fails = None
+
+    def _answer(self, _message: Any) -> KsiError | None:
+        """Return what another owner answers: now and then it refuses, for whatever reason."""
+        chance = self.chance.random()
+        if chance > 0.1:
+            return None
+        return Internal("a defect") if chance < 0.05 else Conflict("it is closed")
 
     def _read(self, work: Work, answer: bytes) -> bool:
         """Check that an answer survives the wire; return whether it is a refusal."""

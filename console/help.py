@@ -55,9 +55,8 @@ def _show_subcommand(options: Options, ctx: click.Context) -> None:
 
 def _show_operation(operation: Operation) -> None:
     from ksi.console import declared as words
-    from ksi.transport.message import ANYONE
 
-    who = "anyone" if operation.roles == ANYONE else ", ".join(sorted(operation.roles))
+    who = words.audience(operation)
     print(f"{operation.name}: a {operation.kind} of {operation.owner}, for {who}\n")
     print(operation.doc.replace("\n    ", "\n"))
     fields = [

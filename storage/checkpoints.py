@@ -184,11 +184,11 @@ def prune(root: Path, keep: int) -> list[str]:
         return []
     gone = [name for name in names(root) if name not in kept]
     for name in gone:
-        hidden = root / f".gone-{name}"
-        os.rename(root / name, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        os.rename(root / name, root / f".gone-{name}")
     if gone:
-        sync_directory(root)
+        sync_directory(root)  # Else a power cut might leave the name, and not all that is in it.
+    for name in gone:
+        shutil.rmtree(root / f".gone-{name}", ignore_errors=True)
     return gone
 
 

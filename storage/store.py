@@ -222,6 +222,11 @@ class Store:
         self._put(meta)
         self._commit(meta)
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether it was restored from a snapshot and nothing has been committed since."""
+        return bool(self.meta.origin) and self.meta.position == Position(self.meta.seq + 1, 0)
+
     def abort(self) -> None:
         """Undo the batch, if one is open."""
         if self._txn is not None:

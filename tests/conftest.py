@@ -7,8 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import mutants
 import pytest
 from system import System
+
+mutants.apply()
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ksi.actors.supervision.launch import start_background
+import mutants
+
+from ksi.actors.supervision.launch import MODULES, start_background
 from ksi.actors.supervision.lock import holder
 from ksi.actors.supervision.reports import read_children
 from ksi.transport import Client
@@ -29,7 +31,7 @@ class System:
         self.start()
 
     def start(self) -> None:
-        start_background(self.var, self._flags)
+        start_background(self.var, self._flags, modules=(*MODULES, *mutants.modules()))
 
     def stop(self) -> None:
         """Stop the system in order, and wait until it is gone."""

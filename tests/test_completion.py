@@ -17,6 +17,7 @@ from ksi.transport.errors import (
     Busy,
     Conflict,
     Forbidden,
+    Internal,
     Invalid,
     KsiError,
     NotFound,
@@ -79,7 +80,6 @@ def choose(chance: random.Random) -> Asked:
         *[Asked(worker, "worker:renew", {**epoch, "slots": chance.choice((None, 2))})] * 5,
         *[Asked(worker, "worker:leave", epoch)] * 3,
         Asked(agent, "completion:cancel", {**request, **chance.choice(({}, session))}),
-        Asked(SESSIONS, "completion:refuse", {**request, "reason": "no"}),
         Asked(OPERATOR, "completion:limit", {"limit": chance.choice((0, 1, 2, 256))}),
         Asked(agent, "completion:status", request),
         Asked(agent, "completion:session_status", session),
@@ -493,6 +493,49 @@ def test_a_request_over_which_workers_vanish_again_and_again_is_given_up(twin: T
     assert ended.attempt == 2 * LAPSES_MAX
 
 
+def test_what_a_restore_interrupts_waits_again_in_its_place_and_no_former_name_holds(
+    twin: Twin,
+) -> None:
+    first, second, third = (submit(twin) for _ in range(3))
+    other = submit(twin, "s2")
+    epoch = register(twin, slots=2)
+    assert held(twin) == {first: 1, other: 1}
+
+    twin.restored("retry")
+    assert [status(twin, each).status for each in (first, other)] == ["queued"] * 2
+    assert told(twin, first)[-1] == "requeued"
+    with pytest.raises(NotFound):
+        twin.ask(W1, "worker:renew", epoch=epoch)
+    with pytest.raises(StaleEpoch):
+        report(twin, first)
+    register(twin)
+    assert drain(twin) == [first, second, third, other]
+    assert status(twin, first).attempt == 2
+
+
+def test_what_a_restore_interrupts_ends_once_where_that_is_the_rule(twin: Twin) -> None:
+    first, second = submit(twin), submit(twin)
+    register(twin)
+    for _ in range(2):
+        twin.restored("fail")
+        ended = status(twin, first)
+        assert (ended.status, ended.reason) == ("failed", "daemon_restart")
+        assert status(twin, second).status == "queued"
+    assert recorded(twin).count(("completion:failed", first)) == 1
+    assert told(twin, first).count("failed") == 1
+    register(twin)
+    assert drain(twin) == [second]
+
+
+def test_a_request_that_restores_interrupt_again_and_again_is_given_up(twin: Twin) -> None:
+    request_id = submit(twin)
+    for _ in range(LAPSES_MAX):
+        register(twin)
+        assert status(twin, request_id).status == "active"
+        twin.restored("retry")
+    assert status(twin, request_id).reason == "daemon_restart"
+
+
 def test_there_is_a_bound_to_workers(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(completion, "WORKERS_MAX", 1)
     register(twin)
@@ -528,15 +571,71 @@ def test_who_may_be_admitted_is_accepted_and_the_owner_of_sessions_decides(
     twin: Twin, fact: Reply | None
 ) -> None:
     twin.facts = lambda _query: fact
+    twin.refuses = lambda _message: Conflict("session s1 is closed")
     register(twin)
     request_id = submit(twin)
-    twin.ask(SESSIONS, "completion:refuse", request_id=request_id, reason="session s1 is closed")
     ended = status(twin, request_id)
     assert (ended.status, ended.reason) == ("cancelled", "session s1 is closed")
     assert recorded(twin) == [("completion:request", request_id)]
+    assert told(twin, request_id) == ["queued", "cancelled"]
     assert held(twin) == {}
-    twin.ask(SESSIONS, "completion:refuse", request_id=request_id, reason="again")
-    assert status(twin, request_id).reason == "session s1 is closed"
+
+
+def test_nothing_is_granted_before_its_request_is_in_the_file_of_the_session(twin: Twin) -> None:
+    register(twin, slots=4)
+    twin.hears = False
+    first, other = submit(twin), submit(twin, "s2")
+    urgent = submit(twin, priority=1)
+    dropped = submit(twin, "s3")
+    twin.ask("alice", "completion:cancel", request_id=dropped)
+    twin.pass_time(10.0)
+    twin.restart()
+    assert (held(twin), told(twin, first)) == ({}, ["queued"])
+    twin.hear()
+    assert held(twin) == dict.fromkeys(sorted((urgent, other)), 1)
+    assert status(twin, dropped).status == "cancelled"
+    twin.hears = True
+    assert drain(twin)[-1] == first
+
+
+def test_an_answer_that_is_heard_twice_changes_nothing(twin: Twin) -> None:
+    register(twin)
+    twin.hears = False
+    request_id = submit(twin)
+    again = twin._unheard.copy()
+    twin.hear()
+    before = len(twin.events)
+    twin._unheard = again.copy()
+    twin.hear()
+    assert len(twin.events) == before
+    report(twin, request_id)
+    twin._unheard = again.copy()
+    twin.refuses = lambda _message: Conflict("session s1 is closed")
+    twin.hear()
+    assert (status(twin, request_id).status, status(twin, request_id).reason) == ("completed", None)
+
+
+@pytest.mark.parametrize(
+    "refusal", [Conflict("session s1 is closed"), TooLarge("a long line"), Internal("a defect")]
+)
+def test_an_outcome_that_is_not_recorded_does_not_vanish_in_silence(
+    twin: Twin, refusal: KsiError
+) -> None:
+    register(twin)
+    request_id = submit(twin)
+    failed = submit(twin)
+    twin.refuses = lambda _message: refusal
+    report(twin, request_id)
+    report(twin, failed, error="it broke")
+    kept = status(twin, request_id)
+    missed = f"not in the session's file: {refusal.text}"
+    assert (kept.status, kept.result, kept.reason) == ("completed", {"response": "done"}, missed)
+    assert status(twin, failed).reason == f"it broke; {missed}"
+    assert told(twin, request_id)[-2:] == ["result", "unrecorded"]
+    sent = [msgspec.msgpack.decode(body) for *_, body in twin.sends]
+    instead = [each["data"] for each in sent if each["event"] == "completion:result"][1:]
+    said = {"agent_id": "w1", "unrecorded": refusal.text}
+    assert instead == ([] if isinstance(refusal, Conflict) else [said])
 
 
 def test_all_that_waits_or_runs_in_a_session_ends_when_it_is_closed(

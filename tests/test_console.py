@@ -255,6 +255,11 @@ def test_discover_and_help_show_every_operation_from_its_declaration(nothing: Sh
     fields = declared["fields"]["$defs"]["Append"]
     assert fields["required"] == ["session_id", "event"]
 
+    assert declared["own"] is None
+    assert declared["far_roles"] == declared["roles"]
+    assert nothing("help", "message:waiting", "--json").json["own"] == "agent_id"
+    assert "(over a network: operator)" in nothing("help", "agent:spawn").out
+
     shown = nothing("help", "session:append").out
     example = shown.splitlines()[-1]
     assert example.startswith("  ksi ask session:append --session-id ")

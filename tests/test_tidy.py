@@ -45,14 +45,16 @@ MAY_IMPORT = {
         "ksi.transport.errors",
         "ksi.transport.limits",
         "ksi.transport.message",
+        "ksi.transport.moments",
     ),
     "console": ("ksi.console", "ksi.transport", "ksi.actors"),
     "adapters": ("ksi.adapters", "ksi.transport", *DECLARATIONS),
 }
-# The exceptions to the arrows: `read` runs a query in place, where the data is; and `ksi worker` is
-# a way to start an adapter.
+# The exceptions to the arrows: `read` runs a query in place, where the data is; and `ksi worker`
+# and `ksi mcp` are ways to start an adapter.
 LATE_IMPORTS = {
     "transport/caller.py": ("ksi.actors.reading", *DECLARATIONS),
+    "console/mcp.py": ("ksi.adapters",),
     "console/worker.py": ("ksi.adapters",),
 }
 

@@ -10,16 +10,14 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar, overload
 
 from ksi.transport import outcomes
 from ksi.transport.caller import Caller, Known, Prepared, Ticket
-from ksi.transport.durable import INBOX, LOOK_S, DurableDelivery, bell_of, delivery_of
-from ksi.transport.errors import KsiError, NotFound, Unavailable
+from ksi.transport.durable import INBOX, LOOK_S, DurableDelivery, Place, bell_of, delivery_of
+from ksi.transport.errors import KsiError, NotFound, Restored, Unavailable
 from ksi.transport.limits import ASK_TIMEOUT_S, OUTCOME_TIMEOUT_S
 from ksi.transport.link import CREDIT, Delivery, Link, Subscribed
 from ksi.transport.message import Command, Message, Query, Role
@@ -310,11 +308,13 @@ class AsyncClient:
         Raises:
             KsiError: the refusal of `agent:send_message`.
             Unavailable: it waits in the inbox of the agent, and no answer has come in time.
+            Restored: the bus was restored meanwhile, and knows perhaps of neither.
         """
         deadline_s = self._caller.deadline_s(timeout_s)
         async with await self.subscribe(bell_of(self.name, INBOX), credit=1) as bell:
             sent = await self.ask("agent:send_message", to_agent=to_agent, message=message)
             after = asked = sent["message_id"]
+            store = self._caller.store_of("bus")
             while True:
                 page = await self.ask(
                     "message:waiting",
@@ -323,6 +323,7 @@ class AsyncClient:
                     after=after,
                     in_reply_to=asked,
                 )
+                self._caller.require_store("bus", store)
                 for answer in page["messages"]:
                     after = answer["message_id"]
                     if answer["sender"] == to_agent:  # Anybody can name a message.
@@ -363,8 +364,7 @@ class AsyncClient:
 
     async def _say_goodbye(self) -> None:
         """Where nothing is unanswered, let the owner forget this instance."""
-        links = [each for each in self._caller.links.values() if each.up]
-        links = [each for each in links if not each.window.commands]
+        links = [each for each in self._caller.links.values() if each.may_leave()]
         for link in links:
             link.goodbye()
             self._arrived(link)
@@ -560,16 +560,15 @@ class DurableSubscription:
     """What waits under a name, in order, until it is acknowledged: as `Subscription`.
 
     Each message comes once to each of these objects; what was not acknowledged comes again to the
-    next one of the same name.
+    next one of the same name. After a restore of the bus all that waits there comes, and what was
+    handed out before can be acknowledged no more: that raises `Restored`.
     """
 
     def __init__(self, client: AsyncClient, durable: str, bell: Subscription) -> None:
         self._client = client
         self._durable = durable
         self._bell = bell
-        self._page: deque[DurableDelivery] = deque()
-        self._after = 0
-        self._look = True  # Something may wait that was not fetched.
+        self._place = Place(client.name, durable)
 
     async def __aenter__(self) -> Self:
         return self
@@ -592,8 +591,8 @@ class DurableSubscription:
             Unavailable: the bus does not answer, or the client is closed.
         """
         deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        while not self._page:
-            if self._look:
+        while not self._place.page:
+            if self._place.look:
                 await self._fetch()
                 continue
             left_s = deadline_s - time.monotonic()
@@ -601,29 +600,26 @@ class DurableSubscription:
                 raise TimeoutError(f"nothing waits in {self._durable} after {timeout_s} s")
             with contextlib.suppress(TimeoutError):
                 await self._bell.next(min(left_s, LOOK_S))
-            self._look = True
-        return self._page.popleft()
+            self._place.look = True
+        return self._place.page.popleft()
 
     def close(self) -> None:
         """Stop reading. The subscription stays, and what comes waits in it."""
         self._bell.close()
 
     async def _fetch(self) -> None:
-        ask, durable = self._client.ask, self._durable
-        page = await ask(
-            "message:waiting", agent_id=self._client.name, durable=durable, after=self._after
-        )
-        messages = page["messages"]
-        if messages:
-            upto = messages[-1]["message_id"]
-            handed = await ask("message:receive", durable=durable, upto=upto)
-            for message in messages:
-                settle = partial(self._settle, message["message_id"])
-                self._page.append(delivery_of(message, handed["redelivered"], settle))
-            self._after = upto  # Not before: without an answer they are fetched again.
-        self._look = page["next"] is not None
+        ask, durable, place = self._client.ask, self._durable, self._place
+        try:
+            page = await ask("message:waiting", place.question())
+            upto = place.upto(page, self._client._caller.store_of("bus"))
+            if upto is not None:
+                handed = await ask("message:receive", durable=durable, upto=upto)
+                place.hand_out(page, handed["redelivered"], self._settle)
+        except Restored:  # Nothing was handed out: what is there now waits in the other store.
+            place.begin_anew()
 
-    async def _settle(self, number: int) -> None:
+    async def _settle(self, number: int, store: str) -> None:
+        self._client._caller.require_store("bus", store)
         await self._client.tell("message:ack", durable=self._durable, message_ids=[number])
 
 

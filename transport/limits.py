@@ -73,6 +73,15 @@ FINISHED_BYTES_MAX: Final = 256 << 20  # The same, for large results.
 FINISHED_S: Final = 86_400.0  # The same: nobody asks after a day.
 ENDED_MAX: Final = 250  # Requests of a closed session ended in one decision: it is felt.
 
+# Tools
+TOOLS_MAX: Final = 1024  # Of one catalogue, and counted in one conversation: ten times the present.
+TOOL_SESSIONS_MAX: Final = (
+    10_000  # Conversations whose catalogue is known: a few MB; the oldest go.
+)
+TOOL_SESSION_S: Final = (
+    86_400.0  # Unused for this long one is forgotten: to be told again is cheap.
+)
+
 ARCHIVE_MAX: Final = 100  # Sessions archived by one command: some seconds of one follower.
 
 # Disk

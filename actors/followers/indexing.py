@@ -387,26 +387,31 @@ def run_index(var: str) -> None:
 def _start(var: Path, logger: Any) -> Callable[[], None]:
     """Start the follower; return what ends it."""
     stopping = threading.Event()
-    thread = threading.Thread(target=_follow, args=(var, logger, stopping), daemon=True)
+    woken = os.eventfd(0, os.EFD_CLOEXEC)
+    thread = threading.Thread(target=_follow, args=(var, logger, stopping, woken), daemon=True)
     thread.start()
 
     def end() -> None:
         stopping.set()
+        os.eventfd_write(woken, 1)
         thread.join(CLOSE_S)  # What it is doing may as well be done again after the next start.
 
     return end
 
 
-def _follow(var: Path, logger: Any, stopping: threading.Event) -> None:
+def _follow(var: Path, logger: Any, stopping: threading.Event, woken: int) -> None:
     try:
         follower = wait_for_room(lambda: IndexFollower(var, logger), logger)
         context = zmq.Context()
         bell = listen(context, bell_endpoint(var, "sessions"))
+        news = zmq.Poller()
+        for each in (bell, woken):
+            news.register(each, zmq.POLLIN)
         while not stopping.is_set():
             if follower.turn():
                 continue
             wait_s = GROUP_S if follower.is_behind() else TICK_S
-            if bell.poll(int(wait_s * 1000)):
+            if news.poll(int(wait_s * 1000)) and not stopping.is_set():
                 while bell.poll(0):
                     bell.recv()
                 time.sleep(GROUP_S)

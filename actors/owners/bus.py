@@ -281,6 +281,7 @@ class RouteTask(Command[Sent], frozen=True, kw_only=True):
 @operation(
     "message:waiting",
     owner="bus",
+    own="agent_id",
     refuses=(NotFound,),
     example={"agent_id": "bob", "durable": "inbox"},
 )

@@ -14,7 +14,8 @@ Owns the queue of every session, the grants that workers hold, and the outcomes.
   waits. What has failed for good is a dead letter and may be queued again, as another request.
 - A request ends once: completed, failed or cancelled. Its outcome is kept for a while; the record
   is the session's file, which the owner of sessions writes. That owner also has the last word on
-  who may speak: what it refuses to record ends here as cancelled.
+  who may speak: nothing is granted before its request is recorded, and what it refuses ends here
+  as cancelled. Of an outcome that it refuses the request says so.
 
 Grants are decided once a commit, in the tick that follows, over heads of queues and free workers
 only: the cost depends on neither how many requests wait nor how many sessions there are.
@@ -43,9 +44,11 @@ from ksi.actors.owner import (
     Decision,
     Event,
     Given,
+    Interrupted,
     Owner,
     Query,
     Reply,
+    Restored,
     Send,
     Sender,
     Table,
@@ -93,7 +96,7 @@ from ksi.actors.owners.completion_declared import (
     ProviderView,
     QueueClosed,
     Queued,
-    Refuse,
+    Recorded,
     Registered,
     RegisterWorker,
     Renewed,
@@ -113,6 +116,7 @@ from ksi.actors.owners.completion_declared import (
     SetLimit,
     Status,
     Totals,
+    Unrecorded,
     Waiting,
     Worker,
     WorkerLeft,
@@ -159,7 +163,8 @@ PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # What grants in one reply may
 DUE_MAX: Final = 32  # Leases that lapse, and outcomes forgotten, in one decision.
 JITTER: Final = 0.25  # Of a wait, at the most, so that what failed at once is not tried at once.
 RETRY_AFTER_S: Final = 0.5  # What a requester is asked to wait where the queue is full.
-
+DAEMON_RESTART: Final = "daemon_restart"  # Why a request ended, where a restore interrupted it.
+UNRECORDED: Final = "unrecorded"  # Why an outcome is not in the file, in the place of what it says.
 OURS: Final = "completion"  # Who ends what took too long, or too many workers.
 
 
@@ -169,8 +174,11 @@ class Completion(Owner[CompletionTables]):
     name = "completion"
     tables = CompletionTables
     domains = ("completion", "worker")
+    recovers = True
     events = (
         Queued
+        | Recorded
+        | Unrecorded
         | Granted
         | Progressed
         | Requeued
@@ -204,6 +212,8 @@ class Completion(Owner[CompletionTables]):
         match command:
             case Tick():
                 return _tick(tables, given)
+            case Restored():
+                return _restored(command.interrupted, tables, given)
             case Async():
                 return _async(command, sender, tables, given)
             case Report():
@@ -216,8 +226,6 @@ class Completion(Owner[CompletionTables]):
                 return _cancel(command, sender, tables, given)
             case Retry():
                 return _retry(command, sender, tables, given)
-            case Refuse():
-                return _refuse(command, tables, given)
             case SessionClosed():
                 return Decision((QueueClosed(command.session_id),), tick=True)
             case RegisterWorker():
@@ -242,10 +250,24 @@ class Completion(Owner[CompletionTables]):
         topic = f"completion.{request.requester}.{signal.request_id}.tokens"
         return Announcement(topic, message, sender.name)
 
+    def answered(
+        self, command: Any, refusal: KsiError | None, tables: CompletionTables, given: Given
+    ) -> Decision:
+        assert isinstance(command, sessions.RecordEntry)
+        if command.event == "completion:request":
+            return _request_recorded(command.request_id, refusal, tables, given)
+        if refusal is not None:
+            return _outcome_refused(command, refusal, tables)
+        return Decision()
+
     def apply(self, event: Any, tables: CompletionTables) -> None:
         match event:
             case Queued():
                 _queued(event, tables)
+            case Recorded():
+                _request_noted(event.request_id, tables)
+            case Unrecorded():
+                _outcome_missed(event, tables)
             case Granted():
                 _granted(event, tables)
             case Progressed():
@@ -319,6 +341,8 @@ class Completion(Owner[CompletionTables]):
                 )
             case Progressed():
                 return (_told(event, "progress", attempt=event.attempt, progress=event.progress),)
+            case Unrecorded():
+                return (_told(event, "unrecorded", reason=event.reason),)
             case Requeued():
                 requeued = _told(event, "requeued", attempt=event.attempt, reason=event.reason)
                 return (requeued, *_revoked(event))
@@ -389,6 +413,7 @@ def _queue(
         command.run_s,
         size,
         given.now,
+        False,
         command.attempts_max,
         command.retry_s,
         retry_of,
@@ -402,7 +427,7 @@ def _queue(
         priority=command.priority,
     )
     record = _recorded(session_id, request_id, requester, "completion:request", entry)
-    return Decision((event,), reply, (record,), tick=not lane.active)
+    return Decision((event,), reply, (record,))
 
 
 def _require_fit(tables: CompletionTables, required: str | None) -> None:
@@ -501,14 +526,40 @@ def _retry(command: Retry, sender: Sender, tables: CompletionTables, given: Give
     return replace(queued, events=(retried, *queued.events))
 
 
-def _refuse(command: Refuse, tables: CompletionTables, given: Given) -> Decision:
-    request_id, reason = command.request_id, command.reason
+def _request_recorded(
+    request_id: str, refusal: KsiError | None, tables: CompletionTables, given: Given
+) -> Decision:
+    """A request is in its session's file, and may be granted; or it never will be, and ends."""
     request = tables.requests.get(request_id)
-    if request is None or request.status in FINAL:
+    if request is None or request.status in FINAL or request.recorded:
         return Decision()
-    by = "sessions"
-    end = _end(request_id, request, "cancelled", given, by=by, reason=reason, record=False)
+    if refusal is None:
+        return Decision((Recorded(request_id),), tick=True)
+    end = _end(
+        request_id, request, "cancelled", given, by="sessions", reason=refusal.text, record=False
+    )
     return Decision(end.events, tick=True)
+
+
+def _outcome_refused(
+    command: sessions.RecordEntry, refusal: KsiError, tables: CompletionTables
+) -> Decision:
+    """An outcome is not in its session's file: whoever asks is told, and the file if it can be."""
+    request = tables.requests.get(command.request_id)
+    if UNRECORDED in command.data:  # Not even that.
+        return Decision()
+    sends: tuple[Send, ...] = ()
+    if not isinstance(refusal, Conflict | NotFound):
+        entry = {"agent_id": command.agent_id, UNRECORDED: refusal.text}
+        sends = (
+            _recorded(
+                command.session_id, command.request_id, command.agent_id, command.event, entry
+            ),
+        )
+    if request is None:
+        return Decision((), None, sends)
+    unrecorded = Unrecorded(command.request_id, request.session_id, request.requester, refusal.text)
+    return Decision((unrecorded,), None, sends)
 
 
 def _progress(command: Progress, sender: Sender, tables: CompletionTables) -> Decision:
@@ -732,17 +783,39 @@ def _registered(tables: CompletionTables, name: str, epoch: int) -> Worker:
     return worker
 
 
+def _restored(interrupted: Interrupted, tables: CompletionTables, given: Given) -> Decision:
+    """Let all workers go: no epoch, and no attempt, that was named since the checkpoint holds.
+
+    What they were at waits again, as often as when workers vanish, or ends.
+    """
+    lapses_max = LAPSES_MAX if interrupted == "retry" else 1
+    why = DAEMON_RESTART
+    return _together(
+        [
+            _left(name, why, tables, given, lapsed=True, lapses_max=lapses_max, why=why)
+            for name, _worker in tables.workers.range()
+        ]
+    )
+
+
 def _left(
-    name: str, reason: str, tables: CompletionTables, given: Given, *, lapsed: bool
+    name: str,
+    reason: str,
+    tables: CompletionTables,
+    given: Given,
+    *,
+    lapsed: bool,
+    lapses_max: int = LAPSES_MAX,
+    why: str | None = None,
 ) -> Decision:
-    """Let a worker go. What it holds waits again, or ends if too many went over it."""
+    """Let a worker go. What it holds waits again, or ends for `why` if too many went over it."""
     events: list[Event] = []
     sends: list[Send] = []
     for (_, request_id), grant in tables.grants.range(prefix=(name,)):
         request = _known(tables, request_id)
-        if lapsed and request.lapses + 1 >= LAPSES_MAX:
-            why = f"given up: {LAPSES_MAX} workers vanished over it, at last {name}"
-            end = _end(request_id, request, "failed", given, by=OURS, reason=why)
+        if lapsed and request.lapses + 1 >= lapses_max:
+            given_up = why or f"given up: {LAPSES_MAX} workers vanished over it, at last {name}"
+            end = _end(request_id, request, "failed", given, by=OURS, reason=given_up)
             events += end.events
             sends += end.sends
         else:
@@ -1049,6 +1122,7 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
         event.run_s,
         event.size,
         event.now,
+        recorded=event.recorded,
         attempts_max=event.attempts_max,
         retry_s=event.retry_s,
         retry_of=event.retry_of,
@@ -1059,6 +1133,22 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
     lane = tables.lanes.get(event.session_id) or Lane()
     _put_lane(tables, event.session_id, lane, _enter(tables, event.request_id, request, lane))
     _add(tables, number=event.number - _totals(tables).number, waiting=1, open_bytes=event.size)
+
+
+def _request_noted(request_id: str, tables: CompletionTables) -> None:
+    request = _known(tables, request_id)
+    tables.requests.put(request_id, msgspec.structs.replace(request, recorded=True))
+    lane = tables.lanes.get(request.session_id) or Lane()
+    if lane.head is not None and lane.head.request_id == request_id:
+        head = msgspec.structs.replace(lane.head, recorded=True)
+        _put_lane(tables, request.session_id, lane, msgspec.structs.replace(lane, head=head))
+
+
+def _outcome_missed(event: Unrecorded, tables: CompletionTables) -> None:
+    request = _known(tables, event.request_id)
+    missed = f"not in the session's file: {event.reason}"
+    reason = missed if request.reason is None else f"{request.reason}; {missed}"
+    tables.requests.put(event.request_id, msgspec.structs.replace(request, reason=reason))
 
 
 def _granted(event: Granted, tables: CompletionTables) -> None:
@@ -1187,8 +1277,10 @@ def _enter(tables: CompletionTables, request_id: str, request: Request, lane: La
     """Put a request into the queue of its session."""
     key = (request.session_id, request.rank, request.number)
     deferred = request.due_ms > 0
-    tables.queue.put(key, Waiting(request_id, request.requires, deferred))
-    head = Head(request.rank, request.number, request_id, request.requires, deferred)
+    tables.queue.put(key, Waiting(request_id, request.requires))
+    head = Head(
+        request.rank, request.number, request_id, request.requires, request.recorded, deferred
+    )
     if lane.head is not None and (lane.head.rank, lane.head.number) < key[1:]:
         head = lane.head
     return msgspec.structs.replace(lane, waiting=lane.waiting + 1, head=head)
@@ -1204,7 +1296,10 @@ def _leave(tables: CompletionTables, request_id: str, request: Request, lane: La
         head = None
         if lane.waiting > 1:
             (_, rank, number), first = next(tables.queue.range(prefix=(request.session_id,)))
-            head = Head(rank, number, first.request_id, first.requires, first.deferred)
+            then = _known(tables, first.request_id)
+            head = Head(
+                rank, number, first.request_id, first.requires, then.recorded, then.due_ms > 0
+            )
     return msgspec.structs.replace(lane, waiting=lane.waiting - 1, head=head)
 
 
@@ -1225,7 +1320,10 @@ def _put_lane(tables: CompletionTables, session_id: str, before: Lane, after: La
 
 
 def _ready_of(lane: Lane) -> Head | None:
-    return None if lane.active or (lane.head and lane.head.deferred) else lane.head
+    head = lane.head
+    if lane.active or head is None or not head.recorded or head.deferred:
+        return None
+    return head
 
 
 def _queue_closed(event: QueueClosed, tables: CompletionTables) -> None:
@@ -1309,6 +1407,22 @@ def _free_rows(name: str, worker: Worker | None) -> set[tuple[str, int, str]]:
     if worker is None or worker.used >= worker.slots:
         return set()
     return {(offered, worker.used, name) for offered in (ANYTHING, *worker.capabilities)}
+
+
+class Open(NamedTuple):
+    """What is open in a state: how many wait, by session, and the requests that run."""
+
+    waiting: dict[str, int]
+    active: list[str]
+
+
+def open_in(tables: CompletionTables) -> Open:
+    """Return what is open, for whoever is told what a restore would do."""
+    lanes = dict(tables.lanes.range())
+    return Open(
+        {session_id: lane.waiting for session_id, lane in lanes.items() if lane.waiting},
+        [lane.active for lane in lanes.values() if lane.active],
+    )
 
 
 def _view(request_id: str, request: Request) -> RequestView:

@@ -87,7 +87,8 @@ class Accepted(Reply, frozen=True, kw_only=True):
 
 
 class RequestView(Reply, frozen=True, kw_only=True):
-    """One request: times in seconds since the epoch. `reason` says why it was not completed.
+    """One request: times in seconds since the epoch. `reason` says why it was not completed, or
+    its outcome is not in the session's file.
 
     `failures` of its attempts have failed, the last one for `reason`, which is of a `kind`; the
     next is not begun before `retry_at`. A dead letter that was retried names the request that it
@@ -319,19 +320,6 @@ class SetLimit(Command[Limits], frozen=True, kw_only=True):
 
 
 @operation(
-    "completion:refuse",
-    owner="completion",
-    roles=OWNERS_ONLY,
-    example={"request_id": "req_1", "reason": "session sess_1 is closed"},
-)
-class Refuse(Command[None], frozen=True, kw_only=True):
-    """A request was not recorded, for this reason: it ends. Sent by the owner of sessions."""
-
-    request_id: Id
-    reason: Text
-
-
-@operation(
     "completion:session_closed",
     owner="completion",
     roles=OWNERS_ONLY,
@@ -507,7 +495,13 @@ class LeaveWorker(Command[None], frozen=True, kw_only=True):
     epoch: Epoch
 
 
-@operation("worker:grants", owner="completion", roles=WORKERS, example={"worker": "gpu-1"})
+@operation(
+    "worker:grants",
+    owner="completion",
+    roles=WORKERS,
+    own="worker",
+    example={"worker": "gpu-1"},
+)
 class GetGrants(Query[Grants], frozen=True, kw_only=True):
     """Return the grants a worker holds with all it needs for them, or those of them named."""
 
@@ -537,9 +531,21 @@ class Queued(Event, frozen=True, array_like=True, tag="queued"):
     run_s: float
     size: int
     now: float
+    recorded: bool = True  # False: it waits for the owner of sessions to write it
     attempts_max: int = ATTEMPTS_USUAL
     retry_s: float = RETRY_S
     retry_of: str = ""
+
+
+class Recorded(Event, frozen=True, array_like=True, tag="recorded"):
+    request_id: str
+
+
+class Unrecorded(Event, frozen=True, array_like=True, tag="unrecorded"):
+    request_id: str
+    session_id: str
+    requester: str
+    reason: str
 
 
 class Granted(Event, frozen=True, array_like=True, tag="granted"):
@@ -688,6 +694,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     timeout_ms: int = 0
     finished_at: float | None = None
     reason: str | None = None
+    recorded: bool = True  # in the session's file
     attempts_max: int = ATTEMPTS_USUAL
     retry_s: float = RETRY_S
     failures: int = 0
@@ -714,7 +721,6 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True):
 class Waiting(msgspec.Struct, frozen=True, array_like=True):
     request_id: str
     requires: str
-    deferred: bool = False
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True):
@@ -724,6 +730,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     number: int
     request_id: str
     requires: str
+    recorded: bool = True
     deferred: bool = False
 
 

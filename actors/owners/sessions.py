@@ -23,7 +23,6 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -50,7 +49,6 @@ from ksi.transport.errors import (
     Conflict,
     Forbidden,
     Invalid,
-    KsiError,
     NotFound,
     NotOwner,
     StaleEpoch,
@@ -59,6 +57,7 @@ from ksi.transport.errors import (
 from ksi.transport.limits import ARCHIVE_MAX, FRAME_BYTES_MAX
 from ksi.transport.message import OPERATOR, Id, Message, Plain, Text, operation
 from ksi.transport.message import OWNER as OWNERS_ONLY
+from ksi.transport.moments import moment
 
 LINE_BYTES_MAX: Final = FRAME_BYTES_MAX  # A line must fit into the frame that reads it back.
 PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # One page of history, with room for its header.
@@ -355,7 +354,7 @@ class Heartbeat(Command[None], frozen=True, kw_only=True):
     "session:record",
     owner="sessions",
     roles=OWNERS_ONLY,
-    refuses=(TooLarge,),
+    refuses=(NotFound, Conflict, Forbidden, TooLarge),
     example={
         "session_id": "sess_1",
         "request_id": "req_1",
@@ -365,7 +364,10 @@ class Heartbeat(Command[None], frozen=True, kw_only=True):
     },
 )
 class RecordEntry(Command[None], frozen=True, kw_only=True):
-    """Write a request or its outcome into a session. Sent by the owner of completions."""
+    """Write a request or its outcome into a session. Sent by the owner of completions.
+
+    What is there already, and the outcome of a request that is not, is left out.
+    """
 
     session_id: Id
     request_id: Id
@@ -374,15 +376,8 @@ class RecordEntry(Command[None], frozen=True, kw_only=True):
     data: Plain
 
 
-class Refusal(Message, frozen=True, kw_only=True):
-    """What the owner of completions is told of a request that is not recorded."""
-
-    request_id: str
-    reason: str
-
-
 class ClosedSession(Message, frozen=True, kw_only=True):
-    """What it is told of a session that had open requests."""
+    """What the owner of completions is told of a session that had open requests."""
 
     session_id: str
 
@@ -869,18 +864,13 @@ def _contributed(
 def _record(command: RecordEntry, tables: SessionTables, given: Given) -> Decision:
     """Record what the owner of completions has accepted, unless it is not to be any more."""
     session_id, request_id = command.session_id, command.request_id
+    session = _open(tables, session_id)
     is_request = command.event == "completion:request"
-    if not is_request and tables.open.get((session_id, request_id)) is None:
-        return Decision()  # The request was not recorded.
-    try:
-        session = _open(tables, session_id)
-        if is_request:
-            _require_admitted(session_id, session, command.agent_id, tables)
-    except KsiError as error:
-        if is_request:
-            refusal = Refusal(request_id=request_id, reason=error.text)
-            return Decision(sends=(Send("completion", "completion:refuse", refusal),))
-        return Decision((RequestSettled(session_id, request_id),))
+    is_open = tables.open.get((session_id, request_id)) is not None
+    if is_request == is_open:
+        return Decision()
+    if is_request:
+        _require_admitted(session_id, session, command.agent_id, tables)
     entry = Entry(event=command.event, data=command.data, correlation_id=request_id)
     events = _contributed(session_id, session, entry, command.agent_id, tables, given)
     mark = (RequestOpened if is_request else RequestSettled)(session_id, request_id)
@@ -1296,23 +1286,10 @@ def _seq_at(at: int | str | None, session_id: str, session: Session, tables: Ses
     if at is None:
         return session.seq
     if isinstance(at, str):
-        return _seq_then(_seconds(at), session_id, session, tables)
+        return _seq_then(moment(at, what="at"), session_id, session, tables)
     if at > session.seq:
         raise NotFound(f"session {session_id} has {session.seq} entries, not {at}", seq=session.seq)
     return at
-
-
-def _seconds(at: str) -> float:
-    """Return a time in seconds since the epoch."""
-    try:
-        time = datetime.fromisoformat(at)
-    except ValueError:
-        time = None
-    if time is None or time.tzinfo is None:
-        raise Invalid(
-            f"at: {at!r} is no time with its zone", hint="2026-05-04T09:00:00Z, or +02:00 for Z"
-        )
-    return time.timestamp()
 
 
 class _Stamp(msgspec.Struct):
