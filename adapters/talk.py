@@ -1,8 +1,7 @@
 """What a provider learns of a session and tells its requester, while it works on a grant.
 
-A grant may come before the session's history has what came before it: requests and outcomes reach
-the owner of sessions on their own way, in their order. So the past is read once the grant's own
-request is in it, and the answer that it follows.
+A grant may come before the session's history has the answer that it follows: outcomes reach the
+owner of sessions on their own way. So the past is read once that answer is in it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, Final
 
 from ksi.adapters.providers import Failed, Grant, Past, Turn
 from ksi.transport import AsyncClient
-from ksi.transport.errors import KsiError, NotFound
+from ksi.transport.errors import KsiError
 from ksi.transport.limits import HISTORY_BYTES_MAX, HISTORY_TURNS_MAX, TEXT_CHARS_MAX
 
 TOKENS_S: Final = 0.1  # How often those who listen see more of an answer.
@@ -63,24 +62,19 @@ class SessionTalk:
     async def past(self, bytes_max: int = HISTORY_BYTES_MAX) -> Past:
         until_s = time.monotonic() + RECORDED_S
         while True:
-            with contextlib.suppress(NotFound):
-                entries = await self._entries(self._grant.session_id)
-                if self._is_recorded(entries):
-                    before = await self._with_parents(entries)
-                    return self._past(before, bytes_max, own=len(entries))
+            entries = await self._entries(self._grant.session_id)
+            if self._is_complete(entries):
+                before = await self._with_parents(entries)
+                return self._past(before, bytes_max, own=len(entries))
             if time.monotonic() > until_s:
                 raise Failed("temporary_failure", "the session has no record of what came before")
             await asyncio.sleep(LOOK_S)
 
-    def _is_recorded(self, entries: list[dict[str, Any]]) -> bool:
-        """Whether the session's record has the answer that the grant follows, or else the grant.
-
-        That may have been queued so long ago that it is further back than we look.
-        """
-        said = {(each["event"], each.get("correlation_id")) for each in entries}
-        if self._grant.follows is not None:
-            return (RESULT, self._grant.follows) in said
-        return (REQUEST, self._grant.request_id) in said or len(entries) >= ENTRIES_MAX
+    def _is_complete(self, entries: list[dict[str, Any]]) -> bool:
+        """Whether the answer that the grant follows is there; its own request always is."""
+        follows = self._grant.follows
+        said = ((each["event"], each.get("correlation_id")) for each in reversed(entries))
+        return follows is None or (RESULT, follows) in said
 
     async def _entries(self, session_id: str, at: int | None = None) -> list[dict[str, Any]]:
         """Return the newest entries of a session, or those up to one: as many as it takes."""
