@@ -7,6 +7,7 @@ To read it, a *query* is answered from one committed state, by the owner or in a
 
     decide(command, sender, tables, given) -> Decision      reads tables, writes nothing
     apply(event, tables)                                    writes tables, live and in replay
+    answered(message, refusal, tables, given) -> Decision   another owner's word on a message
     relay(signal, sender, tables) -> Announcement           reads tables; nothing is kept
     answer(query, tables) -> reply                          reads tables, in any process
 
@@ -27,7 +28,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -111,8 +112,45 @@ class EventLog(Protocol):
         """Return how much there is, and how far the follower has come."""
 
 
-# The kinds of tables that are no tables: followers write them, `apply` does not.
-FOLLOWED: Final = frozenset({Log, Index, EventLog})
+class Compositions(Protocol):
+    """What is in a folder of compositions, in a database that a follower writes."""
+
+    def find(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the compositions that are wanted, in the order of their ids."""
+
+    def named(self, name: str, kind: str | None) -> list[dict[str, Any]]:
+        """Return the compositions that a name may mean, with their metadata and content."""
+
+    def problems(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the files that are no compositions, and why not."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how many there are, and what the follower does now."""
+
+
+class Conversations(Protocol):
+    """What was said in sessions and in imported logs, in a database that a follower writes."""
+
+    def find(self, **wanted: Any) -> tuple[list[dict[str, Any]], int]:
+        """Return the conversations that are wanted, and how many there are in all."""
+
+    def named(self, session_id: str, file_path: str | None) -> list[dict[str, Any]]:
+        """Return the conversations that an id may mean."""
+
+    def messages(self, path: str, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Return messages of one conversation, as many as fit into an answer."""
+
+    def search(self, **wanted: Any) -> dict[str, Any]:
+        """Return where words were said."""
+
+    def problems(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the lines and files that cannot be read, and why not."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how much there is, and what the follower does now."""
+
+
+CACHES: Final = frozenset({Index, EventLog, Compositions, Conversations})
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +227,21 @@ class Announcement(msgspec.Struct, frozen=True, gc=False):
     sender: str = ""
 
 
+Interrupted = Literal["retry", "fail"]
+
+
 class Tick(Command[None], frozen=True, kw_only=True):
     """Time has passed. Sent by the host to its own owner: a few times a second, and when asked."""
+
+
+class Restored(Command[None], frozen=True, kw_only=True):
+    """The store was restored from a checkpoint: what was told of later is undone.
+
+    Sent by the host to an owner that `recovers`: once, before anything else is carried out.
+    `interrupted` is what is to become of work that was under way: tried again, or failed.
+    """
+
+    interrupted: Interrupted = "retry"
 
 
 class Keyed:
@@ -219,6 +270,7 @@ class Owner(ABC, Generic[T]):
     events: ClassVar[Any]  # the union of this owner's event classes
     domains: ClassVar[tuple[str, ...]] = ()  # first words of the topics it announces
     routine: ClassVar[tuple[type[Event], ...]] = ()  # signs of life: the event log leaves them out
+    recovers: ClassVar[bool] = False  # whether it decides about `Restored`
 
     @abstractmethod
     def decide(self, command: Any, sender: Sender, tables: T, given: Given) -> Decision:
@@ -239,6 +291,13 @@ class Owner(ABC, Generic[T]):
         date when it is used: the other owner has the last word, through a `Send`.
         """
         return None
+
+    def answered(self, command: Any, refusal: KsiError | None, tables: T, given: Given) -> Decision:
+        """Return what follows from another owner's answer to `command`, a message of this one.
+
+        `refusal` None: it was carried out there. What it leads to may be decided twice.
+        """
+        return Decision()
 
     def relay(self, signal: Any, sender: Sender, tables: T) -> Announcement | None:
         """Return what subscribers are told of `signal`, or raise a refusal.
@@ -270,6 +329,7 @@ class Owner(ABC, Generic[T]):
 
 
 __all__ = [
-    "FOLLOWED", "Announcement", "Command", "Decision", "Event", "EventLog", "Given", "Index", "Key",
-    "Keyed", "Line", "Log", "Owner", "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
+    "CACHES", "Announcement", "Command", "Compositions", "Conversations", "Decision", "Event",
+    "EventLog", "Given", "Index", "Interrupted", "Key", "Keyed", "Line", "Log", "Owner", "Query",
+    "Reply", "Restored", "Send", "Sender", "Table", "Tables", "Tick",
 ]  # fmt: skip

@@ -6,13 +6,14 @@ This is what `Client.read`, a host that answers queries, a follower and `ksi sta
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from ksi.actors.commit import batch_decoder, bind, table_types, views_in
+from ksi.actors.commit import batch_decoder, bind, caches_of, table_types
 from ksi.actors.delivery import Batch
-from ksi.actors.owner import EventLog, Index, Log, Owner
+from ksi.actors.owner import Compositions, Conversations, EventLog, Index, Log, Owner
 from ksi.actors.owners import load
 from ksi.storage.journal import Batch as StoredBatch
 from ksi.storage.journal import JournalReader, Position
@@ -62,8 +63,9 @@ class OwnerReader:
             archive=archive_directory(var),
             lines_of=self.lines_of,
         )
-        self._views: dict[Any, Any] = {Log: CommittedLog(self.reader)}
-        self._views |= {kind: _VIEWS[kind](var) for kind in views_in(owner.tables) & _VIEWS.keys()}
+        self._log = CommittedLog(self.reader)
+        self._beside: dict[Any, Any] = {Log: self._log}
+        self._beside |= {kind: _cache(kind, var) for kind in caches_of(owner.tables)}
         self._bound_to: Any = None
         self._tables: Any = None
 
@@ -71,7 +73,7 @@ class OwnerReader:
         """Return the owner's declared tables over those of a read transaction."""
         if tables is not self._bound_to:
             self._bound_to = tables
-            self._tables = bind(self.owner.tables, tables, self._views)
+            self._tables = bind(self.owner.tables, tables, self._beside)
         return self._tables
 
     def answer(self, query: Query[R]) -> R:
@@ -150,19 +152,18 @@ class Facts:
             return refusal if isinstance(refusal, asked.refuses) else None
 
 
-def _index_of(var: Path) -> Index:
-    from ksi.actors.followers.indexed import IndexView  # SQLite, which hardly any reader needs
-
-    return IndexView(var)
-
-
-def _event_log_of(var: Path) -> EventLog:
-    from ksi.actors.followers.recorded import EventLogView
-
-    return EventLogView(var)
+# Imported when they are asked for: SQLite, which hardly any reader needs.
+_VIEWS: Final = {
+    Index: "ksi.actors.followers.indexed:IndexView",
+    EventLog: "ksi.actors.followers.recorded:EventLogView",
+    Compositions: "ksi.actors.followers.composed:CompositionsView",
+    Conversations: "ksi.actors.followers.conversed:ConversationsView",
+}
 
 
-_VIEWS: Final = {Index: _index_of, EventLog: _event_log_of}
+def _cache(kind: Any, var: Path) -> Any:
+    module, _, name = _VIEWS[kind].partition(":")
+    return getattr(import_module(module), name)(var)
 
 
 def reader_of(owner: Owner[Any] | str, var: Path) -> OwnerReader:

@@ -27,24 +27,28 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from ksi.actors.commit import CommitLoop, Facts, Outcome, Work, batch_decoder, bind, table_types
-from ksi.actors.delivery import ClientRow, Record
+from ksi.actors.delivery import SENT, Answered, ClientRow, Record
 from ksi.actors.owner import (
     Announcement,
+    Compositions,
+    Conversations,
     Decision,
     Event,
     EventLog,
     Given,
     Index,
+    Interrupted,
     Line,
     Log,
     Owner,
     Query,
     Reply,
+    Restored,
     Sender,
 )
 from ksi.storage.tables import Key, MemoryTable, TableSpec
 from ksi.transport import wire
-from ksi.transport.errors import KsiError, StorageFull, from_wire
+from ksi.transport.errors import Conflict, Internal, KsiError, StorageFull, from_wire
 from ksi.transport.message import CATALOGUE, Operation, encode
 from ksi.transport.moments import time_range
 
@@ -234,6 +238,61 @@ class NoEventLog:
         return {**nothing, "days": {}, "oldest": None, "newest": None, "behind": {}}
 
 
+class OneComposition:
+    """Compositions with one among them, whose name is `known`."""
+
+    def find(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def named(self, name: str, kind: str | None) -> list[dict[str, Any]]:
+        """Return the one, if it is meant."""
+        if name != "known":
+            return []
+        texts = ("id", "name", "component_type", "file_path", "file_hash")
+        gaps = ("version", "description", "author", "extends", "loading_strategy", "content")
+        row = {**dict.fromkeys(texts, "known"), **dict.fromkeys(gaps)}
+        return [{**row, "tags": [], "capabilities": [], "size_bytes": 0, "modified_at": 0.0}]
+
+    def problems(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Return that nothing is known of the follower."""
+        return {}
+
+
+class OneConversation:
+    """Conversations with one among them, whose id is `known`, where nothing was said."""
+
+    def find(self, **_wanted: Any) -> tuple[list[dict[str, Any]], int]:
+        """Return nothing."""
+        return [], 0
+
+    def named(self, session_id: str, file_path: str | None) -> list[dict[str, Any]]:
+        """Return the one, if it is meant."""
+        if session_id != "known":
+            return []
+        return [dict.fromkeys(("session_id", "path", "file_path"), "known") | {"message_count": 0}]
+
+    def messages(self, path: str, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def search(self, **_wanted: Any) -> dict[str, Any]:
+        """Return nothing."""
+        return {"conversations": 0, "matches": 0, "results": []}
+
+    def problems(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Return that nothing is known of the follower."""
+        return {}
+
+
 class Watched(Owner[Any]):
     """An owner whose decisions and queries are watched: they may not write, and refuse as declared.
 
@@ -243,9 +302,7 @@ class Watched(Owner[Any]):
     """
 
     def __init__(self, owner: Owner[Any], store: MemoryStore) -> None:
-        self.name = owner.name  # type: ignore[misc]
-        self.tables = owner.tables  # type: ignore[misc]
-        self.events = owner.events  # type: ignore[misc]
+        vars(self).update(name=owner.name, tables=owner.tables, events=owner.events)
         self._owner = owner
         self._store = store
         self.done: set[str] = set()
@@ -261,6 +318,16 @@ class Watched(Owner[Any]):
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
         """Return what the owner wants to know."""
         return self._owner.fact(command, sender)
+
+    def answered(
+        self, command: Any, refusal: KsiError | None, tables: Any, given: Given
+    ) -> Decision:
+        """Decide what follows from an answer, likewise."""
+        self._store.is_frozen = True
+        try:
+            return self._owner.answered(command, refusal, tables, given)
+        finally:
+            self._store.is_frozen = False
 
     def relay(self, signal: Any, sender: Sender, tables: Any) -> Announcement | None:
         """Relay, with the tables locked."""
@@ -302,7 +369,8 @@ class Twin:
     Attributes:
         now, time_s: wall time and owner time. `pass_time` moves both.
         facts: answers from other owners' states; by default there are none.
-        views: what queries see of what followers write, by its kind; by default nothing.
+        hears: whether other owners answer messages at once, else with `hear`; where the owner
+            wants to know. refuses: what they answer to one: None, or a refusal.
         events: all that is committed; told: what was announced of it; sends: messages to others.
     """
 
@@ -311,10 +379,18 @@ class Twin:
         self.store = MemoryStore(owner)
         self.watched = Watched(owner, self.store)
         self.log = MemoryLog()
-        self.views: dict[Any, Any] = {Log: self.log, Index: NoIndex(), EventLog: NoEventLog()}
+        self.caches: dict[Any, Any] = {
+            Index: NoIndex(),
+            EventLog: NoEventLog(),
+            Compositions: OneComposition(),
+            Conversations: OneConversation(),
+        }
         self.now = START
         self.time_s = 0.0
         self.facts: Facts = lambda _query: None
+        self.hears = type(owner).answered is not Owner.answered
+        self.refuses: Callable[[Any], KsiError | None] = lambda _message: None
+        self._unheard: list[tuple[str, int, str, bytes]] = []
         self.events: list[Event] = []
         self.told: list[Announcement] = []
         self.sends: list[tuple[str, int, str, bytes]] = []
@@ -338,7 +414,7 @@ class Twin:
         """Answer a query; return the typed reply or raise the refusal."""
         declared = CATALOGUE[operation]
         query = declared.decode(encode(fields))
-        tables = bind(self.owner.tables, self.store.tables, self.views)
+        tables = bind(self.owner.tables, self.store.tables, {Log: self.log, **self.caches})
         return msgspec.msgpack.decode(
             encode(self.watched.answer(query, tables)), type=declared.reply
         )
@@ -350,10 +426,25 @@ class Twin:
         return self.run([], tick=True)
 
     def run(
-        self, works: Sequence[Work], ours: Sequence[Record[Any]] = (), *, tick: bool = False
+        self,
+        works: Sequence[Work],
+        ours: Sequence[Record[Any]] = (),
+        *,
+        answers: Sequence[Answered] = (),
+        tick: bool = False,
     ) -> Outcome:
         """Carry out a batch, as the host does; monotonic time is owner time here."""
-        outcome = self.loop.run(works, ours, self.now, self.time_s, self.time_s, tick=tick)
+        now, time_s = self.now, self.time_s
+        return self._told_of(
+            self.loop.run(works, ours, now, time_s, time_s, answers=answers, tick=tick)
+        )
+
+    def restored(self, interrupted: Interrupted = "retry") -> Outcome:
+        """Let the owner decide about a restore, as the host does before anything else."""
+        restored = Restored(interrupted=interrupted)
+        return self._told_of(self.loop.run_restored(restored, self.now, self.time_s))
+
+    def _told_of(self, outcome: Outcome) -> Outcome:
         self.events += outcome.events
         self.sends += outcome.sends
         for each in outcome.told:
@@ -361,7 +452,20 @@ class Twin:
         for event in outcome.events:
             for line in self.owner.lines(event):
                 self.log.add(line)
+        self._unheard += outcome.sends
+        if self.hears and outcome.sends:
+            self.hear()
         return outcome
+
+    def hear(self) -> None:
+        """Let the other owners answer what they were sent."""
+        unheard, self._unheard = self._unheard, []
+        answers, sent = [], {}
+        for owner, number, operation, body in unheard:
+            refusal = self.refuses(CATALOGUE[operation].decode(body))
+            answers.append(Answered(owner, operation, body, refusal))
+            sent[owner] = Record[Any](owner, b"", number, SENT, b"", [], [])
+        self.run([], [*sent.values()], answers=answers)
 
     def restart(self) -> None:
         """Begin anew with what is committed, as after a crash of the process."""
@@ -459,6 +563,7 @@ class _Run:
     def __init__(self, owner: Owner[Any], choose: Chooser, seed: int) -> None:
         self.twin = Twin(owner, seed)
         self.chance = random.Random(seed)
+        self.twin.refuses = self._answer
         self._choose = choose
         self._callers: dict[tuple[Sender, int], _Caller] = {}
 
@@ -471,6 +576,11 @@ class _Run:
             self.twin.pass_time(self.chance.choice((0.05, 0.25, 1.0, 5.0, 70.0)))
         elif chance < 0.95:
             self.twin.restart()
+            if self.twin.owner.recovers and self.chance.random() < 0.5:
+                self.twin.restored(self.chance.choice(("retry", "fail")))
+        elif chance < 0.97 and type(self.twin.owner).answered is not Owner.answered:
+            self.twin.hears = not self.twin.hears
+            self.twin.hear()
         else:
             self._retry(self.twin)
 
@@ -482,7 +592,9 @@ class _Run:
         require_alike(rows, replayed.store.rows(), "the journal applied to empty tables")
         _require_numbers(rows, replayed.store.rows())
         self._retry(replayed)
-        sizes = dict(twin.owner.logs(bind(twin.owner.tables, twin.store.tables, twin.views), ""))
+        sizes = dict(
+            twin.owner.logs(bind(twin.owner.tables, twin.store.tables, {Log: twin.log}), "")
+        )
         written = {key: len(content) for key, content in twin.log.content.items()}
         shown = {key: size for key, size in sizes.items() if size}
         assert shown == written, f"`logs` says {shown}, written is {written}"
@@ -524,6 +636,13 @@ class _Run:
         if self.twin.store.fails is None:
             assert [answer.error[0] for answer in answers] == [StorageFull.code] * len(works)
         self.twin.store.fails = None
+
+    def _answer(self, _message: Any) -> KsiError | None:
+        """Return what another owner answers: now and then it refuses, for whatever reason."""
+        chance = self.chance.random()
+        if chance > 0.1:
+            return None
+        return Internal("a defect") if chance < 0.05 else Conflict("it is closed")
 
     def _read(self, work: Work, answer: bytes) -> bool:
         """Check that an answer survives the wire; return whether it is a refusal."""

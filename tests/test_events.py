@@ -638,5 +638,5 @@ def test_every_owner_is_followed() -> None:
 def test_the_twin_sees_no_log_unless_it_is_given_one() -> None:
     twin = Twin(OWNER)
     assert twin.read("event_log:query").events == []
-    assert EventLog in twin.views
+    assert EventLog in twin.caches
     assert EntryAppended.__struct_config__.tag == "appended"

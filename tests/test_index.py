@@ -163,7 +163,7 @@ class Told:
     def read(self, operation: str, **fields: Any) -> Any:
         """Answer a query of the index's owner."""
         twin = Twin(OWNER)
-        twin.views[Index] = IndexView(self.var)
+        twin.caches[Index] = IndexView(self.var)
         return twin.read(operation, **fields)
 
     def verify(self) -> Verification:

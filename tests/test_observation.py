@@ -30,7 +30,7 @@ class Observed(Twin):
         super().__init__(OWNER)
         self.var = var
         self.log_view = EventLogView(var)
-        self.views[EventLog] = self.log_view
+        self.caches[EventLog] = self.log_view
         self.facts = self.fact
 
     def fact(self, query: Query[Any]) -> Reply:

@@ -8,7 +8,10 @@ from typing import Any, Final
 from ksi.actors.owner import Owner
 
 # In the order they start.
-OWNERS: Final = ("registry", "sessions", "completion", "bus", "index", "events", "observation")
+OWNERS: Final = (
+    "registry", "sessions", "completion", "bus", "state", "mcp", "index", "library", "events",
+    "observation",
+)  # fmt: skip
 
 
 def load(name: str) -> Owner[Any]:

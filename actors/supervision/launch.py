@@ -42,6 +42,7 @@ MODULES: Final = (
     "ksi.actors.followers.files",
     "ksi.actors.followers.indexing",
     "ksi.actors.followers.recording",
+    "ksi.actors.followers.library",
     "ksi.actors.checkpoints",
     "structlog",
 )  # what children need

@@ -21,11 +21,12 @@ from ksi.actors.supervision.restarts import Strategy
 # Owners with something beside them in their process; it runs them, too.
 FUNCTIONS: Final = {
     "index": "ksi.actors.followers.indexing:run_index",
+    "library": "ksi.actors.followers.library:run_library",
     "events": "ksi.actors.followers.recording:run_events",
 }
 
 
-CONTEXT: Final = frozenset({"index", "events", "observation"})
+CONTEXT: Final = frozenset({"index", "library", "events", "observation"})
 
 
 class Tree(NamedTuple):

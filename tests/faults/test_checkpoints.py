@@ -16,7 +16,7 @@ from checkpointing import listed, load_on, made, ordered
 from system import System
 from trouble import kill, kill_all, paused, until
 
-from ksi.actors.checkpoints import Cutting, root_of
+from ksi.actors.checkpoints import PAGE_LOGS, Cutting, root_of
 from ksi.actors.commit import table_types
 from ksi.actors.owners import OWNERS, load
 from ksi.storage import checkpoints
@@ -64,7 +64,7 @@ def in_cut(path: Path, owner: str) -> tuple[dict[str, int], list[tuple[str, int]
     """Return, of an owner in a cut: last numbers sent, those unanswered, last numbers received."""
     specs = {name: TableSpec(*types) for name, types in table_types(load(owner)).items()}
 
-    def read(tables: Any, _: Any) -> Any:
+    def read(tables: Any) -> Any:
         sent = {
             key[4:] if isinstance(key, str) else key[0][4:]: row.value
             for key, row in tables["ksi.counters"].range()
@@ -111,6 +111,16 @@ def test_a_stop_leaves_a_checkpoint_of_all_that_was_acknowledged(system: System)
     assert (file.key, file.size, file.crc) == (session_id, len(content), crc32(content))
 
 
+def test_a_checkpoint_of_many_sessions_knows_the_file_of_each_once(system: System) -> None:
+    with system.client("alice") as alice:
+        for n in range(PAGE_LOGS + 1):
+            alice.tell("session:create", session_id=f"s{n}")
+        alice.flush(timeout_s=30.0)
+    found = made(system)
+    keys = [file.key for file in checkpoints.read_files(root_of(system.var) / found.id)]
+    assert sorted(keys) == sorted(f"s{n}" for n in range(PAGE_LOGS + 1))
+
+
 def test_a_second_signal_does_not_tear_the_checkpoint_of_a_stop(system: System) -> None:
     from ksi.actors.supervision.lock import holder
 
@@ -118,7 +128,7 @@ def test_a_second_signal_does_not_tear_the_checkpoint_of_a_stop(system: System) 
     assert held is not None
     for _ in range(5):
         os.kill(held.pid, signal.SIGTERM)
-        time.sleep(0.02)
+        time.sleep(0.02)  # Each meets another step of the stop.
     until(lambda: holder(system.var) is None)
     are_good(system.var, 1)
 
@@ -199,7 +209,7 @@ def test_a_supervisor_that_is_killed_meanwhile_leaves_no_half_checkpoint(system:
     good = 0
     for pause_s in (0.0, 0.01, 0.02, 0.05, 0.1):
         ordered(system)
-        time.sleep(pause_s)
+        time.sleep(pause_s)  # Each meets another step of the checkpoint.
         kill_all(system)
         found = whole(root_of(system.var))
         assert sorted(checkpoints.names(root_of(system.var))) == sorted(e.id for e in found)
