@@ -40,7 +40,7 @@ def observe() -> None:
 def list_observations(options: Options, observer: str | None) -> None:
     """List who observes whom, and what was not shown to him. Sends no message."""
     fields = {} if observer is None else {"observer": observer}
-    found = _reads(options)("observation", "observation:list", **fields)["subscriptions"]
+    found = _reads(options)("events", "observation:list", **fields)["subscriptions"]
     if options.json:
         show_json("observe", {"subscriptions": found})
         return
@@ -153,7 +153,7 @@ def replayed(
     begun_s = clock()
     more = True
     while more:
-        page = read("observation", "observation:replay", **fields, limit=PAGE)
+        page = read("events", "observation:replay", **fields, limit=PAGE)
         for event in page["events"]:
             left_s = begun_s + event["due_s"] - clock()
             if left_s > 0:
@@ -181,7 +181,7 @@ def analyze(
     times = {"since": since, "until": until}
     given = {name: at for name, at in times.items() if at is not None}
     fields = {"target": target, "analysis_type": analysis_type, **given}
-    found = _reads(options)("observation", "observation:analyze", **fields)
+    found = _reads(options)("events", "observation:analyze", **fields)
     if options.json:
         show_json("observe.analyze", found)
     else:

@@ -35,7 +35,7 @@ from ksi.actors.owners import OWNERS, load, load_all
 from ksi.actors.owners.events import OWNER
 from ksi.actors.owners.sessions import EntryAppended, Joined, OwnerSeen
 from ksi.actors.reading import reader_of
-from ksi.actors.testing import START, Asked, Twin, check_owner
+from ksi.actors.testing import START, Asked, Twin
 from ksi.storage import eventlog
 from ksi.storage.eventlog import EventWriter, Followed, days_in, read_synced
 from ksi.storage.files import LogWriter
@@ -162,10 +162,6 @@ def choose(chance: random.Random) -> Asked:
         ]
     )
     return Asked(who, operation, {key: value for key, value in fields.items() if value is not None})
-
-
-def test_the_owner_of_subscriptions_passes_the_conformance_kit() -> None:
-    check_owner(OWNER, choose)
 
 
 def test_a_subscription_keeps_its_place_and_never_goes_back() -> None:

@@ -10,7 +10,6 @@ from ksi.actors.owner import Owner
 # In the order they start.
 OWNERS: Final = (
     "registry", "sessions", "completion", "bus", "state", "mcp", "index", "library", "events",
-    "observation",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Events: what has happened, in all owners, where it can be looked for and followed.
 
-Owns subscriptions to the event log and the order to clear it. The log itself is derived: a follower
+Owns subscriptions to the event log, who observes whom (`observation.py`), and the order to clear
+the log. That itself is derived: a follower
 in the same process (`actors/followers/recording.py`) writes it from the journals of all owners, in
 a directory a day, and removes days that are over their time. Queries read those files, in any
 process; nobody is sent an event he has not asked for.
@@ -35,18 +36,28 @@ from ksi.actors.owner import (
     Tables,
     Tick,
 )
+from ksi.actors.owners import observation
+from ksi.actors.owners.observation import (
+    AcknowledgeObserved,
+    BreakerOpened,
+    BreakerPassed,
+    Count,
+    Number,
+    Observation,
+    ObservationAcknowledged,
+    ObservationEnded,
+    ObservationSet,
+    Observe,
+    Patterns,
+    Unobserve,
+)
 from ksi.transport.errors import Invalid, NotFound, Quota
-from ksi.transport.limits import PATTERN_CHARS_MAX
 from ksi.transport.message import OPERATOR, Id, Moment, Text, operation
 from ksi.transport.moments import day_of, moment
 
 PAGE_EVENTS_MAX: Final = 1000  # Of some hundred bytes: an answer fits into a frame.
-PATTERNS_MAX: Final = 64  # Names of events in one question.
 SUBSCRIPTIONS_MAX: Final = 1000  # In all; each is a row, and costs nothing else.
 
-Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=PATTERN_CHARS_MAX)]
-Patterns = Annotated[list[Pattern], msgspec.Meta(max_length=PATTERNS_MAX)]
-Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_EVENTS_MAX)]
 
 
@@ -306,21 +317,37 @@ class ClearedDays(msgspec.Struct, frozen=True, array_like=True):
 class EventTables(Tables):
     subscriptions: Annotated[Table[Subscription], Keyed(str, str)]  # subscriber, name
     cleared: Table[ClearedDays]  # "before"
+    observations: Table[Observation]  # by subscription
     log: EventLog
 
 
 class EventsOwner(Owner[EventTables]):
-    """The owner of subscriptions to the event log, and of the queries to it."""
+    """The owner of subscriptions to the event log and observations, and of the queries to it."""
 
     name = "events"
     tables = EventTables
-    events = Subscribed | Unsubscribed | Acknowledged | DaysCleared
-    routine = (Acknowledged,)  # Whoever follows everything would follow himself.
+    events = (
+        Acknowledged
+        | ObservationAcknowledged
+        | Subscribed
+        | Unsubscribed
+        | DaysCleared
+        | ObservationSet
+        | ObservationEnded
+        | BreakerOpened
+        | BreakerPassed
+    )
+    # Whoever follows everything would follow himself.
+    routine = (Acknowledged, ObservationAcknowledged)
 
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
-        if isinstance(command, Subscribe) and command.after is None:
-            return GetNewest()
-        return None
+        match command:
+            case Subscribe(after=None) | Observe(after=None):
+                return GetNewest()
+            case AcknowledgeObserved():
+                return Count(subscription_id=command.subscription_id, upto=command.upto)
+            case _:
+                return None
 
     def decide(self, command: Any, sender: Sender, tables: EventTables, given: Given) -> Decision:
         match command:
@@ -332,8 +359,10 @@ class EventsOwner(Owner[EventTables]):
                 return _unsubscribe(command, sender, tables)
             case Clear():
                 return _clear(command, sender, given)
+            case Observe() | Unobserve() | AcknowledgeObserved():
+                return observation.decide(command, sender, tables, given)
             case Tick():
-                return Decision()
+                return observation.tick(tables, given)
             case _:
                 raise TypeError(command)
 
@@ -353,7 +382,7 @@ class EventsOwner(Owner[EventTables]):
             case DaysCleared():
                 tables.cleared.put("before", ClearedDays(event.before))
             case _:
-                raise TypeError(event)
+                observation.apply(event, tables)
 
     def answer(self, query: Any, tables: EventTables) -> Reply:
         match query:
@@ -372,7 +401,7 @@ class EventsOwner(Owner[EventTables]):
                 views = [_view(subscriber, name, row) for (subscriber, name), row in rows]
                 return SubscriptionList(subscriptions=views)
             case _:
-                raise TypeError(query)
+                return observation.answer(query, tables)
 
 
 OWNER = EventsOwner()

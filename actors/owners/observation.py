@@ -1,7 +1,7 @@
 """Observation: what agents do, as others asked to see it.
 
-Owns who observes whom, with which filters, and how far he has seen. What is seen is read from the
-event log (`actors/owners/events.py`): nothing is sent to observers, so the observed never wait.
+Who observes whom, with which filters, and how far he has seen. What is seen is read from the event
+log: nothing is sent to observers, so the observed never wait.
 
 - What an observer is shown follows from the log and his subscription alone: reading on from where
   he has acknowledged shows each event once, also after a restart of anybody.
@@ -9,6 +9,8 @@ event log (`actors/owners/events.py`): nothing is sent to observers, so the obse
 - An observer who is silent for `breaker_s` has his breaker opened: he is shown nothing until he
   acknowledges again, and then goes on from there. What he has missed is counted.
 - A replay is read like anything else: it is marked, and changes nothing.
+
+These are operations of the owner `events` (`events.py`).
 
 Source: "KSI: Comprehensive State Management Analysis", 9; the operations `observation:*` of KSI.
 Circuit breakers: Nygard, "Release It!".
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 from zlib import crc32
 
 import msgspec
@@ -29,21 +31,18 @@ from ksi.actors.owner import (
     Event,
     EventLog,
     Given,
-    Owner,
     Query,
     Reply,
     Sender,
     Table,
-    Tables,
-    Tick,
 )
-from ksi.actors.owners.events import GetNewest, Newest, Number, Pattern, Patterns
 from ksi.transport.errors import Busy, Forbidden, Invalid, NotFound, Quota
-from ksi.transport.limits import TEXT_CHARS_MAX
+from ksi.transport.limits import PATTERN_CHARS_MAX, TEXT_CHARS_MAX
 from ksi.transport.message import Id, Moment, operation
 from ksi.transport.patterns import matcher, plain_part
 
 OBSERVATIONS_MAX: Final = 1000  # In all: a tick looks at each.
+PATTERNS_MAX: Final = 64  # Names of events in one question.
 PAGE_EVENTS_MAX: Final = 1000  # Of some hundred bytes: an answer fits into a frame.
 LOOKS_MAX: Final = 8  # Pages of the log looked at for one answer: half a second at the worst.
 RATE_EVENTS_MAX: Final = 1000  # Times kept of what was shown last, in a row.
@@ -51,6 +50,9 @@ BREAKER_S: Final = 300.0  # Silent for so long an observer hangs, where it does 
 ERRORS_SHOWN_MAX: Final = 20  # Of an analysis.
 LOOK: Final = 1000  # Events looked at in one page of the log.
 
+Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=PATTERN_CHARS_MAX)]
+Patterns = Annotated[list[Pattern], msgspec.Meta(max_length=PATTERNS_MAX)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_EVENTS_MAX)]
 Operator = Literal["equals", "contains", "gt", "lt"]
 Analysis = Literal["frequency", "errors", "performance"]
@@ -164,7 +166,7 @@ class Analysed(Reply, frozen=True, kw_only=True):
 
 @operation(
     "observation:subscribe",
-    owner="observation",
+    owner="events",
     refuses=(Invalid, Quota, Forbidden),
     example={
         "target": "alice",
@@ -189,7 +191,7 @@ class Observe(Command[ObservationView], frozen=True, kw_only=True):
 
 @operation(
     "observation:unsubscribe",
-    owner="observation",
+    owner="events",
     refuses=(NotFound, Forbidden),
     example={"subscription_id": "obs_1"},
 )
@@ -202,18 +204,18 @@ class Unobserve(Command[None], frozen=True, kw_only=True):
 
 @operation(
     "observation:ack",
-    owner="observation",
+    owner="events",
     refuses=(NotFound, Forbidden, Busy),
     example={"subscription_id": "obs_1", "upto": 1},
 )
-class Acknowledge(Command[None], frozen=True, kw_only=True):
+class AcknowledgeObserved(Command[None], frozen=True, kw_only=True):
     """Say that all that was shown up to an event is seen; closes a breaker. A sign of life, too."""
 
     subscription_id: Id
     upto: Number
 
 
-@operation("observation:list", owner="observation", example={"target": "alice"})
+@operation("observation:list", owner="events", example={"target": "alice"})
 class ListObservations(Query[Observations], frozen=True, kw_only=True):
     """List who observes whom, with what was shown and what was not."""
 
@@ -223,7 +225,7 @@ class ListObservations(Query[Observations], frozen=True, kw_only=True):
 
 @operation(
     "observation:next",
-    owner="observation",
+    owner="events",
     refuses=(NotFound,),
     example={"subscription_id": "obs_1"},
 )
@@ -237,7 +239,7 @@ class FindObserved(Query[Observed], frozen=True, kw_only=True):
 
 @operation(
     "observation:count",
-    owner="observation",
+    owner="events",
     refuses=(NotFound,),
     example={"subscription_id": "obs_1", "upto": 1},
 )
@@ -250,7 +252,7 @@ class Count(Query[Counted], frozen=True, kw_only=True):
 
 @operation(
     "observation:query",
-    owner="observation",
+    owner="events",
     refuses=(Invalid,),
     example={"target": "alice", "since": "1h"},
 )
@@ -269,7 +271,7 @@ class FindHistory(Query[History], frozen=True, kw_only=True):
 
 @operation(
     "observation:replay",
-    owner="observation",
+    owner="events",
     refuses=(Invalid,),
     example={"target": "alice", "speed": 10.0, "since": "1h"},
 )
@@ -291,7 +293,7 @@ class Replay(Query[Replayed], frozen=True, kw_only=True):
 
 @operation(
     "observation:analyze",
-    owner="observation",
+    owner="events",
     refuses=(Invalid,),
     example={"target": "alice", "analysis_type": "performance"},
 )
@@ -305,7 +307,7 @@ class Analyse(Query[Analysed], frozen=True, kw_only=True):
     after: Number | None = None
 
 
-class ObservationSet(Event, frozen=True, array_like=True, tag="subscribed"):
+class ObservationSet(Event, frozen=True, array_like=True, tag="observing"):
     subscription_id: str
     observer: str
     target: str
@@ -317,13 +319,13 @@ class ObservationSet(Event, frozen=True, array_like=True, tag="subscribed"):
     time_s: float
 
 
-class ObservationEnded(Event, frozen=True, array_like=True, tag="unsubscribed"):
+class ObservationEnded(Event, frozen=True, array_like=True, tag="observation_ended"):
     subscription_id: str
     observer: str
     target: str
 
 
-class Acknowledged(Event, frozen=True, array_like=True, tag="acknowledged"):
+class ObservationAcknowledged(Event, frozen=True, array_like=True, tag="observation_acknowledged"):
     subscription_id: str
     upto: int
     shown: int
@@ -367,86 +369,79 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
     window: list[float] = []
 
 
-class ObservationTables(Tables):
-    observations: Table[Observation]  # by subscription
+class ObservationTables(Protocol):
+    """The tables of the owner `events` that this file is about."""
+
+    observations: Table[Observation]
     log: EventLog
 
 
-class ObservationOwner(Owner[ObservationTables]):
-    """The owner of who observes whom."""
-
-    name = "observation"
-    tables = ObservationTables
-    events = Acknowledged | ObservationSet | ObservationEnded | BreakerOpened | BreakerPassed
-    routine = (Acknowledged,)  # Whoever observes everything would observe himself.
-
-    def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
-        match command:
-            case Acknowledge():
-                return Count(subscription_id=command.subscription_id, upto=command.upto)
-            case Observe(after=None):
-                return GetNewest()
-            case _:
-                return None
-
-    def decide(
-        self, command: Any, sender: Sender, tables: ObservationTables, given: Given
-    ) -> Decision:
-        match command:
-            case Acknowledge():
-                return _acknowledge(command, sender, tables, given)
-            case Observe():
-                return _observe(command, sender, tables, given)
-            case Unobserve():
-                return _unobserve(command, sender, tables)
-            case Tick():
-                return Decision(tuple(_hanging(tables, given)))
-            case _:
-                raise TypeError(command)
-
-    def apply(self, event: Any, tables: ObservationTables) -> None:
-        rows = tables.observations
-        match event:
-            case Acknowledged():
-                _acknowledged(event, tables)
-            case ObservationSet():
-                _observation_set(event, tables)
-            case ObservationEnded():
-                rows.delete(event.subscription_id)
-            case BreakerOpened():
-                rows.put(event.subscription_id, _with(event, tables, is_open=True))
-            case BreakerPassed():
-                missed = _known(tables, event.subscription_id).missed + event.missed
-                passed = {"acked": event.upto, "missed": missed, "seen_s": event.time_s}
-                row = _with(event, tables, **passed, is_open=not event.is_all)
-                rows.put(event.subscription_id, row)
-            case _:
-                raise TypeError(event)
-
-    def answer(self, query: Any, tables: ObservationTables) -> Reply:
-        match query:
-            case FindObserved():
-                return _find(query, tables)
-            case Count():
-                return _count(query, tables)
-            case FindHistory():
-                return _history(query, tables)
-            case Replay():
-                return _replay(query, tables)
-            case Analyse():
-                return _analyse(query, tables)
-            case ListObservations():
-                views = [
-                    _view(subscription_id, row)
-                    for subscription_id, row in tables.observations.range()
-                    if query.observer in (None, row.observer) and query.target in (None, row.target)
-                ]
-                return Observations(subscriptions=views)
-            case _:
-                raise TypeError(query)
+ObservationEvent = (
+    ObservationAcknowledged | ObservationSet | ObservationEnded | BreakerOpened | BreakerPassed
+)
 
 
-OWNER = ObservationOwner()
+def decide(command: Any, sender: Sender, tables: ObservationTables, given: Given) -> Decision:
+    """Return what happens if a command is carried out, or raise a refusal."""
+    match command:
+        case AcknowledgeObserved():
+            return _acknowledge(command, sender, tables, given)
+        case Observe():
+            return _observe(command, sender, tables, given)
+        case Unobserve():
+            return _unobserve(command, sender, tables)
+        case _:
+            raise TypeError(command)
+
+
+def tick(tables: ObservationTables, given: Given) -> Decision:
+    """Open the breakers of observers who hang."""
+    return Decision(tuple(_hanging(tables, given)))
+
+
+def apply(event: Any, tables: ObservationTables) -> None:
+    """Write what an event says."""
+    rows = tables.observations
+    match event:
+        case ObservationAcknowledged():
+            _acknowledged(event, tables)
+        case ObservationSet():
+            _observation_set(event, tables)
+        case ObservationEnded():
+            rows.delete(event.subscription_id)
+        case BreakerOpened():
+            rows.put(event.subscription_id, _with(event, tables, is_open=True))
+        case BreakerPassed():
+            missed = _known(tables, event.subscription_id).missed + event.missed
+            passed = {"acked": event.upto, "missed": missed, "seen_s": event.time_s}
+            row = _with(event, tables, **passed, is_open=not event.is_all)
+            rows.put(event.subscription_id, row)
+        case _:
+            raise TypeError(event)
+
+
+def answer(query: Any, tables: ObservationTables) -> Reply:
+    """Return the reply to a query, or raise a refusal."""
+    match query:
+        case FindObserved():
+            return _find(query, tables)
+        case Count():
+            return _count(query, tables)
+        case FindHistory():
+            return _history(query, tables)
+        case Replay():
+            return _replay(query, tables)
+        case Analyse():
+            return _analyse(query, tables)
+        case ListObservations():
+            views = [
+                _view(subscription_id, row)
+                for subscription_id, row in tables.observations.range()
+                if query.observer in (None, row.observer) and query.target in (None, row.target)
+            ]
+            return Observations(subscriptions=views)
+        case _:
+            raise TypeError(query)
 
 
 def _observe(command: Observe, sender: Sender, tables: ObservationTables, given: Given) -> Decision:
@@ -460,7 +455,7 @@ def _observe(command: Observe, sender: Sender, tables: ObservationTables, given:
     if after is None and known is not None and known.target == command.target:
         after = known.acked
     if after is None:
-        after = given.fact.n if isinstance(given.fact, Newest) else 0
+        after = getattr(given.fact, "n", 0)  # of the newest event, if that can be read now
     begun = ObservationSet(
         subscription_id, sender.name, command.target, command.events, command.filter or Filter(),
         command.breaker_s, after, given.now, given.time_s,
@@ -484,7 +479,7 @@ def _unobserve(command: Unobserve, sender: Sender, tables: ObservationTables) ->
 
 
 def _acknowledge(
-    command: Acknowledge, sender: Sender, tables: ObservationTables, given: Given
+    command: AcknowledgeObserved, sender: Sender, tables: ObservationTables, given: Given
 ) -> Decision:
     subscription_id = command.subscription_id
     known = _own(tables, subscription_id, sender)
@@ -502,7 +497,7 @@ def _acknowledge(
     is_news = counted.upto > known.acked
     if not is_news and given.time_s - known.seen_s < known.breaker_s / 4:
         return Decision()
-    acknowledged = Acknowledged(
+    acknowledged = ObservationAcknowledged(
         subscription_id, counted.upto, counted.shown, counted.sampled_out, counted.rate_limited,
         counted.window, given.time_s,
     )  # fmt: skip
@@ -547,7 +542,7 @@ def _observation_set(event: ObservationSet, tables: ObservationTables) -> None:
     tables.observations.put(event.subscription_id, _row(event, known))
 
 
-def _acknowledged(event: Acknowledged, tables: ObservationTables) -> None:
+def _acknowledged(event: ObservationAcknowledged, tables: ObservationTables) -> None:
     known = _known(tables, event.subscription_id)
     changed = msgspec.structs.replace(
         known,

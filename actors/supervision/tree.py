@@ -26,7 +26,7 @@ FUNCTIONS: Final = {
 }
 
 
-CONTEXT: Final = frozenset({"index", "library", "events", "observation"})
+CONTEXT: Final = frozenset({"index", "library", "events"})
 
 
 class Tree(NamedTuple):
