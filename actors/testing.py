@@ -286,9 +286,7 @@ class Watched(Owner[Any]):
     """
 
     def __init__(self, owner: Owner[Any], store: MemoryStore) -> None:
-        self.name = owner.name  # type: ignore[misc]
-        self.tables = owner.tables  # type: ignore[misc]
-        self.events = owner.events  # type: ignore[misc]
+        vars(self).update(name=owner.name, tables=owner.tables, events=owner.events)
         self._owner = owner
         self._store = store
         self.done: set[str] = set()

@@ -43,6 +43,7 @@ COUNTED: Final[Mapping[str, Mapping[str, tuple[str, str | None]]]] = {
         "active": ("grants", None),
         "workers": ("workers", None),
     },
+    "state": {"entities": ("entities", None), "queued": ("items", None)},
 }
 
 

@@ -23,7 +23,7 @@ from ksi.transport.errors import KsiError
 SUBCOMMANDS: Final = (
     "start", "stop", "restart", "dev", "status", "ps", "logs",
     "ask", "read", "send", "subscribe", "discover", "help",
-    "agents", "sessions", "queue", "worker", "index", "archive", "mcp",
+    "agents", "sessions", "state", "queue", "worker", "index", "archive", "mcp",
     "conversations", "import", "compositions",
     "checkpoint", "restore",
     "config", "doctor", "completion", "demo", "version",

@@ -40,6 +40,7 @@ ROWS = {
     "read": ["decoded, p50 us", "typed, owner stopped, p50 us"],
     "restart": ["kills, p50 ms", "kills, p99 ms"],
     "start_stop": ["start, cold", "start, warm", "stop, warm"],
+    "state": ["create, 100 entities", "query by value", "walk of two steps", "count by type"],
     "status": ["ksi status --json, ms"],
 }
 

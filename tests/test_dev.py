@@ -107,7 +107,7 @@ class Writer(threading.Thread):
                     "session:append", session_id="written", event="note", timeout_s=30.0
                 )
                 self.seqs.append(ack["seq"])
-                time.sleep(0.001)
+                time.sleep(0.001)  # It shares two cores with what it watches.
 
 
 @contextlib.contextmanager

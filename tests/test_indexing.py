@@ -146,7 +146,7 @@ def test_after_fifty_kills_the_index_is_the_one_that_is_built_from_the_files(
         for n in range(KILLS):
             if n % 5 == 4:  # One that dies while the index is built, or just before or after.
                 index.operator.ask("index:rebuild")
-            time.sleep(chance.uniform(0.0, 0.15))
+            time.sleep(chance.uniform(0.0, 0.15))  # It may come at any moment.
             kill(system, chance.choices(["index", "files"], [4, 1])[0])
     finally:
         ended.set()

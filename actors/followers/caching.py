@@ -333,7 +333,7 @@ def _follow(
             if news.poll(int(wait_s * 1000)) and not stopping.is_set():
                 while bell.poll(0):
                     bell.recv()
-                time.sleep(group_s)
+                time.sleep(group_s)  # What comes meanwhile goes with it.
         for follower in followers:
             follower.close()
         context.destroy(linger=0)

@@ -169,7 +169,7 @@ class Rebuild:
         until_s = time.monotonic() + FILES_WAIT_S
         for position, sizes in self._pages():
             while (source.written()[1] or oldest) < position and time.monotonic() < until_s:
-                time.sleep(GROUP_S)
+                time.sleep(GROUP_S)  # A poll with a deadline.
             for lines, are_all in self._lines(sizes):
                 whole &= are_all
                 self.lines += self._writer.add(lines, begin)

@@ -43,7 +43,7 @@ def read_children(run: Path) -> SystemStatus | None:
     """Return the children as they were published last, or None. Compare `pid` before use."""
     try:
         return msgspec.json.decode((run / CHILDREN).read_bytes(), type=SystemStatus)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError):
         return None
 
 
@@ -61,7 +61,7 @@ def read_exit(run: Path) -> Exit | None:
     """Return why the last supervisor ended, or None if it ended in order or was killed."""
     try:
         return msgspec.json.decode((run / EXIT).read_bytes(), type=Exit)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError):
         return None
 
 
@@ -110,7 +110,7 @@ def read_checkpoint(run: Path) -> FailedCheckpoint | None:
     """Return the last checkpoint that failed, if one did."""
     try:
         return msgspec.json.decode((run / CHECKPOINT).read_bytes(), type=FailedCheckpoint)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError):
         return None
 
 
