@@ -170,7 +170,7 @@ class Echo:
             raise Failed("invalid_request", words)
         if delay_s:
             await talk.say({"delay_s": delay_s})
-            await asyncio.sleep(delay_s)
+            await asyncio.sleep(delay_s)  # as it was asked to
         return {"response": grant.prompt, "model": "echo"}
 
 

@@ -69,7 +69,7 @@ class Pace:
         """Wait for one's turn."""
         at_s = max(time.monotonic(), self._next_s)
         self._next_s = at_s + self._gap_s
-        await asyncio.sleep(at_s - time.monotonic())
+        await asyncio.sleep(at_s - time.monotonic())  # One has to wait for a turn.
 
     def rest(self, seconds: float) -> None:
         """Let nobody have a turn for a while."""
@@ -289,7 +289,7 @@ class Worker:
                 fields = {**fields, "error": _words(error)}
                 fields.pop("result", None)
             except (*_SILENT, Restored, Evicted):
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(RETRY_S)  # Nobody answers: not at once again.
 
 
 def _outcome(provider: str, result: Any) -> dict[str, Any]:

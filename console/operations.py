@@ -84,7 +84,7 @@ class _Fields(Command):
 
 def as_command(operation: Operation, call: Call, more: click.Option | None = None) -> click.Command:
     """Return the click command of an operation: a flag for each field, and the common ones."""
-    fields = {flag(each.name): each for each in fields_of(operation)}
+    fields = {flag(each.encode_name): each for each in fields_of(operation)}
 
     def carry_out(_fields: str | None, _timeout_s: float, **given: str | None) -> Any:
         values = _more(_fields)
@@ -92,7 +92,7 @@ def as_command(operation: Operation, call: Call, more: click.Option | None = Non
         for name, text in given.items():
             if text is not None:
                 each = fields["--" + name.replace("_", "-")]
-                values[each.name] = value_of(operation, each, text)
+                values[each.encode_name] = value_of(operation, each, text)
         operation.decode(encode(values))  # the same refusal as the owner's, but at once
         return call(click.get_current_context().obj, operation, values, _timeout_s, **beside)
 
@@ -161,7 +161,7 @@ def value_of(operation: Operation, each: shape.Field, text: str) -> Any:
             return text
         words = type_words(each.type)
         raise Invalid(
-            f"{flag(each.name)} takes JSON ({words}), and {text[:100]!r} is none: {error}",
+            f"{flag(each.encode_name)} takes JSON ({words}), and {text[:100]!r} is none: {error}",
             hint=operation.hint,
         ) from None
 

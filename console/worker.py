@@ -186,4 +186,4 @@ def spawn(options: Options, name: str, words: list[str]) -> None:
                     f"{name} does not take part: it is {agent['status']}, {agent.get('exit')}",
                     hint=f"ksi{options.words()} logs {name}",
                 )
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # It loads, or has only just begun.

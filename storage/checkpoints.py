@@ -106,7 +106,7 @@ def read(path: Path) -> Checkpoint:
         raise NotFound(f"there is no checkpoint {path.name}", hint="ksi checkpoint list")
     try:
         found = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Checkpoint)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise Corrupt(f"checkpoint {path}: {error}", file=str(path / MANIFEST)) from error
     if found.format != CHECKPOINT_FORMAT or found.id != path.name:
         raise Corrupt(f"checkpoint {path} is of format {found.format} and says it is {found.id}")
@@ -145,7 +145,7 @@ def read_files(path: Path) -> Iterator[File]:
         with open(path / FILES, "rb") as lines:
             for line in lines:
                 yield msgspec.json.decode(line, type=File)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise Corrupt(f"checkpoint {path}: {error}", file=str(path / FILES)) from error
 
 

@@ -67,6 +67,10 @@ class Recording:
                 self._enter("mkdir", call.path)
             case "rename" | "renameat" | "renameat2":
                 self._renamed(call.path, call.target)
+            case "link" | "linkat":
+                (parent, former), (other, name) = self._place(call.path), self._place(call.target)
+                number = self._entries[other][name] = self._entries[parent][former]
+                self.events.append(("rename", other, name, number))
             case "unlink" | "unlinkat" | "rmdir":
                 parent, name = self._place(call.path)
                 del self._entries[parent][name]

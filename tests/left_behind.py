@@ -185,7 +185,7 @@ def index(left: Left) -> None:
     """Index what the files have; fails if it cannot come to the end of it."""
     project(left)
     follower = IndexFollower(left.var, Quiet())
-    until_s = time.monotonic() + 5.0
+    until_s = time.monotonic() + 20.0
     while follower.turn() or follower.is_behind() or follower._writer is None:
         assert time.monotonic() < until_s, follower._trouble
     follower.close()

@@ -559,7 +559,12 @@ def test_who_is_known_not_to_be_admitted_is_refused(
     twin: Twin, fact: Reply | KsiError, refusal: type[KsiError]
 ) -> None:
     asked: list[Query[Any]] = []
-    twin.facts = lambda query: (asked.append(query), fact)[1]  # type: ignore[func-returns-value]
+
+    def answer(query: Query[Any]) -> Reply | KsiError:
+        asked.append(query)
+        return fact
+
+    twin.facts = answer
     with pytest.raises(refusal):
         submit(twin)
     assert msgspec.structs.asdict(asked[0]) == {"session_id": "s1"}

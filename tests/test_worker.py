@@ -41,7 +41,7 @@ class Obliging:
             case "wait":
                 await talk.say({"tokens": 1})
                 try:
-                    await asyncio.sleep(60)
+                    await asyncio.sleep(60)  # until it is cancelled
                 except asyncio.CancelledError:
                     self.cancelled += 1
                     raise
@@ -56,7 +56,7 @@ class Speaking:
     async def complete(self, grant: Grant, talk: Talk) -> Any:
         for word in ("one", " two", " three"):
             await talk.tokens(word)
-            await asyncio.sleep(0.12)
+            await asyncio.sleep(0.12)  # longer than tokens are held back
         return {"response": "one two three", "model": "speaking"}
 
 
@@ -145,7 +145,7 @@ def test_a_provider_is_cancelled_when_its_grant_is_over(system: System) -> None:
             while (await alice.read("completion:status", request_id=request_id))[
                 "progress"
             ] is None:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # The worker runs in this very loop.
             await alice.ask("completion:cancel", request_id=request_id)
             assert (await outcome(alice, "well"))["status"] == "completed"
         assert provider.cancelled == 2

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,9 @@ def storm(
         order = list(blows.elements())
         chance.shuffle(order)
         for number, what in enumerate(order):
-            time.sleep(max(0.0, begun_s + lasting_s * number / len(order) - time.monotonic()))
+            time.sleep(
+                max(0.0, begun_s + lasting_s * number / len(order) - time.monotonic())
+            )  # evenly
             dealt[what] += 1
             strike(system, running, what, chance)
         waiting, spent_s = open_requests(system), time.monotonic() - begun_s
@@ -231,9 +234,12 @@ def require_one_result_each(system: System, sessions: int, each: int) -> None:
         lines = map(json.loads, path.read_text().splitlines())
         return [line["data"].get("response") for line in lines if line["event"] == event]
 
+    def are_all_there(name: str) -> bool:
+        return len(entries(system, name)) == 2 * each
+
     in_order = [str(n) for n in range(each)]
     for session in range(sessions):
-        until(lambda name=f"s{session}": len(entries(system, name)) == 2 * each)  # type: ignore[misc]
+        until(partial(are_all_there, f"s{session}"))
     time.sleep(1.0)  # The promise: in the files within a second.
     for session in range(sessions):
         assert said(f"s{session}", "completion:result") == in_order

@@ -11,22 +11,15 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
 from crashing import in_child
-from left_behind import WORK, Left, left_behind
+from left_behind import WORK, Left
 from tracing import KILL, hit_at_each
 
 HOW = {"killed": KILL, "EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
-BLOWS = 6  # of each kind, at calls that are drawn; in the soak there are as many as calls
-
-
-@pytest.fixture(scope="module")
-def left() -> Iterator[Left]:
-    with left_behind() as found:
-        yield found
+BLOWS = 4  # of each kind, at calls that are drawn; in the soak there are as many as calls
 
 
 def hit_all(left: Left, what: str, how: str, blows: int) -> None:

@@ -6,11 +6,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from ksi.actors.supervision.launch import start_background
 from ksi.actors.supervision.lock import holder
 from ksi.transport.errors import Conflict
 
-TESTS = str(Path(__file__).parent.parent)
+PATIENCE_S = 20.0
 
 # Creates a session, says its id, appends until that is refused, and says how; then another.
 WRITER = """
@@ -85,6 +85,7 @@ def told(process: subprocess.Popen[str], order: str = "") -> str:
     if order:
         process.stdin.write(order + "\n")
         process.stdin.flush()
+    assert select.select([process.stdout], [], [], PATIENCE_S)[0], "it was not refused"
     return process.stdout.readline().strip()
 
 
