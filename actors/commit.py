@@ -33,11 +33,11 @@ import msgspec
 from ksi.actors import delivery
 from ksi.actors.delivery import HOST_TABLES, SENT, Answered, Batch, Client, Delivery, Record
 from ksi.actors.owner import (
+    CACHES,
     Announcement,
     Decision,
     Event,
     Given,
-    Index,
     Keyed,
     Log,
     Owner,
@@ -558,22 +558,27 @@ def _hints(declared: type[Tables]) -> dict[str, Any]:
 
 
 def bind(
-    declared: type[Tables],
-    tables: Mapping[str, Any],
-    logs: Log | None = None,
-    index: Index | None = None,
+    declared: type[Tables], tables: Mapping[str, Any], beside: Mapping[Any, Any] | None = None
 ) -> Any:
-    """Return an instance of the declared tables over `tables`, by their names."""
+    """Return an instance of the declared tables over `tables`, by their names.
+
+    `beside` has by its type what lies outside of the store: logs, and caches. The commit loop
+    reads no such thing and has none.
+    """
     bound = declared()
-    beside = {Log: logs, Index: index}
     for name, kind in _hints(declared).items():
-        setattr(bound, name, beside[kind] if kind in beside else tables[name])
+        setattr(bound, name, (beside or {}).get(kind) if is_beside(kind) else tables[name])
     return bound
 
 
-def reads_index(declared: type[Tables]) -> bool:
-    """Return whether there is an index among the declared tables."""
-    return Index in _hints(declared).values()
+def is_beside(kind: Any) -> bool:
+    """Return whether what is declared lies outside of the store."""
+    return kind is Log or kind in CACHES
+
+
+def caches_of(declared: type[Tables]) -> list[Any]:
+    """Return the caches among the declared tables."""
+    return [kind for kind in _hints(declared).values() if kind in CACHES]
 
 
 def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
@@ -581,7 +586,7 @@ def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
     row, the types of a key, and where it says so how many rows to keep decoded."""
     types: dict[str, tuple[Any, ...]] = dict(HOST_TABLES)
     for name, kind in _hints(owner.tables).items():
-        if kind not in (Log, Index):
+        if not is_beside(kind):
             (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
             plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
             types[name] = (get_args(plain)[0], keyed.parts, keyed.cache_rows)

@@ -96,7 +96,7 @@ class Host(pykka.ThreadingActor):
         self._turned_s = self._ticked_s = self._probed_s = time.monotonic()
         self._draining = False
 
-    def _create_actor_inbox(self) -> Any:  # type: ignore[override]
+    def _create_actor_inbox(self) -> Any:  # type: ignore[override]  # static in pykka
         return self._mailbox
 
     def _start_actor_loop(self) -> None:

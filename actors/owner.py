@@ -28,7 +28,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -94,6 +94,47 @@ class Index(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Return how far the follower has come and what it does now."""
+
+
+class Compositions(Protocol):
+    """What is in a folder of compositions, in a database that a follower writes."""
+
+    def find(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the compositions that are wanted, in the order of their ids."""
+
+    def named(self, name: str, kind: str | None) -> list[dict[str, Any]]:
+        """Return the compositions that a name may mean, with their metadata and content."""
+
+    def problems(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the files that are no compositions, and why not."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how many there are, and what the follower does now."""
+
+
+class Conversations(Protocol):
+    """What was said in sessions and in imported logs, in a database that a follower writes."""
+
+    def find(self, **wanted: Any) -> tuple[list[dict[str, Any]], int]:
+        """Return the conversations that are wanted, and how many there are in all."""
+
+    def named(self, session_id: str, file_path: str | None) -> list[dict[str, Any]]:
+        """Return the conversations that an id may mean."""
+
+    def messages(self, path: str, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Return messages of one conversation, as many as fit into an answer."""
+
+    def search(self, **wanted: Any) -> dict[str, Any]:
+        """Return where words were said."""
+
+    def problems(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the lines and files that cannot be read, and why not."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how much there is, and what the follower does now."""
+
+
+CACHES: Final = frozenset({Index, Compositions, Conversations})
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +312,7 @@ class Owner(ABC, Generic[T]):
 
 
 __all__ = [
-    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Interrupted", "Key", "Keyed",
-    "Line", "Log", "Owner", "Query", "Reply", "Restored", "Send", "Sender", "Table", "Tables",
-    "Tick",
+    "CACHES", "Announcement", "Command", "Compositions", "Conversations", "Decision", "Event",
+    "Given", "Index", "Interrupted", "Key", "Keyed", "Line", "Log", "Owner", "Query", "Reply",
+    "Restored", "Send", "Sender", "Table", "Tables", "Tick",
 ]  # fmt: skip

@@ -30,11 +30,15 @@ from ksi.actors.commit import CommitLoop, Facts, Outcome, Work, batch_decoder, b
 from ksi.actors.delivery import SENT, Answered, ClientRow, Record
 from ksi.actors.owner import (
     Announcement,
+    Compositions,
+    Conversations,
     Decision,
     Event,
     Given,
+    Index,
     Interrupted,
     Line,
+    Log,
     Owner,
     Query,
     Reply,
@@ -214,6 +218,61 @@ class NoIndex:
         return {"days": 0, "rows": 0, "behind_bytes": None, "rebuilt": 0}
 
 
+class OneComposition:
+    """Compositions with one among them, whose name is `known`."""
+
+    def find(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def named(self, name: str, kind: str | None) -> list[dict[str, Any]]:
+        """Return the one, if it is meant."""
+        if name != "known":
+            return []
+        texts = ("id", "name", "component_type", "file_path", "file_hash")
+        gaps = ("version", "description", "author", "extends", "loading_strategy", "content")
+        row = {**dict.fromkeys(texts, "known"), **dict.fromkeys(gaps)}
+        return [{**row, "tags": [], "capabilities": [], "size_bytes": 0, "modified_at": 0.0}]
+
+    def problems(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Return that nothing is known of the follower."""
+        return {}
+
+
+class OneConversation:
+    """Conversations with one among them, whose id is `known`, where nothing was said."""
+
+    def find(self, **_wanted: Any) -> tuple[list[dict[str, Any]], int]:
+        """Return nothing."""
+        return [], 0
+
+    def named(self, session_id: str, file_path: str | None) -> list[dict[str, Any]]:
+        """Return the one, if it is meant."""
+        if session_id != "known":
+            return []
+        return [dict.fromkeys(("session_id", "path", "file_path"), "known") | {"message_count": 0}]
+
+    def messages(self, path: str, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def search(self, **_wanted: Any) -> dict[str, Any]:
+        """Return nothing."""
+        return {"conversations": 0, "matches": 0, "results": []}
+
+    def problems(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Return that nothing is known of the follower."""
+        return {}
+
+
 class Watched(Owner[Any]):
     """An owner whose decisions and queries are watched: they may not write, and refuse as declared.
 
@@ -223,9 +282,7 @@ class Watched(Owner[Any]):
     """
 
     def __init__(self, owner: Owner[Any], store: MemoryStore) -> None:
-        self.name = owner.name  # type: ignore[misc]
-        self.tables = owner.tables  # type: ignore[misc]
-        self.events = owner.events  # type: ignore[misc]
+        vars(self).update(name=owner.name, tables=owner.tables, events=owner.events)
         self._owner = owner
         self._store = store
         self.done: set[str] = set()
@@ -302,7 +359,11 @@ class Twin:
         self.store = MemoryStore(owner)
         self.watched = Watched(owner, self.store)
         self.log = MemoryLog()
-        self.index = NoIndex()
+        self.caches: dict[Any, Any] = {
+            Index: NoIndex(),
+            Compositions: OneComposition(),
+            Conversations: OneConversation(),
+        }
         self.now = START
         self.time_s = 0.0
         self.facts: Facts = lambda _query: None
@@ -332,7 +393,7 @@ class Twin:
         """Answer a query; return the typed reply or raise the refusal."""
         declared = CATALOGUE[operation]
         query = declared.decode(encode(fields))
-        tables = bind(self.owner.tables, self.store.tables, self.log, self.index)
+        tables = bind(self.owner.tables, self.store.tables, {Log: self.log, **self.caches})
         return msgspec.msgpack.decode(
             encode(self.watched.answer(query, tables)), type=declared.reply
         )
@@ -510,7 +571,9 @@ class _Run:
         require_alike(rows, replayed.store.rows(), "the journal applied to empty tables")
         _require_numbers(rows, replayed.store.rows())
         self._retry(replayed)
-        sizes = dict(twin.owner.logs(bind(twin.owner.tables, twin.store.tables, twin.log), ""))
+        sizes = dict(
+            twin.owner.logs(bind(twin.owner.tables, twin.store.tables, {Log: twin.log}), "")
+        )
         written = {key: len(content) for key, content in twin.log.content.items()}
         shown = {key: size for key, size in sizes.items() if size}
         assert shown == written, f"`logs` says {shown}, written is {written}"

@@ -723,7 +723,7 @@ def _take_lock(directory: Path, wait_s: float) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() < deadline_s:
-                time.sleep(_LOCK_POLL_S)
+                time.sleep(_LOCK_POLL_S)  # A blocking `flock` has no deadline.
                 continue
             holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "another process"
             os.close(fd)

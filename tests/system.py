@@ -75,4 +75,4 @@ class System:
         while holder(self.var) is not None:
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"the supervisor on {self.var} does not end")
-            time.sleep(0.01)
+            time.sleep(0.01)  # A poll with a deadline.

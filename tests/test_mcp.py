@@ -23,8 +23,9 @@ from ksi.adapters.providers import Echo
 from ksi.adapters.serving import token
 from ksi.adapters.tools import AWAIT, DESCRIBE, OURS, SETTLE, Catalogue
 from ksi.adapters.worker import Worker
+from ksi.console import main as console
 from ksi.console.declared import catalogue
-from ksi.transport.errors import UnknownOperation
+from ksi.transport.errors import Forbidden, UnknownOperation
 from ksi.transport.identity import KeyRing
 
 ERAS = ("auto", "legacy")
@@ -492,3 +493,19 @@ def status_of(url: str, body: bytes = b"{}", **headers: str) -> int:
         return 413  # It has answered before it was told all.
     finally:
         connection.close()
+
+
+def test_the_token_is_that_of_the_key_and_goes_with_it(
+    system: System, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(*words: str) -> str:
+        assert console.main(["--var", str(system.var), "--as", "tess", "mcp", "token", *words]) == 0
+        return capsys.readouterr().out.strip()
+
+    first = printed()
+    assert first == token(system.var, "tess") == json.loads(printed("--json"))["token"]
+    assert first != token(system.var, "alice")
+    KeyRing(system.var).forget("tess")
+    with pytest.raises(Forbidden):
+        token(system.var, "tess")
+    assert printed() != first

@@ -595,7 +595,7 @@ def test_nothing_is_lost_when_owners_are_killed_under_a_client_over_tcp(
             for _ in range(10):
                 before = len(acknowledged)
                 while len(acknowledged) < before + 40:
-                    await asyncio.sleep(0.005)
+                    await asyncio.sleep(0.005)  # The speakers go on meanwhile.
                 await asyncio.to_thread(kill, system)
             over = True
             await asyncio.gather(*speakers)

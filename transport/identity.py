@@ -41,7 +41,7 @@ from ksi.transport.remote import REMOTE_NAME, is_remote
 
 RESERVED: Final = frozenset(
     {"archive", "bus", "completion", "events", "files", "index", "registry", "sessions"}
-    | {"supervisor"}
+    | {"state", "supervisor"}
 )
 BELL_SUFFIX: Final = ".bell"  # The doorbell of an owner is beside its socket.
 

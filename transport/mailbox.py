@@ -372,7 +372,7 @@ class Mailbox:
 
     def _recover(self) -> None:
         """Make the next `get` possible after one that failed half way."""
-        time.sleep(_PAUSE_S)
+        time.sleep(_PAUSE_S)  # It may fail again at once, for ever.
         with suppress(zmq.ZMQError):
             self._skip()
 

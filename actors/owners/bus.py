@@ -70,6 +70,8 @@ RESERVED: Final = frozenset(
         "completion",
         "worker",
         "index",
+        "state",
+        "async_state",
         INBOX,
         "direct",
         "broadcast",

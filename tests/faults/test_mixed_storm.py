@@ -142,7 +142,7 @@ async def strike(system: System, chance: random.Random, blows: int) -> Counter[s
     """Kill or stop a child, again and again; return how often which was hit."""
     dealt: Counter[str] = Counter()
     while dealt.total() < blows:
-        await asyncio.sleep(chance.uniform(0.02, 0.25))
+        await asyncio.sleep(chance.uniform(0.02, 0.25))  # It may come at any moment,
         name = chance.choice(CHILDREN)
         pid = system.pid_of(name)
         if pid is None:
@@ -150,7 +150,7 @@ async def strike(system: System, chance: random.Random, blows: int) -> Counter[s
         with suppress(ProcessLookupError):
             if chance.random() < 0.2:
                 os.kill(pid, signal.SIGSTOP)
-                await asyncio.sleep(chance.uniform(0.02, 0.2))
+                await asyncio.sleep(chance.uniform(0.02, 0.2))  # and last for any time.
                 os.kill(pid, signal.SIGCONT)
             else:
                 os.kill(pid, signal.SIGKILL)

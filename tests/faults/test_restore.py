@@ -312,3 +312,23 @@ def test_what_owners_had_to_tell_each_other_arrives_once_after_a_restore(system:
             recorded[(key, each["event"], each["correlation_id"])] += 1
     assert recorded
     assert set(recorded.values()) == {1}
+
+
+def test_who_watches_the_state_is_told_that_its_revisions_are_others_now(system: System) -> None:
+    with system.client("alice") as alice:
+        alice.ask("state:set", key="k", value=1)
+        checkpoint = made(system).id
+        alice.ask("state:set", key="k", value=2)
+        with alice.watch("k", after=0) as changes:
+            assert [changes.next(WAIT_S)["properties"]["value"] for _ in range(2)] == [1, 2]
+            revision, store = changes.revision, changes.store
+            system.stop()
+            restoring.run(system.var, checkpoint)
+            system.start()
+            with system.client("bob") as bob:
+                for value in (3, 4, 5):
+                    bob.ask("state:set", key="k", value=value)
+                with pytest.raises(Restored, match="its revisions are others"):
+                    bob.watch("k", after=revision, store=store)
+            with pytest.raises(Restored):
+                changes.next(WAIT_S)

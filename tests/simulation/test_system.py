@@ -27,7 +27,7 @@ from ksi.actors import outbox as outbox_module
 from ksi.actors.commit import bind
 from ksi.actors.outbox import Outbox
 from ksi.actors.owners import OWNERS, load, load_all
-from ksi.actors.owners.completion import GetGrants
+from ksi.actors.owners.completion_declared import GetGrants
 from ksi.actors.testing import START, Twin
 from ksi.transport.errors import KsiError
 from ksi.transport.limits import TICK_S
