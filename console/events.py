@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FOLLOW_S: Final = 0.1  # How often `-f` looks: a read is microseconds and sends no message.
 PAGE: Final = 1000  # Events read at once.
+STEMS_MAX: Final = 10_000  # Names remembered while files are written.
 SHOWN_CHARS: Final = 400  # Of what an event holds, in a line.
 
 
@@ -123,8 +124,9 @@ def export(options: Options, /, directory: Path, resolve: bool, **given: Any) ->
     if any(directory.iterdir()):
         raise Failed(f"{directory} is not empty", hint="name a directory of its own")
     written = 0
+    used: dict[str, int] = {}
     for event in _all(read, wanted):
-        _write(event, directory)
+        _write(event, directory, used)
         written += 1
     if options.json:
         show_json("events.export", {"events": written, "directory": str(directory)})
@@ -132,14 +134,20 @@ def export(options: Options, /, directory: Path, resolve: bool, **given: Any) ->
         print(f"{written} events in {directory}")
 
 
-def _write(event: dict[str, Any], directory: Path) -> None:
-    """Write one event into the directory of its day, under a name nothing has yet."""
+def _write(event: dict[str, Any], directory: Path, used: dict[str, int]) -> None:
+    """Write one event into the directory of its day, under a name nothing has yet.
+
+    `used` has how many names of a stem are taken; it is a hint, and the file system decides.
+    """
     from ksi.transport.moments import day_of
 
     day = directory / day_of(event["timestamp"])
     day.mkdir(exist_ok=True)
     stem = f"evt_{event['timestamp']:.6f}_{event['event'].replace(':', '_')}"
-    for number in count(1):
+    if len(used) > STEMS_MAX:
+        used.clear()
+    for number in count(used.get(stem, 0) + 1):
+        used[stem] = number
         name = stem if number == 1 else f"{stem}_{number}"
         with suppress(FileExistsError), (day / f"{name}.json").open("x") as file:
             file.write(json.dumps(event, ensure_ascii=False, indent=2) + "\n")
