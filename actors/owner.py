@@ -273,6 +273,7 @@ class Owner(ABC, Generic[T]):
     events: ClassVar[Any]  # the union of this owner's event classes
     domains: ClassVar[tuple[str, ...]] = ()  # first words of the topics it announces
     routine: ClassVar[tuple[type[Event], ...]] = ()  # signs of life: the event log leaves them out
+    private: ClassVar[tuple[str, ...]] = ()  # fields of events: the event log has their digests
     recovers: ClassVar[bool] = False  # whether it decides about `Restored`
 
     @abstractmethod

@@ -607,6 +607,17 @@ def test_text_is_in_the_files_of_sessions_and_found_from_the_log(happening: Happ
     assert event["data"]["line"]["data"] == data
 
 
+def test_what_is_for_one_agent_alone_is_not_in_the_log(happening: Happening) -> None:
+    happening.operator.ask("agent:register", agent_id="bob")
+    happening.alice.ask("agent:send_message", to_agent="bob", message={"text": "between us"})
+    found = happening.caught_up()
+    (kept,) = (event for event in found if event["event"] == "message:kept")
+    assert kept["agents"] == ["alice", "bob"]
+    assert set(kept["data"]["body"]) == {"bytes", "sha256"}
+    logged = happening.system.var / "logs" / "events"
+    assert not any(b"between us" in path.read_bytes() for path in logged.rglob("*.jsonl"))
+
+
 def test_the_files_of_a_day_are_read_with_jq(happening: Happening) -> None:
     if shutil.which("jq") is None:
         pytest.skip("jq is not installed")

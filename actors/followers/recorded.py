@@ -3,6 +3,7 @@
 `Describer` is the one place that says what an event of a journal is to the log. Texts of sessions
 are not repeated there: a line refers to the bytes of the session file. Any other value that is too
 large for a line is kept beside it, and referred to, too; a reference holds length and SHA-256.
+What an owner calls private is not there at all, but for those two.
 """
 
 from __future__ import annotations
@@ -116,6 +117,10 @@ class Describer:
             return None
         fields = {name: getattr(event, name) for name in event.__struct_fields__}
         correlation_id = fields.get("correlation_id") or fields.get("request_id")
+        for name in self._owner.private:
+            if name in fields:
+                value = fields[name]
+                fields[name] = _digest(value if type(value) is bytes else _to_json(value))
         if kind_has_bytes(kind):
             correlation_id = self._open(event, fields) or correlation_id
         return LoggedEvent(

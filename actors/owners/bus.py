@@ -386,6 +386,7 @@ class Bus(Owner[BusTables]):
     name = "bus"
     tables = BusTables
     domains = ("message",)
+    private = ("body",)
     events = Kept | Acknowledged | HandedOut | Subscribed | Unsubscribed
 
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:

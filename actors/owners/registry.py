@@ -589,6 +589,7 @@ class Registry(Owner[RegistryTables]):
     tables = RegistryTables
     domains = ("agent",)
     routine = (AgentSeen,)
+    private = ("launch",)
     events = (
         AgentSeen
         | AgentRegistered
