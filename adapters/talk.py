@@ -68,7 +68,7 @@ class SessionTalk:
                 return self._past(before, bytes_max, own=len(entries))
             if time.monotonic() > until_s:
                 raise Failed("temporary_failure", "the session has no record of what came before")
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(LOOK_S)  # Its owner is told in its own time.
 
     def _is_complete(self, entries: list[dict[str, Any]]) -> bool:
         """Whether the answer that the grant follows is there; its own request always is."""

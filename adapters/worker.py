@@ -69,7 +69,7 @@ class Pace:
         """Wait for one's turn."""
         at_s = max(time.monotonic(), self._next_s)
         self._next_s = at_s + self._gap_s
-        await asyncio.sleep(at_s - time.monotonic())
+        await asyncio.sleep(at_s - time.monotonic())  # One has to wait for a turn.
 
     def rest(self, seconds: float) -> None:
         """Let nobody have a turn for a while."""

@@ -70,7 +70,7 @@ def speak(var: Path, watcher: Client, say: Callable[[str], None]) -> dict[str, A
                 raise Failed(
                     "the model does not take part", hint="ksi worker --provider local says why"
                 )
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # It loads, or has only just begun.
         session_id = watcher.ask("session:create", title="the model")["session_id"]
         options = {"max_tokens": 60, "temperature": 0.0}
         outcome = watcher.complete(session_id, PROMPT, requires="local", options=options)

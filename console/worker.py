@@ -181,9 +181,9 @@ def spawn(options: Options, name: str, words: list[str]) -> None:
             if any(each["worker"] == name for each in found):
                 return
             agent = client.read("agent:info", agent_id=name)
-            if agent["status"] in ("failed", "exited", "crashed") or time.monotonic() > until_s:
+            if agent["status"] in ("failed", "exited", "terminated") or time.monotonic() > until_s:
                 raise Failed(
                     f"{name} does not take part: it is {agent['status']}, {agent.get('exit')}",
                     hint=f"ksi{options.words()} logs {name}",
                 )
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # It loads, or has only just begun.

@@ -71,7 +71,7 @@ def main() -> None:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             with open(prompt.split(":")[1].strip(), "w") as noted:
                 noted.write(str(os.getpid()))
-            time.sleep(60)
+            time.sleep(60)  # until it is ended
         case "strange":
             print('{"neither": "this"}')
         case _:

@@ -165,7 +165,7 @@ def test_a_program_that_is_cancelled_has_ended_soon(tmp_path: Path, prompt: str)
         provider = build("command", Settings(**program()))
         task = asyncio.create_task(provider.complete(grant(f"{prompt}:{noted}"), Heard()))
         while not (noted.exists() and noted.read_text()):
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # It goes on in this very loop.
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -318,7 +318,7 @@ def test_a_call_that_is_cancelled_is_hung_up(url: str) -> None:
         Model.left.clear()
         task = asyncio.create_task(provider.complete(grant("hang"), Heard()))
         while len(Model.asked) == asked:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # It goes on in this very loop.
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -424,7 +424,7 @@ def test_a_local_model_answers_with_true_counts_and_stops_when_it_is_cancelled(l
         endless = grant("Write a long story.", options={"max_tokens": 4000})
         task = asyncio.create_task(local.complete(endless, long := Heard()))
         while long.pieces < 3:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # It goes on in this very loop.
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

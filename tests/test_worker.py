@@ -56,7 +56,7 @@ class Speaking:
     async def complete(self, grant: Grant, talk: Talk) -> Any:
         for word in ("one", " two", " three"):
             await talk.tokens(word)
-            await asyncio.sleep(0.12)
+            await asyncio.sleep(0.12)  # longer than tokens are held back
         return {"response": "one two three", "model": "speaking"}
 
 

@@ -171,7 +171,7 @@ def storm(
         for number, what in enumerate(order):
             time.sleep(
                 max(0.0, begun_s + lasting_s * number / len(order) - time.monotonic())
-            )  # Spread out.
+            )  # evenly
             dealt[what] += 1
             strike(system, running, what, chance)
         waiting, spent_s = open_requests(system), time.monotonic() - begun_s
