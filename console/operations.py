@@ -20,24 +20,28 @@ from ksi.console.declared import (
     holds_text,
     type_words,
 )
-from ksi.console.options import DURATION, Command, Group, Options, nearest
+from ksi.console.options import DURATION, Command, Group, nearest
 from ksi.transport.errors import Invalid
 from ksi.transport.limits import ASK_TIMEOUT_S
 from ksi.transport.message import OWNER, Operation, encode, unknown
 
-Call = Callable[[Options, Operation, dict[str, Any], float], Any]
+Call = Callable[..., Any]  # options, operation, fields, timeout_s; and at=, where that was given
 
 
 class Operations(Group):
     """A sub-command whose sub-commands are operations, with their fields as flags.
 
     `call(options, operation, fields, timeout_s)` does it and prints; `kinds` are what it takes.
+    With `past` there is a flag `--at`, which `call` gets as `at`.
     """
 
-    def __init__(self, *args: Any, call: Call, kinds: tuple[str, ...], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, call: Call, kinds: tuple[str, ...], past: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, subcommand_metavar="OPERATION [--FIELD VALUE]...", **kwargs)
         self._call = call
         self._kinds = kinds
+        self._past = past
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         ours = (each for each in catalogue().values() if each.kind in self._kinds)
@@ -47,7 +51,7 @@ class Operations(Group):
         found = catalogue().get(cmd_name)
         if found is None or found.kind not in self._kinds:
             return None
-        return as_command(found, self._call)
+        return as_command(found, self._call, past=self._past)
 
     def unknown(self, ctx: click.Context, name: str) -> Exception:
         found = catalogue().get(name)
@@ -72,23 +76,28 @@ class _Fields(Command):
             ) from None
 
 
-def as_command(operation: Operation, call: Call) -> click.Command:
+def as_command(operation: Operation, call: Call, *, past: bool = False) -> click.Command:
     """Return the click command of an operation: a flag for each field, and the common ones."""
     fields = {flag(each.name): each for each in fields_of(operation)}
+    past = past and "--at" not in fields  # Such a field means the same of what it is about.
 
-    def carry_out(_fields: str | None, _timeout_s: float, **given: str | None) -> Any:
+    def carry_out(
+        _fields: str | None, _timeout_s: float, _at: str | None = None, **given: str | None
+    ) -> Any:
         values = _more(_fields)
         for name, text in given.items():
             if text is not None:
                 each = fields["--" + name.replace("_", "-")]
                 values[each.name] = value_of(operation, each, text)
         operation.decode(encode(values))  # the same refusal as the owner's, but at once
-        return call(click.get_current_context().obj, operation, values, _timeout_s)
+        more = {} if _at is None else {"at": _at}
+        return call(click.get_current_context().obj, operation, values, _timeout_s, **more)
 
     return _Fields(
         operation.name,
         params=[
             *(_option(name, each) for name, each in fields.items() if name not in _TAKEN),
+            *([_at_option()] if past else []),
             *_call_options(),
         ],
         callback=carry_out,
@@ -99,6 +108,11 @@ def as_command(operation: Operation, call: Call) -> click.Command:
 
 
 _TAKEN: Final = frozenset({"--var", "--as", "--json", "--timeout", "--fields", "--help"})
+
+
+def _at_option() -> click.Parameter:
+    words = "The state as it was: at a number of its owner's journal, at a time, or so long ago."
+    return click.Option(["--at", "_at"], metavar="SEQ|TIME", help=words)
 
 
 def _call_options() -> list[click.Parameter]:

@@ -34,7 +34,7 @@ from ksi.transport.message import (
     operation_of,
     unknown,
 )
-from ksi.transport.remote import is_remote
+from ksi.transport.remote import is_remote, require_here
 from ksi.transport.window import Cut, Pending
 
 if TYPE_CHECKING:
@@ -288,6 +288,30 @@ class Caller:
         self, what: str | Message, fields: Mapping[str, Any] | None, named: dict[str, Any]
     ) -> Any:
         """Run a query here, on the owner's committed state. No message is sent."""
+        declared, query = self._query(what, fields, named)
+        reply = self._reader(declared.owner).answer(query)
+        return reply if query is what else msgspec.to_builtins(reply)
+
+    def read_past(
+        self,
+        at: int | str,
+        what: str | Message,
+        fields: Mapping[str, Any] | None,
+        named: dict[str, Any],
+    ) -> Any:
+        """Run a query here, on the owner's state as it was. No message is sent."""
+        from ksi.actors.past import as_of
+
+        require_here(self.var, "reading a past state")
+        declared, query = self._query(what, fields, named)
+        with as_of(self._reader(declared.owner).owner, self.var, at) as answer:
+            reply = answer(query)
+        return reply if query is what else msgspec.to_builtins(reply)
+
+    def _query(
+        self, what: str | Message, fields: Mapping[str, Any] | None, named: dict[str, Any]
+    ) -> tuple[Operation, Query[Any]]:
+        """Return a query and its declaration; one that is given is the very same."""
         if isinstance(what, Message):
             declared = operation_of(what)
         else:
@@ -295,16 +319,14 @@ class Caller:
         if declared.changes:
             name = declared.name
             raise Invalid(f"{name} is a {declared.kind}", hint=f"ask it: client.ask({name!r}, ...)")
-        reader = self._reader(declared.owner)
         if isinstance(what, Message):
-            return reader.answer(cast("Query[Any]", what))
+            return declared, cast("Query[Any]", what)
         if fields is not None:
             named = {**fields, **named}
         try:
-            query = cast("Query[Any]", msgspec.convert(named, declared.message))
+            return declared, cast("Query[Any]", msgspec.convert(named, declared.message))
         except msgspec.ValidationError as error:
             raise Invalid(f"{what}: {error}", hint=declared.hint) from None
-        return msgspec.to_builtins(reader.answer(query))
 
     def _enrolled(self, name: str | None, role: Role) -> Certificate:
         name = name or os.environ.get("KSI_AGENT")
