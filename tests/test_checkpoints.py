@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from system import System
+from trouble import until
 
 from ksi.console.main import main
 from ksi.storage import checkpoints
 from ksi.storage.checkpoints import Checkpoint, File
 from ksi.storage.errors import Corrupt
 from ksi.storage.journal import Position, bytes_after, create_segment, drop_segments, segments_in
-from ksi.transport.errors import NotFound
+from ksi.transport.errors import Conflict, NotFound
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
@@ -59,7 +60,20 @@ def test_checkpoints_are_made_shown_verified_removed_and_restored_by_command(
     removed = shown(capsys, *var, "checkpoint", "prune", "--keep", "1")["removed"]
     assert removed == [first["id"]]
     with system.client("operator", role="operator") as operator:
-        assert operator.ask("dev:checkpoint")["id"] > second["id"]
+        third = operator.ask("dev:checkpoint")["id"]
+        assert third > second["id"]
+        until(lambda: operator.ask("dev:checkpoint", action="status")["id"] == third)
+        assert operator.ask("checkpoint:verify") == {"id": third, "good": True, "reason": None}
+        for refused in ({"action": "clear_all"}, {"action": "remove_request", "request_id": "r"}):
+            with pytest.raises(Conflict):
+                operator.ask("dev:checkpoint", refused)
+        with pytest.raises(Conflict, match="while the system runs"):
+            operator.ask("dev:restore", id=second["id"])
+        manifest = system.var / "checkpoints" / third / "bus" / "manifest.json"
+        manifest.write_text("{}")
+        assert operator.ask("checkpoint:verify", id=third)["good"] is False
+        with pytest.raises(NotFound):
+            operator.ask("checkpoint:verify", id="none")
     system.stop()
 
     planned = shown(capsys, *var, "restore", second["id"], "--dry-run")

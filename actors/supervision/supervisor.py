@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import pykka
 import zmq
 
@@ -66,6 +67,10 @@ from ksi.actors.supervision.restarts import (
 from ksi.actors.supervision.system import (
     ChildStatus,
     CreateCheckpoint,
+    DevAction,
+    DevCheckpoint,
+    DevCheckpoints,
+    DevRestore,
     Done,
     ListCheckpoints,
     Making,
@@ -79,6 +84,7 @@ from ksi.actors.supervision.system import (
     Stop,
     StopChild,
     SystemStatus,
+    VerifyCheckpoint,
 )
 from ksi.actors.supervision.tree import Tree
 from ksi.transport import wire
@@ -527,6 +533,15 @@ class Supervisor(pykka.ThreadingActor):
             case CreateCheckpoint():
                 self._require_open()
                 return Making(id=made.create("hand", self._config.checkpoint))
+            case DevCheckpoint(action=action):
+                return self._dev_checkpoint(action, made)
+            case DevRestore(id=checkpoint_id):
+                raise Conflict(
+                    "nothing is restored while the system runs",
+                    hint=f"ksi stop; ksi restore {checkpoint_id}; ksi start",
+                )
+            case VerifyCheckpoint(id=checkpoint_id):
+                return checkpointed.verified(self._var, checkpoint_id)
             case ListCheckpoints():
                 return checkpointed.listed(self._var, self._run, made.making)
             case ShowCheckpoint(id=checkpoint_id):
@@ -535,6 +550,20 @@ class Supervisor(pykka.ThreadingActor):
                 self._require_open()
                 return Pruned(removed=checkpointed.prune(self._var, keep))
         raise AssertionError(message)
+
+    def _dev_checkpoint(self, action: DevAction, made: Checkpoints) -> DevCheckpoints:
+        begun = None
+        if action == "create":
+            self._require_open()
+            begun = made.create("hand", self._config.checkpoint)
+        elif action != "status":
+            raise Conflict(
+                f"dev:checkpoint has no {action} any more: requests are kept where they wait",
+                hint="completion:list, completion:status, completion:cancel",
+            )
+        found = checkpointed.listed(self._var, self._run, made.making)
+        newest = next((each.id for each in found.checkpoints), None)
+        return DevCheckpoints(**msgspec.structs.asdict(found), id=begun or newest)
 
     def _status(self) -> SystemStatus:
         return SystemStatus(
