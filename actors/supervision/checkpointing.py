@@ -74,7 +74,13 @@ class Checkpoints:
             name=NAME,
             kind="follower",
             function="ksi.actors.checkpoints:run_checkpoint",
-            arguments=(str(self._var), self._id, reason, str(settings.keep)),
+            arguments=(
+                str(self._var),
+                self._id,
+                reason,
+                str(settings.keep),
+                str(settings.former_s),
+            ),
             restart="temporary",
         )
         self._running = self._spawn(spec, self._has_ended)

@@ -5,8 +5,9 @@ on disk: so whatever goes wrong here, starting again is right.
 
 Principles, in the words and by the rules of OTP:
 
-- *Children start in order*, each when the one before is ready, and stop in reverse. While the
-  system comes up, a child that ends before it is ready fails the start as a whole.
+- *Children start in order*, each when the one before is ready, and stop in reverse; where the tree
+  goes `by_phase`, those of a phase together. While the system comes up, a child that ends before
+  it is ready fails the start as a whole.
 - *A child that ends by itself* is restarted by its restart type (`restarts.py`): `one_for_one`
   alone, `rest_for_one` with all that started after it. The first time at once, then with backoff.
 - *Too many restarts escalate.* More than `intensity` in `period_s` and the supervisor stops all
@@ -402,7 +403,8 @@ class Supervisor(pykka.ThreadingActor):
         if self._hurry_s is not None:
             own = [child for child in self._own if child.running]
         else:
-            own = [] if agents and self._stopping else next_to_stop(self._own)
+            by_phase = self._tree.by_phase
+            own = [] if agents and self._stopping else next_to_stop(self._own, by_phase=by_phase)
         for child in (*agents, *own):
             self._stop_child(child, now_s)
 
@@ -427,7 +429,9 @@ class Supervisor(pykka.ThreadingActor):
         if self._stopping:
             return []
         agents = [child for child in self._agents.values() if child.wanted and not child.running]
-        return [*next_to_start(self._own, self._tree.strategy, up=self._up), *agents]
+        tree = self._tree
+        own = next_to_start(self._own, tree.strategy, up=self._up, by_phase=tree.by_phase)
+        return [*own, *agents]
 
     def _start_child(self, child: Child, now_s: float) -> None:
         """Start a process; that it cannot be started counts as an end of it."""
