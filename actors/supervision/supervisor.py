@@ -379,8 +379,11 @@ class Supervisor(pykka.ThreadingActor):
     def _advance(self, now_s: float) -> None:
         self._stop_next(now_s)
         self._start_next(now_s)
-        if self._checkpoints is not None and self._up and not self._stopping:
-            self._checkpoints.turn(self._config.checkpoint, now_s)
+        if self._up and not self._stopping:
+            if self._checkpoints is not None:
+                self._checkpoints.turn(self._config.checkpoint, now_s)
+            if all(child.state == "RUNNING" for child in self._own):
+                self._server.keep_spare()
         if (
             self._stopping
             and not any(child.running for child in self._all())
