@@ -121,8 +121,8 @@ def main() -> None:
     with measuring(__doc__, arguments) as options:
         if options.quick:
             options.more.sessions = 200
-        title = f"checkpoints of {options.more.sessions} sessions; the other side: the same time without"
-        report = Report(title)
+        title = f"checkpoints of {options.more.sessions} sessions"
+        report = Report(f"{title}; the other side: the same time without")
         var: Path = options.directory / "var"
         with System(var) as system:
             measure(options, system, report)
