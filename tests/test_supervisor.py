@@ -587,6 +587,28 @@ def test_a_death_of_the_fork_server_takes_its_children_and_all_come_back(system:
     until(lambda: not any(map(is_alive, pids)), wait_s=1.0)
 
 
+def test_a_child_that_was_forked_ahead_takes_the_place_of_another_and_is_no_loss(
+    system: System,
+) -> None:
+    system.start({"name": "a"})
+    server = psutil.Process(psutil.Process(system.pid_of("a")).ppid())
+
+    def spare() -> psutil.Process | None:
+        known = system.pid_of("a")
+        return next((each for each in server.children() if each.pid != known), None)
+
+    ahead = until(spare).pid
+    os.kill(system.pid_of("a"), signal.SIGKILL)
+    system.until_again("a", 2)
+    assert system.pid_of("a") == ahead
+    lost = until(spare)
+    lost.kill()
+    until(lambda: not is_alive(lost.pid))
+    os.kill(ahead, signal.SIGKILL)
+    system.until_again("a", 3)
+    assert system.pid_of("a") not in (ahead, lost.pid)
+
+
 def test_a_second_start_is_refused_at_once_and_names_the_holder(system: System) -> None:
     system.start({"name": "a"})
     began_s = time.monotonic()

@@ -173,7 +173,7 @@ class ForkServer:
     def keep_spare(self) -> None:
         """Have a child wait for the next `spawn`, if there is none yet: a fork less to wait for."""
         if self._spare is None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError):  # The server is dying: another time.
                 self._spare = self._forked()
 
     def _forked(self) -> _Waiting:
