@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -34,7 +35,9 @@ import zmq
 
 from ksi.actors import log
 from ksi.actors.commit import bind, table_types
+from ksi.actors.followers.conversed import cache_path
 from ksi.actors.followers.indexed import index_directory
+from ksi.actors.owner import Owner
 from ksi.actors.owners import OWNERS, load
 from ksi.actors.reading import cursor_path, log_directory, reader_of
 from ksi.actors.supervision.reports import write_checkpoint
@@ -42,10 +45,11 @@ from ksi.storage import checkpoints
 from ksi.storage.atomic import make_directory, sync_directory
 from ksi.storage.boot import this_boot
 from ksi.storage.checkpoints import Checkpoint, File
+from ksi.storage.conversations import ConversationsReader
 from ksi.storage.errors import Corrupt
 from ksi.storage.files import read_cursor, read_log
 from ksi.storage.former import drop_former
-from ksi.storage.index import read_place
+from ksi.storage.index import Place, read_place
 from ksi.storage.journal import drop_segments
 from ksi.storage.snapshots import Manifest, read_copy
 from ksi.storage.store import Store, copy_view, seal_copy
@@ -289,7 +293,7 @@ class Cutting:
                     raise Unavailable(f"{owner} ended before it had copied its state")
             if time.monotonic() > until_s:
                 raise Unavailable(f"{missing[0]} did not copy its state in {COPY_S_MAX:.0f} s")
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # Another process puts it there: a poll with a deadline.
 
     def _tell(self, number: int, what: str) -> None:
         for peer in self._peers.values():
@@ -299,7 +303,7 @@ class Cutting:
             if time.monotonic() > until_s:
                 text = f"{', '.join(late)} did not {what} in {DELIVER_S:g} s"
                 raise Unavailable(text, hint="ksi status")
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # A poll with a deadline.
             for peer in self._peers.values():
                 peer.take()
 
@@ -343,17 +347,17 @@ def _crc(
     return crc
 
 
+def _page(owner: Owner[Any], after: str, tables: Mapping[str, Any]) -> list[tuple[str, int]]:
+    return list(islice(owner.logs(bind(owner.tables, tables), after), PAGE_LOGS))
+
+
 def _logs(copy: Path) -> Iterator[tuple[str, int]]:
     """Yield every session file with its size, as of a copy of the sessions' state."""
     owner = load("sessions")
     specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
     after = ""
-
-    def page_behind(tables: Mapping[str, Any]) -> list[tuple[str, int]]:
-        return list(islice(owner.logs(bind(owner.tables, tables), after), PAGE_LOGS))
-
     while True:
-        page = read_copy(copy, specs, page_behind)
+        page = read_copy(copy, specs, partial(_page, owner, after))
         yield from page
         if len(page) < PAGE_LOGS:
             return
@@ -400,9 +404,17 @@ def drop_journals(var: Path) -> int:
 def _followed(var: Path, store: str) -> int:
     """Return the first number of the sessions' journal that a follower still has to read."""
     synced = read_cursor(cursor_path(var, "sessions"), this_boot()).synced
-    place = read_place(index_directory(var))
     if synced is None or synced.store != store:
         return 0
-    if place is None or place.store != store:  # It is built again, from the files.
-        return synced.position.segment
-    return min(synced.position.segment, place.position.segment)
+    segments = [synced.position.segment]
+    for place in (read_place(index_directory(var)), _conversations_place(var)):
+        if place is not None and place.store == store:  # Otherwise it is built from the files.
+            segments.append(place.position.segment)
+    return min(segments)
+
+
+def _conversations_place(var: Path) -> Place | None:
+    try:
+        return ConversationsReader(cache_path(var)).place()
+    except KsiError:
+        return None

@@ -47,8 +47,8 @@ from ksi.storage.examination import (
 )
 from ksi.storage.files import log_name, log_size, read_cursor, read_log
 from ksi.storage.format import check_format
-from ksi.storage.index import is_damage
 from ksi.storage.recovery import Mark
+from ksi.storage.sqlite import is_damage
 from ksi.storage.store import set_view_aside
 from ksi.transport.errors import KsiError, NotFound, NotRunning
 from ksi.transport.identity import run_directory
@@ -137,7 +137,7 @@ class Checkup:
     ) -> Check:
         text, found = self._tried(look)
         if found and self.is_running:
-            time.sleep(AGAIN_S)
+            time.sleep(AGAIN_S)  # It may have been on its way.
             text, again = self._tried(look)
             found = [each for each in again if each in found]
         if found and mend is not None:
@@ -159,7 +159,7 @@ class Checkup:
             text, left = self._tried(look)
             if not left or time.monotonic() >= deadline_s:
                 break
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # Its owner mends it in its own time.
         gone = [msgspec.structs.replace(each, repaired=True) for each in found if each not in left]
         return text, [*gone, *map(self._beyond_repair, left)]
 
@@ -446,7 +446,7 @@ class Checkup:
             while time.monotonic() < deadline_s:
                 if self._ask("index:status")["rebuilt"] >= ordered:
                     return
-                time.sleep(LOOK_S)
+                time.sleep(LOOK_S)  # A poll with a deadline.
             return
         raise NotRunning(
             "the index is built again while the system runs",

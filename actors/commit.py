@@ -31,13 +31,13 @@ from typing import Any, Final, NamedTuple, Protocol, get_args, get_type_hints
 import msgspec
 
 from ksi.actors import delivery
-from ksi.actors.delivery import HOST_TABLES, SENT, Batch, Client, Delivery, Record
+from ksi.actors.delivery import HOST_TABLES, SENT, Answered, Batch, Client, Delivery, Record
 from ksi.actors.owner import (
+    CACHES,
     Announcement,
     Decision,
     Event,
     Given,
-    Index,
     Keyed,
     Log,
     Owner,
@@ -54,7 +54,6 @@ from ksi.transport.errors import (
     Busy,
     Evicted,
     Expired,
-    Forbidden,
     Internal,
     KsiError,
     StorageFull,
@@ -81,6 +80,7 @@ class Work(NamedTuple):
     request: wire.Request
     expires_s: float | None  # on the monotonic clock, like:
     arrived_s: float = 0.0
+    far: bool = False  # it came over a network
 
 
 Facts = Callable[[Query[Any]], Reply | KsiError | None]  # answers from other owners' states
@@ -138,7 +138,11 @@ class CommitLoop:
         self._decode = batch_decoder(owner.events)
         self._outcome = Outcome([], [], [], [])
         self._asked_tick = False  # by a decision in this batch, or by a tick
-        self._sent: dict[str, Record[Any]] = {}  # by owner: what found no room to be recorded
+        self.recorded: dict[str, int] = {}  # by owner: messages up to this are answered, on disk
+        self.wants_answers = type(owner).answered is not Owner.answered
+        # What other owners said and found no room to be recorded: nobody says it again.
+        self._sent: dict[str, Record[Any]] = {}
+        self._answers: list[Answered] = []
 
     def replay(self, payload: bytes) -> tuple[float, bytes]:
         """Apply one journaled batch to the tables; return the owner time it was made at, and what
@@ -164,12 +168,15 @@ class CommitLoop:
         time_s: float,
         clock_s: float,
         *,
+        answers: Sequence[Answered] = (),
         tick: bool = False,
     ) -> Outcome:
-        """Carry out `works` in order and commit them; then `ours` and, with `tick`, a tick.
+        """Carry out `works` in order and commit them; then `ours`, what follows from `answers`
+        and, with `tick`, a tick.
 
         Args:
             ours: records of the host itself: goodbyes, messages that were sent.
+            answers: what other owners have answered to messages.
             now: wall time; time_s: owner time; clock_s: the monotonic clock, for deadlines.
 
         Returns:
@@ -181,16 +188,19 @@ class CommitLoop:
         given = Given(now, time_s, self.ids)
         if self._sent:
             ours, self._sent = [*self._sent.values(), *ours], {}
+        if self._answers:
+            answers, self._answers = [*self._answers, *answers], []
         try:
-            return self._run(works, ours, given, clock_s, tick)
+            return self._run(works, ours, answers, given, clock_s, tick)
         except StorageFull as full:
             self._undo()
-            # Nobody says it again. The rows of clients that left go in the end without a goodbye.
+            # The rows of clients that left go in the end without a goodbye.
             self._sent = {record.sender: record for record in ours if record.operation == SENT}
+            self._answers = [*answers]
             return Outcome([self._refused(work, full) for work in works], [], [], [])
         except (_Fault, TooLarge, *_NO_FORM) as fault:  # All of them before the journal is written.
             self._undo()
-            if len(works) + bool(ours) + tick == 1:
+            if len(works) + bool(ours) + len(answers) + tick == 1:
                 return self._blame(works, fault, given)
         # One of them is at fault: each in a commit of its own, so that it undoes only itself.
         together = Outcome([], [], [], [])
@@ -198,6 +208,8 @@ class CommitLoop:
             _extend(together, self.run([work], (), now, time_s, clock_s))
         if ours:
             _extend(together, self.run((), ours, now, time_s, clock_s))
+        for answer in answers:
+            _extend(together, self.run((), (), now, time_s, clock_s, answers=[answer]))
         if tick:
             _extend(together, self.run((), (), now, time_s, clock_s, tick=True))
         return together
@@ -225,6 +237,7 @@ class CommitLoop:
         self,
         works: Sequence[Work],
         ours: Sequence[Record[Any]],
+        answers: Sequence[Answered],
         given: Given,
         clock_s: float,
         tick: bool,
@@ -241,6 +254,8 @@ class CommitLoop:
         for record in ours:
             self.delivery.settle(record, given.now)
         records += ours
+        for answer in answers:
+            records += self._follow(answer, given)
         records += self._ticks(given, tick)
         if records:
             self._commit(records, given)
@@ -275,7 +290,7 @@ class CommitLoop:
                 self._undo()
                 return Outcome([self._refused(work, full)], [], [], [])
         if not works:
-            self.log.error("a tick failed", exc_info=cause)
+            self.log.error("a tick, or what followed from an answer, failed", exc_info=cause)
         return outcome
 
     def _commit(self, records: list[Record[Any]], given: Given) -> None:
@@ -283,6 +298,9 @@ class CommitLoop:
         payload = self._encode(Batch(given.now, given.time_s, self.cut, records))
         self.store.commit(payload, len(records), _encode_cut(self.cut), given.time_s)
         self.delivery.commit()
+        for record in records:
+            if record.operation == SENT:
+                self.recorded[record.sender] = record.number
 
     def _carry_out(self, work: Work, given: Given, clock_s: float) -> Record[Any] | None:
         """Decide and apply one command; return its record, or None if it is not its turn."""
@@ -353,11 +371,7 @@ class CommitLoop:
         declared = CATALOGUE.get(request.operation)
         if declared is None or declared.owner != self.owner.name or not declared.changes:
             raise not_taken(request.operation, self.owner.name, "command")
-        if work.sender.role not in declared.roles:
-            raise Forbidden(
-                f"{request.operation} is for {' and '.join(sorted(declared.roles))}, "
-                f"and {work.sender.name} is {work.sender.role}"
-            )
+        declared.require_role(work.sender.name, work.sender.role, far=work.far)
         if work.expires_s is not None and clock_s >= work.expires_s:
             raise Expired(f"the time for {request.operation} ran out before it was carried out")
         return declared
@@ -386,6 +400,10 @@ class CommitLoop:
             raise
         except Exception as defect:
             raise _Fault from defect
+        return self._applied(decision)
+
+    def _applied(self, decision: Decision) -> Decision:
+        """Apply what was decided; return it with the messages that are to be sent."""
         if decision.sends:
             decision = replace(decision, sends=tuple(self._to_send(decision.sends)))
         if decision.sends and self.delivery.outbox.count() >= OUTBOX_ROWS_MAX:
@@ -457,23 +475,38 @@ class CommitLoop:
 
     def _passed(self, what: Tick | Restored, given: Given) -> list[Record[Any]]:
         """Let the owner decide about what nobody has asked for."""
-        records: list[Record[Any]] = []
         try:
             decision = self._apply(what, self._self, given)
         except Busy:  # The outbox is full: what is due waits for the next tick.
-            return records
+            return []
         except KsiError as refusal:  # What has passed cannot be refused.
             raise _Fault from refusal
-        if decision.events or decision.sends:
-            sends = _encoded(decision.sends)
-            record = Record(
-                self.owner.name, b"", 0, delivery.TICK, b"", list(decision.events), sends
-            )
-            self._outcome.sends.extend(self.delivery.settle(record, given.now))
-            self._outcome.events.extend(decision.events)
-            self._outcome.told.extend(decision.events)
-            records.append(record)
-        return records
+        return self._of_our_own(delivery.TICK, decision, given)
+
+    def _follow(self, answer: Answered, given: Given) -> list[Record[Any]]:
+        """Let the owner decide what follows from the answer to a message of its own."""
+        try:
+            message = CATALOGUE[answer.operation].decode(answer.body)
+            decision = self.owner.answered(message, answer.refusal, self.tables, given)
+        except Exception as defect:  # Nor can an answer be refused.
+            raise _Fault from defect
+        try:
+            decision = self._applied(decision)
+        except Busy:  # As in a tick.
+            self._answers.append(answer)
+            return []
+        return self._of_our_own(delivery.ANSWERED, decision, given)
+
+    def _of_our_own(self, what: str, decision: Decision, given: Given) -> list[Record[Any]]:
+        """Return the record of what nobody has asked for, if anything has come of it."""
+        if not decision.events and not decision.sends:
+            return []
+        events, sends = list(decision.events), _encoded(decision.sends)
+        record = Record(self.owner.name, b"", 0, what, b"", events, sends)
+        self._outcome.sends.extend(self.delivery.settle(record, given.now))
+        self._outcome.events.extend(events)
+        self._outcome.told.extend(events)
+        return [record]
 
     def _undo(self) -> None:
         self.store.abort()
@@ -528,22 +561,27 @@ def _hints(declared: type[Tables]) -> dict[str, Any]:
 
 
 def bind(
-    declared: type[Tables],
-    tables: Mapping[str, Any],
-    logs: Log | None = None,
-    index: Index | None = None,
+    declared: type[Tables], tables: Mapping[str, Any], beside: Mapping[Any, Any] | None = None
 ) -> Any:
-    """Return an instance of the declared tables over `tables`, by their names."""
+    """Return an instance of the declared tables over `tables`, by their names.
+
+    `beside` has by its type what lies outside of the store: logs, and caches. The commit loop
+    reads no such thing and has none.
+    """
     bound = declared()
-    beside = {Log: logs, Index: index}
     for name, kind in _hints(declared).items():
-        setattr(bound, name, beside[kind] if kind in beside else tables[name])
+        setattr(bound, name, (beside or {}).get(kind) if is_beside(kind) else tables[name])
     return bound
 
 
-def reads_index(declared: type[Tables]) -> bool:
-    """Return whether there is an index among the declared tables."""
-    return Index in _hints(declared).values()
+def is_beside(kind: Any) -> bool:
+    """Return whether what is declared lies outside of the store."""
+    return kind is Log or kind in CACHES
+
+
+def caches_of(declared: type[Tables]) -> list[Any]:
+    """Return the caches among the declared tables."""
+    return [kind for kind in _hints(declared).values() if kind in CACHES]
 
 
 def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
@@ -551,7 +589,7 @@ def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
     row, the types of a key, and where it says so how many rows to keep decoded."""
     types: dict[str, tuple[Any, ...]] = dict(HOST_TABLES)
     for name, kind in _hints(owner.tables).items():
-        if kind not in (Log, Index):
+        if not is_beside(kind):
             (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
             plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
             types[name] = (get_args(plain)[0], keyed.parts, keyed.cache_rows)

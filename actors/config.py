@@ -151,6 +151,22 @@ class CheckpointSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     })] = "retry"
 
 
+class CompositionsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where compositions are. Taken up when the library is started."""
+
+    folder: Annotated[str, msgspec.Meta(min_length=1, max_length=4096, extra={
+        "reason": "the folder whose YAML and Markdown files are indexed; a path below var, unless "
+        "it begins with /",
+        "danger": "all of its files can be read by every agent",
+        "unit": "path",
+    })] = "lib/compositions"
+    exclude: Annotated[str, msgspec.Meta(max_length=4096, extra={
+        "reason": "files whose path holds one of these words are left out; hidden ones are, too",
+        "danger": "empty, and examples that are malformed on purpose are reported",
+        "unit": "words",
+    })] = "_archive/tests/ README .git/"
+
+
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The operational log in var/logs/ksi."""
 
@@ -169,6 +185,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     transport: TransportSection = TransportSection()
     owners: OwnersSection = OwnersSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    compositions: CompositionsSection = CompositionsSection()
     log: LogSection = LogSection()
 
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
 
 from ksi.actors.owner import Key, Table
+from ksi.transport.errors import KsiError
 from ksi.transport.limits import (
     CLIENT_IDLE_S_MAX,
     CLIENT_ROWS_MAX,
@@ -34,8 +35,9 @@ EVICTED: Final = "ksi:evicted"  # the instance was forgotten to keep within the 
 SENT: Final = "ksi:sent"  # messages up to `number` have been carried out by owner `sender`
 PURGED: Final = "ksi:purged"  # request ids older than `number` seconds since the epoch
 TICK: Final = "ksi:tick"  # time has passed
+ANSWERED: Final = "ksi:answered"  # another owner has answered a message of ours
 UNKNOWN: Final = "ksi:unknown"  # no operation of ours: what a client calls one is not recorded
-HOST_RECORDS: Final = frozenset({GOODBYE, EVICTED, SENT, PURGED, TICK})
+HOST_RECORDS: Final = frozenset({GOODBYE, EVICTED, SENT, PURGED, TICK, ANSWERED})
 _PURGE_ROWS_MAX: Final = 1000  # Request ids removed a tick: keeps the turn short.
 _SWEEP_ROWS: Final = 200  # Client rows looked at a tick for idle ones, likewise.
 _ACTIVE_CLIENTS_MAX: Final = 4096  # Kept in memory; the others come back from their rows.
@@ -52,6 +54,15 @@ class Record(msgspec.Struct, Generic[E], array_like=True, frozen=True):
     events: list[E]
     sends: list[tuple[str, str, bytes]]  # owner, operation, body
     request_id: str | None = None
+
+
+class Answered(NamedTuple):
+    """What another owner has answered to a message in the outbox; `refusal` None: carried out."""
+
+    owner: str
+    operation: str
+    body: bytes
+    refusal: KsiError | None
 
 
 class Batch(msgspec.Struct, Generic[E], array_like=True, frozen=True):

@@ -23,7 +23,7 @@ import pykka
 
 from ksi.actors.checkpoints import Cuts
 from ksi.actors.commit import CommitLoop, Work
-from ksi.actors.delivery import GOODBYE, Record
+from ksi.actors.delivery import GOODBYE, Answered, Record
 from ksi.actors.outbox import Outbox
 from ksi.actors.owner import Announcement, Event, Sender
 from ksi.actors.reading import OwnerReader
@@ -91,11 +91,12 @@ class Host(pykka.ThreadingActor):
         self._goodbyes: deque[tuple[int, Record[Any]]] = deque()  # behind how many commands
         # What our messages led to may wait for a commit there is anyway: lost, it comes again.
         self._sent: list[Record[Any]] = []
+        self._answered: list[Answered] = []  # this is waited for
         self._time_s = store.meta.time_s
         self._turned_s = self._ticked_s = self._probed_s = time.monotonic()
         self._draining = False
 
-    def _create_actor_inbox(self) -> Any:  # type: ignore[override]
+    def _create_actor_inbox(self) -> Any:  # type: ignore[override]  # static in pykka
         return self._mailbox
 
     def _start_actor_loop(self) -> None:
@@ -147,7 +148,7 @@ class Host(pykka.ThreadingActor):
         while self._goodbyes and self._goodbyes[0][0] <= self._done:
             self._ours.append(self._goodbyes.popleft()[1])
         tick = started_s - self._ticked_s >= TICK_S
-        if commands or self._ours or tick:
+        if commands or self._ours or self._answered or tick:
             self._carry_out(commands, started_s, tick)
         if self._queries and self._queries[0][0] <= self._done:
             self._answer()
@@ -204,6 +205,7 @@ class Host(pykka.ThreadingActor):
                 request,
                 None if left_ms is None else letter.arrived_s + left_ms / 1000,
                 letter.arrived_s,
+                letter.far,
             )
             if kind is Kind.COMMANDS:
                 self._commands.append(work)
@@ -262,6 +264,9 @@ class Host(pykka.ThreadingActor):
         cut = self._outbox.cut
         cut.number = max(cut.number, self._loop.cut)
         self._sent += self._outbox.turn(now_s)
+        if self._loop.wants_answers:
+            self._answered += self._outbox.answers
+        self._outbox.answers.clear()
         if cut.number > self._loop.cut:
             self._see(cut.number)
 
@@ -297,9 +302,14 @@ class Host(pykka.ThreadingActor):
         if tick:
             self._ticked_s = started_s
         ours, self._ours, self._sent = [*self._sent, *self._ours], [], []
+        answered, self._answered = self._answered, []
         now = round(time.time(), 6)
         self._stat.committing(started_s)
-        outcome = self._loop.run(commands, ours, now, self._time_s, started_s, tick=tick)
+        outcome = self._loop.run(
+            commands, ours, now, self._time_s, started_s, answers=answered, tick=tick
+        )
+        for owner, upto in self._loop.recorded.items():
+            self._outbox.recorded(owner, upto)
         self._send_all(outcome.answers)
         if outcome.events:
             self._mailbox.ring()
@@ -352,9 +362,9 @@ class Host(pykka.ThreadingActor):
             declared = CATALOGUE.get(request.operation)
             if declared is None or declared.owner != self._owner.name or declared.kind != "query":
                 raise not_taken(request.operation, self._owner.name, "query")
-            if work.sender.role not in declared.roles:
-                raise Forbidden(f"{request.operation} is not for the role {work.sender.role}")
+            declared.require_role(work.sender.name, work.sender.role, far=work.far)
             query = declared.decode(request.body)
+            declared.require_own(query, work.sender.name, work.sender.role)
             reply = self._owner.answer(query, self._reader.bound(tables))
             body = wire.encode(reply)
             if len(body) > _REPLY_BYTES_MAX:
@@ -385,7 +395,7 @@ class Host(pykka.ThreadingActor):
         stat.journal_seq = self._store.meta.seq
         stat.end_turn(now_s)
         due_s = max(0.0, self._ticked_s + TICK_S - now_s)
-        self._mailbox.timeout_s = 0.0 if waiting or self._ours else due_s
+        self._mailbox.timeout_s = 0.0 if waiting or self._ours or self._answered else due_s
 
     def _push(
         self, owner: str, number: int, operation: str, body: bytes, *, again: bool = False

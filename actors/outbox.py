@@ -16,7 +16,7 @@ from typing import Any
 
 import zmq
 
-from ksi.actors.delivery import SENT, Record
+from ksi.actors.delivery import SENT, Answered, Record
 from ksi.transport.errors import KsiError
 from ksi.transport.link import SILENCE_S
 from ksi.transport.mailbox import read_monitor
@@ -59,6 +59,7 @@ class Outbox:
 
     Attributes:
         cut: the highest checkpoint number that its owner or another has told.
+        answers: what other owners have answered, for its owner to take.
     """
 
     def __init__(self, lineage: str, connect: Connect, log: Any) -> None:
@@ -67,6 +68,7 @@ class Outbox:
         self._log = log
         self._peers: dict[str, Peer] = {}
         self.cut = Cut()
+        self.answers: list[Answered] = []
 
     def push(
         self, owner: str, number: int, operation: str, body: bytes, *, again: bool = False
@@ -101,6 +103,12 @@ class Outbox:
                 peer.sent_upto = 0
         return records
 
+    def recorded(self, owner: str, number: int) -> None:
+        """It is on disk that messages up to this number are answered: the answers may go."""
+        peer = self._peers.get(owner)
+        if peer is not None and peer.window.recorded is not None:
+            peer.window.recorded = max(peer.window.recorded, number)
+
     def close(self) -> None:
         """Close the sockets; what was not answered stays in its rows."""
         for peer in self._peers.values():
@@ -120,8 +128,10 @@ class Outbox:
                 if error is not None and error.code in ("restored", "evicted"):
                     # Nobody knows whether it happened there. Twice is better than not at all.
                     again.append((pending.number, pending.operation, pending.body, False))
-                elif error is not None:
+                    continue
+                if error is not None:
                     self._refused(owner, pending.operation, error)
+                self.answers.append(Answered(owner, pending.operation, pending.body, error))
             peer.waiting.extendleft(reversed(again))
             if outcomes:
                 lowest = peer.waiting[0][0] if peer.waiting else peer.window.acked + 1

@@ -7,6 +7,7 @@ To read it, a *query* is answered from one committed state, by the owner or in a
 
     decide(command, sender, tables, given) -> Decision      reads tables, writes nothing
     apply(event, tables)                                    writes tables, live and in replay
+    answered(message, refusal, tables, given) -> Decision   another owner's word on a message
     relay(signal, sender, tables) -> Announcement           reads tables; nothing is kept
     answer(query, tables) -> reply                          reads tables, in any process
 
@@ -27,7 +28,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -93,6 +94,47 @@ class Index(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Return how far the follower has come and what it does now."""
+
+
+class Compositions(Protocol):
+    """What is in a folder of compositions, in a database that a follower writes."""
+
+    def find(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the compositions that are wanted, in the order of their ids."""
+
+    def named(self, name: str, kind: str | None) -> list[dict[str, Any]]:
+        """Return the compositions that a name may mean, with their metadata and content."""
+
+    def problems(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the files that are no compositions, and why not."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how many there are, and what the follower does now."""
+
+
+class Conversations(Protocol):
+    """What was said in sessions and in imported logs, in a database that a follower writes."""
+
+    def find(self, **wanted: Any) -> tuple[list[dict[str, Any]], int]:
+        """Return the conversations that are wanted, and how many there are in all."""
+
+    def named(self, session_id: str, file_path: str | None) -> list[dict[str, Any]]:
+        """Return the conversations that an id may mean."""
+
+    def messages(self, path: str, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Return messages of one conversation, as many as fit into an answer."""
+
+    def search(self, **wanted: Any) -> dict[str, Any]:
+        """Return where words were said."""
+
+    def problems(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the lines and files that cannot be read, and why not."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how much there is, and what the follower does now."""
+
+
+CACHES: Final = frozenset({Index, Compositions, Conversations})
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +275,13 @@ class Owner(ABC, Generic[T]):
         """
         return None
 
+    def answered(self, command: Any, refusal: KsiError | None, tables: T, given: Given) -> Decision:
+        """Return what follows from another owner's answer to `command`, a message of this one.
+
+        `refusal` None: it was carried out there. What it leads to may be decided twice.
+        """
+        return Decision()
+
     def relay(self, signal: Any, sender: Sender, tables: T) -> Announcement | None:
         """Return what subscribers are told of `signal`, or raise a refusal.
 
@@ -263,7 +312,7 @@ class Owner(ABC, Generic[T]):
 
 
 __all__ = [
-    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Interrupted", "Key", "Keyed",
-    "Line", "Log", "Owner", "Query", "Reply", "Restored", "Send", "Sender", "Table", "Tables",
-    "Tick",
+    "CACHES", "Announcement", "Command", "Compositions", "Conversations", "Decision", "Event",
+    "Given", "Index", "Interrupted", "Key", "Keyed", "Line", "Log", "Owner", "Query", "Reply",
+    "Restored", "Send", "Sender", "Table", "Tables", "Tick",
 ]  # fmt: skip

@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 
 from ksi.actors.checkpoints import root_of
-from ksi.actors.commit import CommitLoop, batch_decoder, bind, reads_index, table_types
+from ksi.actors.commit import CommitLoop, batch_decoder, bind, caches_of, table_types
 from ksi.actors.delivery import Batch
-from ksi.actors.owner import Owner, Query
+from ksi.actors.owner import Log, Owner, Query
 from ksi.actors.reading import CommittedLog, reader_of
 from ksi.storage.errors import Corrupt
 from ksi.storage.journal import JournalReader, Position
@@ -47,7 +47,7 @@ def as_of(owner: Owner[Any], var: Path, at: int | str) -> Iterator[Answer]:
         Corrupt: what it would be built from is damaged.
         StorageFull: there is no room to build it.
     """
-    if reads_index(owner.tables):
+    if caches_of(owner.tables):
         raise Invalid(f"what {owner.name} answers from has no past: it is built anew at any time")
     reader = reader_of(owner, var)
     present = reader.committed()
@@ -64,7 +64,7 @@ def as_of(owner: Owner[Any], var: Path, at: int | str) -> Iterator[Answer]:
     base, view = _nearest(store.parent, specs, near)
     with closing(view):
         _replay(owner, view, base, JournalReader(store), present.position, then)
-        tables = bind(owner.tables, view.tables, CommittedLog(reader.reader))
+        tables = bind(owner.tables, view.tables, {Log: CommittedLog(reader.reader)})
         yield lambda query: owner.answer(query, tables)
 
 

@@ -115,7 +115,7 @@ def wait_for_room(start: Callable[[], T], logger: Any) -> T:
             if not is_no_room(error):
                 raise
             logger.error("there is no room to start; waiting for it", error=str(error))
-        time.sleep(_ROOM_WAIT_S)
+        time.sleep(_ROOM_WAIT_S)  # Nobody tells that there is room again.
 
 
 def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, CommitLoop]:

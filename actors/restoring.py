@@ -161,13 +161,11 @@ def _carry_out(var: Path, planned: Plan) -> None:
     aside = var / "archive" / planned.aside
     directory = log_directory(var)
     if planned.shortened or planned.removed:
-        make_directory(aside)
-    for key in planned.shortened:
-        _shorten(directory, log_name(key), sizes[key], aside)
-    for key in planned.removed:
-        os.rename(directory / log_name(key), aside / log_name(key))
-    if planned.shortened or planned.removed:
-        sync_directory(aside)
+        _keep(directory, [*planned.shortened, *planned.removed], aside)
+        for key in planned.shortened:
+            _shorten(directory / log_name(key), sizes[key])
+        for key in planned.removed:
+            (directory / log_name(key)).unlink()
         sync_directory(directory)
     for owner in planned.owners:
         restore(var / "db" / owner, root / planned.id / owner)
@@ -175,18 +173,25 @@ def _carry_out(var: Path, planned: Plan) -> None:
     sync_directory(mark.parent)
 
 
-def _shorten(directory: Path, name: str, size: int, aside: Path) -> None:
-    """Keep the whole of a file aside, and let its first bytes take its place."""
-    with suppress(FileExistsError):  # We did, and were cut short.
-        os.link(directory / name, aside / name)
-    temporary = directory / f".{name}.tmp"
-    with open(directory / name, "rb") as whole, open(temporary, "wb") as short:
+def _keep(directory: Path, keys: list[str], aside: Path) -> None:
+    """Keep files aside as they are, durably: only then may anything happen to them."""
+    make_directory(aside)
+    for key in keys:
+        with suppress(FileExistsError):  # We did, and were cut short.
+            os.link(directory / log_name(key), aside / log_name(key))
+    sync_directory(aside)
+
+
+def _shorten(path: Path, size: int) -> None:
+    """Let the first bytes of a file, which is kept aside, take its place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(path, "rb") as whole, open(temporary, "wb") as short:
         shutil.copyfileobj(whole, short)
         short.truncate(size)
         short.flush()
         os.fchmod(short.fileno(), 0o600)
         os.fsync(short.fileno())
-    os.rename(temporary, directory / name)
+    os.rename(temporary, path)
 
 
 def _good(root: Path, checkpoint_id: str) -> tuple[Checkpoint, dict[str, str]]:

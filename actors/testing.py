@@ -27,14 +27,18 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from ksi.actors.commit import CommitLoop, Facts, Outcome, Work, batch_decoder, bind, table_types
-from ksi.actors.delivery import ClientRow, Record
+from ksi.actors.delivery import SENT, Answered, ClientRow, Record
 from ksi.actors.owner import (
     Announcement,
+    Compositions,
+    Conversations,
     Decision,
     Event,
     Given,
+    Index,
     Interrupted,
     Line,
+    Log,
     Owner,
     Query,
     Reply,
@@ -43,7 +47,7 @@ from ksi.actors.owner import (
 )
 from ksi.storage.tables import Key, MemoryTable, TableSpec
 from ksi.transport import wire
-from ksi.transport.errors import KsiError, StorageFull, from_wire
+from ksi.transport.errors import Conflict, Internal, KsiError, StorageFull, from_wire
 from ksi.transport.message import CATALOGUE, Operation, encode
 
 SEEDS: Final = 50
@@ -214,6 +218,61 @@ class NoIndex:
         return {"days": 0, "rows": 0, "behind_bytes": None, "rebuilt": 0}
 
 
+class OneComposition:
+    """Compositions with one among them, whose name is `known`."""
+
+    def find(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def named(self, name: str, kind: str | None) -> list[dict[str, Any]]:
+        """Return the one, if it is meant."""
+        if name != "known":
+            return []
+        texts = ("id", "name", "component_type", "file_path", "file_hash")
+        gaps = ("version", "description", "author", "extends", "loading_strategy", "content")
+        row = {**dict.fromkeys(texts, "known"), **dict.fromkeys(gaps)}
+        return [{**row, "tags": [], "capabilities": [], "size_bytes": 0, "modified_at": 0.0}]
+
+    def problems(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Return that nothing is known of the follower."""
+        return {}
+
+
+class OneConversation:
+    """Conversations with one among them, whose id is `known`, where nothing was said."""
+
+    def find(self, **_wanted: Any) -> tuple[list[dict[str, Any]], int]:
+        """Return nothing."""
+        return [], 0
+
+    def named(self, session_id: str, file_path: str | None) -> list[dict[str, Any]]:
+        """Return the one, if it is meant."""
+        if session_id != "known":
+            return []
+        return [dict.fromkeys(("session_id", "path", "file_path"), "known") | {"message_count": 0}]
+
+    def messages(self, path: str, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def search(self, **_wanted: Any) -> dict[str, Any]:
+        """Return nothing."""
+        return {"conversations": 0, "matches": 0, "results": []}
+
+    def problems(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Return that nothing is known of the follower."""
+        return {}
+
+
 class Watched(Owner[Any]):
     """An owner whose decisions and queries are watched: they may not write, and refuse as declared.
 
@@ -223,9 +282,7 @@ class Watched(Owner[Any]):
     """
 
     def __init__(self, owner: Owner[Any], store: MemoryStore) -> None:
-        self.name = owner.name  # type: ignore[misc]
-        self.tables = owner.tables  # type: ignore[misc]
-        self.events = owner.events  # type: ignore[misc]
+        vars(self).update(name=owner.name, tables=owner.tables, events=owner.events)
         self._owner = owner
         self._store = store
         self.done: set[str] = set()
@@ -241,6 +298,16 @@ class Watched(Owner[Any]):
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
         """Return what the owner wants to know."""
         return self._owner.fact(command, sender)
+
+    def answered(
+        self, command: Any, refusal: KsiError | None, tables: Any, given: Given
+    ) -> Decision:
+        """Decide what follows from an answer, likewise."""
+        self._store.is_frozen = True
+        try:
+            return self._owner.answered(command, refusal, tables, given)
+        finally:
+            self._store.is_frozen = False
 
     def relay(self, signal: Any, sender: Sender, tables: Any) -> Announcement | None:
         """Relay, with the tables locked."""
@@ -282,6 +349,8 @@ class Twin:
     Attributes:
         now, time_s: wall time and owner time. `pass_time` moves both.
         facts: answers from other owners' states; by default there are none.
+        hears: whether other owners answer messages at once, else with `hear`; where the owner
+            wants to know. refuses: what they answer to one: None, or a refusal.
         events: all that is committed; told: what was announced of it; sends: messages to others.
     """
 
@@ -290,10 +359,17 @@ class Twin:
         self.store = MemoryStore(owner)
         self.watched = Watched(owner, self.store)
         self.log = MemoryLog()
-        self.index = NoIndex()
+        self.caches: dict[Any, Any] = {
+            Index: NoIndex(),
+            Compositions: OneComposition(),
+            Conversations: OneConversation(),
+        }
         self.now = START
         self.time_s = 0.0
         self.facts: Facts = lambda _query: None
+        self.hears = type(owner).answered is not Owner.answered
+        self.refuses: Callable[[Any], KsiError | None] = lambda _message: None
+        self._unheard: list[tuple[str, int, str, bytes]] = []
         self.events: list[Event] = []
         self.told: list[Announcement] = []
         self.sends: list[tuple[str, int, str, bytes]] = []
@@ -317,7 +393,7 @@ class Twin:
         """Answer a query; return the typed reply or raise the refusal."""
         declared = CATALOGUE[operation]
         query = declared.decode(encode(fields))
-        tables = bind(self.owner.tables, self.store.tables, self.log, self.index)
+        tables = bind(self.owner.tables, self.store.tables, {Log: self.log, **self.caches})
         return msgspec.msgpack.decode(
             encode(self.watched.answer(query, tables)), type=declared.reply
         )
@@ -329,11 +405,17 @@ class Twin:
         return self.run([], tick=True)
 
     def run(
-        self, works: Sequence[Work], ours: Sequence[Record[Any]] = (), *, tick: bool = False
+        self,
+        works: Sequence[Work],
+        ours: Sequence[Record[Any]] = (),
+        *,
+        answers: Sequence[Answered] = (),
+        tick: bool = False,
     ) -> Outcome:
         """Carry out a batch, as the host does; monotonic time is owner time here."""
+        now, time_s = self.now, self.time_s
         return self._told_of(
-            self.loop.run(works, ours, self.now, self.time_s, self.time_s, tick=tick)
+            self.loop.run(works, ours, now, time_s, time_s, answers=answers, tick=tick)
         )
 
     def restored(self, interrupted: Interrupted = "retry") -> Outcome:
@@ -349,7 +431,20 @@ class Twin:
         for event in outcome.events:
             for line in self.owner.lines(event):
                 self.log.add(line)
+        self._unheard += outcome.sends
+        if self.hears and outcome.sends:
+            self.hear()
         return outcome
+
+    def hear(self) -> None:
+        """Let the other owners answer what they were sent."""
+        unheard, self._unheard = self._unheard, []
+        answers, sent = [], {}
+        for owner, number, operation, body in unheard:
+            refusal = self.refuses(CATALOGUE[operation].decode(body))
+            answers.append(Answered(owner, operation, body, refusal))
+            sent[owner] = Record[Any](owner, b"", number, SENT, b"", [], [])
+        self.run([], [*sent.values()], answers=answers)
 
     def restart(self) -> None:
         """Begin anew with what is committed, as after a crash of the process."""
@@ -447,6 +542,7 @@ class _Run:
     def __init__(self, owner: Owner[Any], choose: Chooser, seed: int) -> None:
         self.twin = Twin(owner, seed)
         self.chance = random.Random(seed)
+        self.twin.refuses = self._answer
         self._choose = choose
         self._callers: dict[tuple[Sender, int], _Caller] = {}
 
@@ -461,6 +557,9 @@ class _Run:
             self.twin.restart()
             if self.twin.owner.recovers and self.chance.random() < 0.5:
                 self.twin.restored(self.chance.choice(("retry", "fail")))
+        elif chance < 0.97 and type(self.twin.owner).answered is not Owner.answered:
+            self.twin.hears = not self.twin.hears
+            self.twin.hear()
         else:
             self._retry(self.twin)
 
@@ -472,7 +571,9 @@ class _Run:
         require_alike(rows, replayed.store.rows(), "the journal applied to empty tables")
         _require_numbers(rows, replayed.store.rows())
         self._retry(replayed)
-        sizes = dict(twin.owner.logs(bind(twin.owner.tables, twin.store.tables, twin.log), ""))
+        sizes = dict(
+            twin.owner.logs(bind(twin.owner.tables, twin.store.tables, {Log: twin.log}), "")
+        )
         written = {key: len(content) for key, content in twin.log.content.items()}
         shown = {key: size for key, size in sizes.items() if size}
         assert shown == written, f"`logs` says {shown}, written is {written}"
@@ -514,6 +615,13 @@ class _Run:
         if self.twin.store.fails is None:
             assert [answer.error[0] for answer in answers] == [StorageFull.code] * len(works)
         self.twin.store.fails = None
+
+    def _answer(self, _message: Any) -> KsiError | None:
+        """Return what another owner answers: now and then it refuses, for whatever reason."""
+        chance = self.chance.random()
+        if chance > 0.1:
+            return None
+        return Internal("a defect") if chance < 0.05 else Conflict("it is closed")
 
     def _read(self, work: Work, answer: bytes) -> bool:
         """Check that an answer survives the wire; return whether it is a refusal."""

@@ -53,7 +53,7 @@ class Echo:
             raise ValueError(f"options.delay_s must be 0 to {grant.run_s:g}, not {delay_s!r}")
         if delay_s:
             await say({"delay_s": delay_s})
-            await asyncio.sleep(delay_s)
+            await asyncio.sleep(delay_s)  # as it was asked to
         return {"response": grant.prompt, "model": "echo", "provider": "echo"}
 
 

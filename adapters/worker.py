@@ -245,7 +245,7 @@ class Worker:
                 fields = {**fields, "error": _words(error)}
                 del fields["result"]
             except (*_SILENT, Restored, Evicted):
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(RETRY_S)  # Nobody answers: not at once again.
 
 
 def _words(error: Exception) -> str:

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -60,10 +61,10 @@ def probe_lag(var: Path, ended: Event, found: Connection) -> None:
             day = day_of(said["timestamp"])
             sql = "SELECT line_number FROM ksi_index WHERE id = ?"
             while not (rows := reader.query(day, sql, (row,))):
-                time.sleep(LOOK_EVERY_S)
+                time.sleep(LOOK_EVERY_S)  # A lag is known to this.
             assert rows == [(said["seq"],)], rows
             lags_s.append(time.perf_counter() - begun_s)
-            time.sleep(SAY_EVERY_S)
+            time.sleep(SAY_EVERY_S)  # Each is met by itself.
     found.send(lags_s)
 
 
@@ -139,7 +140,7 @@ def measure_building(options: Options, system: System, report: Report, client: C
         say(f"building {rows} rows, round {number + 1}")
         begun_s = time.perf_counter()
         order = client.ask("index:rebuild")["number"]
-        wait_until(lambda order=order: has_built(client, order), "", CATCH_UP_S_MAX)  # type: ignore[misc]
+        wait_until(partial(has_built, client, order), "", CATCH_UP_S_MAX)
         built.append(rows / (time.perf_counter() - begun_s))
         assert client.read("index:status")["rows"] == rows
         verification = Verification(system.var)

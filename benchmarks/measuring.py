@@ -238,7 +238,7 @@ def wait_until(done: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -
     while not done():
         if time.monotonic() > deadline_s:
             raise TimeoutError(f"waited {timeout_s:.0f} s: {what}")
-        time.sleep(0.001)
+        time.sleep(0.001)  # A poll with a deadline.
 
 
 def ksi(var: Path, *words: str) -> tuple[dict[str, Any], float]:

@@ -79,7 +79,7 @@ def measure(options: Options, report: Report) -> None:
     for number in range(options.rounds):
         say(f"round {number + 1} of {options.rounds}")
         with System(options.directory / f"var-{number}") as system:
-            time.sleep(0 if options.quick else SETTLE_S)
+            time.sleep(0 if options.quick else SETTLE_S)  # What is idle, not what starts.
             rounds.append(idle_mb(system))
             clients.append(client_mb(system))
     for name in rounds[0]:

@@ -232,15 +232,15 @@ class Side:
         step = AHEAD // 8
         while self._done < goal:
             if self._done - min(self._counts) > AHEAD - step:
-                await asyncio.sleep(_PAUSE_S)
+                await asyncio.sleep(_PAUSE_S)  # The readers are to catch up.
                 continue
             count = min(step, goal - self._done)
             await self.publisher.publish(count)
             self._done += count
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # What was said goes out.
         while min(self._counts) < goal:
             assert time.perf_counter() - begun_s < WAIT_S, f"{self.name}: some were lost"
-            await asyncio.sleep(_PAUSE_S)
+            await asyncio.sleep(_PAUSE_S)  # A poll with a deadline.
         assert list(self._counts) == [goal] * len(self._counts)
         self.per_s.append(messages / (time.perf_counter() - begun_s))
 
@@ -320,7 +320,7 @@ async def stopped_reader(options: Options, system: System, report: Report) -> No
             counts, total = RawArray("q", [-1, -1]), flood + single
             reader = _SPAWN.Process(target=be_stopped, args=(str(system.var), total, counts))
             reader.start()
-            wait_until(lambda: min(counts) >= 0, "the reader has subscribed")  # noqa: B023
+            wait_until(lambda: min(counts) >= 0, "the reader has subscribed")  # noqa: B023  # awaited here
             assert reader.pid is not None
             os.kill(reader.pid, signal.SIGSTOP)
             published = 0

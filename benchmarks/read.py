@@ -59,11 +59,13 @@ class Reader:
 
 
 def _is_ours(view: Any) -> bool:
-    return view.owner == "bench"  # type: ignore[no-any-return]
+    ours: bool = view.owner == "bench"
+    return ours
 
 
 def _is_our_dict(view: Any) -> bool:
-    return view["owner"] == "bench"  # type: ignore[no-any-return]
+    ours: bool = view["owner"] == "bench"
+    return ours
 
 
 class Getter:

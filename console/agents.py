@@ -122,7 +122,7 @@ def _wait_for_program(options: Options, name: str, deadline_s: float) -> dict[st
             raise Failed(agent["exit"] or f"{name} has failed", hint=hint)
         if agent["pid"] or agent["exit"]:
             return {key: agent[key] for key in ("status", "pid", "exit")}
-        time.sleep(LOOK_S)
+        time.sleep(LOOK_S)  # A poll that ends.
     hint = f"ksi{options.words()} agents list"
     raise Unavailable(f"the supervisor has not started {name} in time", hint=hint)
 

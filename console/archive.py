@@ -166,7 +166,7 @@ def _arriving(
                 hint="ksi logs files says why; then run it again",
             )
         options.require_running()
-        time.sleep(LOOK_S)
+        time.sleep(LOOK_S)  # A poll that ends.
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def create(options: Options, timeout: float) -> None:
             if time.monotonic() - begun_s > timeout:
                 text = f"the checkpoint {checkpoint_id} is not whole after {timeout:g} s"
                 raise Failed(text, hint=f"ksi{options.words()} checkpoint list")
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # A poll that ends.
     if not made:
         why = now["failed"] if now["failed_id"] == checkpoint_id else "it ended"
         raise Failed(f"no checkpoint was made: {why}", hint=f"ksi{options.words()} logs checkpoint")

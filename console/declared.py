@@ -26,7 +26,7 @@ from ksi.transport.errors import (
     Unavailable,
 )
 from ksi.transport.limits import ID_PATTERN
-from ksi.transport.message import CATALOGUE, Operation
+from ksi.transport.message import ANYONE, CATALOGUE, Operation
 
 # What any operation may answer, beside the refusals it declares.
 ALWAYS: Final[tuple[type[KsiError], ...]] = (Invalid, Forbidden, Expired, Unavailable)
@@ -138,7 +138,7 @@ def default_words(each: shape.Field) -> str | None:
 def example(operation: Operation, verb: str | None = None) -> str:
     """Return the declared example as a command line."""
     verb = verb or ("read" if operation.kind == "query" else "ask")
-    kinds = {each.name: field_kind(each) for each in fields_of(operation)}
+    kinds = {each.encode_name: field_kind(each) for each in fields_of(operation)}
     words = ["ksi", verb, operation.name]
     for name, value in operation.example.items():
         as_text = isinstance(value, str) and kinds.get(name) in ("text", "choice")
@@ -153,7 +153,7 @@ def reply_rows(operation: Operation) -> list[tuple[str, str]]:
     if not isinstance(declared, shape.StructType):
         return [("-", type_words(declared))]
     return [
-        (each.name, type_words(each.type) + (" or null" if _is_optional(each.type) else ""))
+        (each.encode_name, type_words(each.type) + (" or null" if _is_optional(each.type) else ""))
         for each in declared.fields
     ]
 
@@ -181,6 +181,16 @@ def summary(operation: Operation) -> str:
     return operation.doc.split("\n\n")[0].replace("\n", " ")
 
 
+def audience(operation: Operation) -> str:
+    """Return in words who may ask an operation."""
+    words = "anyone" if operation.roles == ANYONE else ", ".join(sorted(operation.roles))
+    if operation.far_roles != operation.roles:
+        words += f" (over a network: {', '.join(sorted(operation.far_roles))})"
+    if operation.own is not None:
+        words += f"; for all but operators, `{operation.own}` is who asks"
+    return words
+
+
 def declaration(operation: Operation) -> Mapping[str, Any]:
     """Return all that is declared of an operation, as plain values."""
     return {
@@ -188,6 +198,8 @@ def declaration(operation: Operation) -> Mapping[str, Any]:
         "kind": operation.kind,
         "owner": operation.owner,
         "roles": sorted(operation.roles),
+        "far_roles": sorted(operation.far_roles),
+        "own": operation.own,
         "doc": operation.doc,
         "fields": schema_of(operation.message),
         "reply": schema_of(operation.reply),

@@ -191,7 +191,7 @@ def _verify_index(var: Path, watcher: Client, files: Stored) -> Mapping[str, Any
     lines = sum(map(len, files.values()))
     until_s = time.monotonic() + INDEX_S_MAX
     while watcher.read("index:status")["rows"] < lines and time.monotonic() < until_s:
-        time.sleep(LOOK_S)
+        time.sleep(LOOK_S)  # A poll with a deadline.
     verification = Verification(var)
     while verification.turn():
         pass
@@ -221,7 +221,7 @@ def _await_files(directory: Path, acked: list[Acked], more: Mapping[str, int]) -
         lines = {path.stem: path.read_bytes().count(b"\n") for path in directory.glob("*.jsonl")}
         if all(lines.get(session_id, 0) >= seq for session_id, seq in last.items()):
             break
-        time.sleep(LOOK_S)
+        time.sleep(LOOK_S)  # A poll with a deadline.
     return time.monotonic() - begun_s
 
 

@@ -103,7 +103,7 @@ class Agent:
         while found < len(AGENTS) - 1:
             peers = self._client.read("agent:discover_peers", kinds=["player"], exclude=[me])
             found = len(peers["agents"])
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # A poll: a read, no message.
 
     def _queue(self) -> dict[str, str]:
         """Queue requests at the desk; return what they ask, by their ids."""
@@ -159,7 +159,7 @@ class Agent:
     def _note(self) -> None:
         self._noted += 1
         self._ask("session:append", self._notes, "note", {"n": self._noted}, None)
-        time.sleep(NOTE_PAUSE_S)
+        time.sleep(NOTE_PAUSE_S)  # As in life: an agent thinks.
 
     def _ask(
         self, verb: str, session_id: str, event: str, data: dict[str, Any], correlation: str | None

@@ -81,7 +81,7 @@ def _stop_what_runs(var: Path) -> None:
     while (found := holder(var)) is None or not found.pid:
         if time.monotonic() > until_s:
             return
-        time.sleep(LOOK_S)
+        time.sleep(LOOK_S)  # A poll with a deadline.
     with suppress(KsiError):
         stop_and_wait(Options(var=var), STOP_S_MAX, now=True)
 
@@ -151,7 +151,7 @@ class Cast:
                     raise failed(f"the agent {name} ended: {said[-1] if said else 'no words'}")
             if time.monotonic() > until_s:
                 raise failed(f"{what} has not come in {PLAY_S_MAX:g} s")
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # A poll with a deadline.
 
     def finish(self) -> tuple[list[Acked], list[Told]]:
         """Wait for the end; return what was acknowledged, in the order it was, and was told."""

@@ -30,6 +30,8 @@ def discover(options: Options, pattern: str, markdown: bool) -> None:
                 "kind": each.kind,
                 "owner": each.owner,
                 "roles": sorted(each.roles),
+                "far_roles": sorted(each.far_roles),
+                "own": each.own,
                 "summary": summary(each),
             }
             for each in found

@@ -55,14 +55,13 @@ def _show_subcommand(options: Options, ctx: click.Context) -> None:
 
 def _show_operation(operation: Operation) -> None:
     from ksi.console import declared as words
-    from ksi.transport.message import ANYONE
 
-    who = "anyone" if operation.roles == ANYONE else ", ".join(sorted(operation.roles))
+    who = words.audience(operation)
     print(f"{operation.name}: a {operation.kind} of {operation.owner}, for {who}\n")
     print(operation.doc.replace("\n    ", "\n"))
     fields = [
         (
-            words.flag(each.name),
+            words.flag(each.encode_name),
             words.default_words(each) or "required",
             words.type_words(each.type),
         )

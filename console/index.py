@@ -121,7 +121,7 @@ def rebuild(options: Options, no_wait: bool) -> None:
     while (now := read("index", "index:status"))["rebuilt"] < number:
         say(now["done_bytes"], now["total_bytes"])
         options.require_running()
-        time.sleep(LOOK_S)
+        time.sleep(LOOK_S)  # A poll that ends.
     seconds = round(time.monotonic() - begun_s, 3)
     if options.json:
         fields = {"number": number, "done": True, "rows": now["rows"], "seconds": seconds}

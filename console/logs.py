@@ -64,7 +64,7 @@ def logs(
         return
     _show(options, found)
     while follow:
-        time.sleep(FOLLOW_S)
+        time.sleep(FOLLOW_S)  # Then look again, until Ctrl-C.
         _show(options, wanted.of(files.new()))
 
 

@@ -78,7 +78,7 @@ class _Fields(Command):
 
 def as_command(operation: Operation, call: Call, *, past: bool = False) -> click.Command:
     """Return the click command of an operation: a flag for each field, and the common ones."""
-    fields = {flag(each.name): each for each in fields_of(operation)}
+    fields = {flag(each.encode_name): each for each in fields_of(operation)}
     past = past and "--at" not in fields  # Such a field means the same of what it is about.
 
     def carry_out(
@@ -88,7 +88,7 @@ def as_command(operation: Operation, call: Call, *, past: bool = False) -> click
         for name, text in given.items():
             if text is not None:
                 each = fields["--" + name.replace("_", "-")]
-                values[each.name] = value_of(operation, each, text)
+                values[each.encode_name] = value_of(operation, each, text)
         operation.decode(encode(values))  # the same refusal as the owner's, but at once
         more = {} if _at is None else {"at": _at}
         return call(click.get_current_context().obj, operation, values, _timeout_s, **more)
@@ -163,7 +163,7 @@ def value_of(operation: Operation, each: shape.Field, text: str) -> Any:
             return text
         words = type_words(each.type)
         raise Invalid(
-            f"{flag(each.name)} takes JSON ({words}), and {text[:100]!r} is none: {error}",
+            f"{flag(each.encode_name)} takes JSON ({words}), and {text[:100]!r} is none: {error}",
             hint=operation.hint,
         ) from None
 

@@ -8,6 +8,7 @@ from typing import Final
 from ksi.console.declared import (
     ALWAYS,
     ALWAYS_COMMANDS,
+    audience,
     default_words,
     example,
     fields_of,
@@ -38,14 +39,13 @@ def as_page(operations: Mapping[str, Operation]) -> str:
 
 
 def _section(operation: Operation) -> Iterator[str]:
-    roles = ", ".join(sorted(operation.roles))
     yield f"### {operation.name}"
     yield ""
-    yield f"A {operation.kind} of {operation.owner}, for {roles}."
+    yield f"A {operation.kind} of {operation.owner}, for {audience(operation)}."
     yield ""
     yield from (line.strip() for line in operation.doc.splitlines())
     rows = [
-        (each.name, default_words(each) or "-", type_words(each.type))
+        (each.encode_name, default_words(each) or "-", type_words(each.type))
         for each in fields_of(operation)
     ]
     yield from _markdown_table(("field", "default", "type"), rows)

@@ -33,7 +33,7 @@ class Reads:
         self._client: Client | None = None
         self._readers: dict[str, OwnerReader] = {}
 
-    def __call__(self, owner: str, query: str, **fields: Any) -> dict[str, Any]:
+    def __call__(self, owner: str, query: str, /, **fields: Any) -> dict[str, Any]:
         """Return the reply to `query` of `owner`, as plain values.
 
         Raises:

@@ -53,7 +53,7 @@ def _one(options: Options, name: str, timeout_s: float) -> dict[str, Any]:
             child = _child(client.ask("system:status", timeout_s=timeout_s), name)
             if child.get("state") == "RUNNING" and child.get("starts") != before.get("starts"):
                 return {"name": name, "pid": child["pid"]}
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # A poll that ends.
     raise Unavailable(f"{name} does not run again after {timeout_s:g} s", hint=f"ksi logs {name}")
 
 

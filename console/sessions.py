@@ -118,7 +118,7 @@ def _entries(
         if not follow:
             return
         if not page["entries"]:
-            time.sleep(FOLLOW_S)
+            time.sleep(FOLLOW_S)  # Then look again, until Ctrl-C.
         after = page["first_seq"] - 1 + len(page["entries"])
         place = {"session_id": page["session_id"], "after": after}
         page = read("sessions", "session:history", **place, limit=PAGE)

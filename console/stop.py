@@ -55,7 +55,7 @@ def stop_and_wait(options: Options, timeout_s: float, *, now: bool = False) -> t
         # The second signal means: in a hurry.
         for _ in range(2 if now else 1):
             signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-            time.sleep(0.05 if now else 0.0)
+            time.sleep(0.05 if now else 0.0)  # Two at once may arrive as one.
         ended, _, _ = select.select([pidfd], [], [], timeout_s)
     except ProcessLookupError:
         ended = [pidfd]

@@ -14,7 +14,7 @@ from ksi.transport import Client
 def wait_for_index(client: Client, **wanted: Any) -> list[dict[str, Any]]:
     """Return what the index finds, once it has come so far."""
     while not (found := client.read("index:query", **wanted)["entries"]):
-        time.sleep(0.01)
+        time.sleep(0.01)  # The index follows within milliseconds.
     return list(found)
 
 

@@ -29,7 +29,7 @@ def read(session_id: str) -> None:
             for entry in page["entries"]:
                 print(f"reader: {entry['metadata']['agent_id']} noted {entry['data']}")
             seen += len(page["entries"])
-            time.sleep(0.01)
+            time.sleep(0.01)  # To look again costs microseconds.
 
 
 def main() -> None:

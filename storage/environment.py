@@ -172,7 +172,7 @@ def _opened(path: Path, *, readonly: bool, lock: bool = True) -> lmdb.Environmen
             break
         except lmdb.Error as error:
             if tried < _OPEN_TRIES:
-                time.sleep(random.uniform(0, tried * _OPEN_RETRY_S))
+                time.sleep(random.uniform(0, tried * _OPEN_RETRY_S))  # Not all at once again.
             elif isinstance(error, _DAMAGE):
                 raise Corrupt(f"the view {path} does not open: {error}", file=str(path)) from error
             else:  # Out of descriptors, memory or rights: that says nothing of the view.

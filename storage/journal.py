@@ -27,9 +27,10 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from io import BufferedReader, FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, Final, NamedTuple, NoReturn
+from typing import Final, NamedTuple, NoReturn
 from zlib import crc32
 
 from ksi.storage.atomic import sync_directory, write_all
@@ -319,7 +320,7 @@ class Journal:
 
     def _cut_torn_tail(self, path: Path, segment: int, offset: int) -> int:
         """Return the end of the last valid record, having cut what follows it."""
-        with open(path, "rb", buffering=_READ_BYTES) as file:
+        with BufferedReader(FileIO(path), _READ_BYTES) as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(offset)
             while (batch := _next(file, segment, offset)) is not None:
@@ -402,15 +403,15 @@ def _read(directory: Path, start: Position, stop: Position) -> Iterator[Batch]:
         segment, offset = following[0], 0
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> BufferedReader[FileIO]:
     try:
-        return open(path, "rb", buffering=_READ_BYTES)
+        return BufferedReader(FileIO(path), _READ_BYTES)
     except FileNotFoundError:
         hint = "start from a snapshot"
         raise NotFound(f"journal {path} has been dropped", hint=hint) from None
 
 
-def _next(file: BinaryIO, segment: int, offset: int) -> Batch | None:
+def _next(file: BufferedReader[FileIO], segment: int, offset: int) -> Batch | None:
     """Return the record at the present place of `file`, None where there is no valid one."""
     header = file.read(HEADER.size)
     if len(header) < HEADER.size:
@@ -451,10 +452,10 @@ def _find_valid(tail: bytes, segment: int, offset: int) -> int | None:
     return None
 
 
-def _is_nothing(file: BinaryIO) -> bool:
+def _is_nothing(file: BufferedReader[FileIO]) -> bool:
     """Whether only zeros follow. In blocks that stay in the cache: recovery waits for this."""
     block, zeros = bytearray(_READ_BYTES), bytes(_READ_BYTES)
-    while (count := file.readinto(block)) == _READ_BYTES:  # type: ignore[attr-defined]
+    while (count := file.readinto(block)) == _READ_BYTES:
         if block != zeros:
             return False
     return block[:count] == zeros[:count]

@@ -206,7 +206,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise Corrupt(f"snapshot {path}: {error}", file=str(path / "manifest.json")) from error
     if manifest.format != MANIFEST_FORMAT:
         raise Corrupt(f"snapshot {path} is of format {manifest.format}, not {MANIFEST_FORMAT}")

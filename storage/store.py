@@ -450,7 +450,7 @@ def set_view_aside(
 def read_current(directory: Path) -> str | None:
     """Return the id of the store in use, None where there is none."""
     try:
-        store_id = (directory / "CURRENT").read_text().strip()
+        store_id = (directory / "CURRENT").read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
     if not (store_id.isalnum() and (directory / store_id).is_dir()):
@@ -466,7 +466,7 @@ def read_mark(directory: Path, boot_id: str) -> Mark:
     """Return what STATE says about the view of the store in `directory`."""
     try:
         state = msgspec.json.decode((directory / "STATE").read_bytes(), type=_State)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError):
         return Mark.OTHER_BOOT
     if state.clean:
         return Mark.CLEAN
@@ -723,7 +723,7 @@ def _take_lock(directory: Path, wait_s: float) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() < deadline_s:
-                time.sleep(_LOCK_POLL_S)
+                time.sleep(_LOCK_POLL_S)  # A blocking `flock` has no deadline.
                 continue
             holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "another process"
             os.close(fd)

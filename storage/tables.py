@@ -108,14 +108,14 @@ class KeyCodec:
             raise TypeError(f"a key has {len(self._types)} parts, not {len(bound)}")
         return self._parts(bound)
 
-    def _parts(self, key: tuple[str | int, ...]) -> bytes:
+    def _parts(self, key: tuple[Any, ...]) -> bytes:
         encoded = b""
         last = len(self._types) - 1
         for position, part in enumerate(key):
             if self._types[position] is int:
-                encoded += part.to_bytes(_INT_BYTES, "big")  # type: ignore[union-attr]
+                encoded += part.to_bytes(_INT_BYTES, "big")
                 continue
-            text = part.encode()  # type: ignore[union-attr]
+            text = part.encode()
             if 0 in text:
                 raise ValueError(f"a key may not hold a NUL: {part!r}")
             encoded += text if position == last else text + b"\0"

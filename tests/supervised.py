@@ -82,7 +82,7 @@ class Obedient:
         if self.hanging == "commit":
             self.stat.committing(time.monotonic())
         while self.hanging:
-            time.sleep(1)
+            time.sleep(1)  # This is how it hangs.
         self.stat.end_turn(time.monotonic())
 
     def run(self, wait: Any = time.sleep) -> NoReturn:
@@ -103,7 +103,7 @@ def steady(name: str, var: str) -> None:
 def slow(name: str, var: str) -> None:
     """Take a while to be ready."""
     child = Obedient(name, var)
-    time.sleep(0.3)
+    time.sleep(0.3)  # This is how it is slow.
     child.run()
 
 
@@ -112,14 +112,14 @@ def gated(name: str, var: str) -> None:
     child = Obedient(name, var)
     while not (child.var / f"{name}.go").exists() and child.ending is None:
         child.stat.end_turn(time.monotonic())
-        time.sleep(0.005)
+        time.sleep(0.005)  # A poll: until the gate opens.
     child.run()
 
 
 def silent(name: str, var: str) -> None:
     """Never be ready."""
     Obedient(name, var)
-    time.sleep(60)
+    time.sleep(60)  # until it is ended
 
 
 def broken(_name: str, _var: str) -> None:
@@ -151,7 +151,7 @@ def answering(name: str, var: str) -> None:
     child = Obedient(name, var)
     child.stat.state = "running"
     child.stat.end_turn(time.monotonic())
-    time.sleep(0.2)
+    time.sleep(0.2)  # This is the while.
     said = Path(var) / f"{name}.store"
     store = said.read_text() if said.exists() else "first"
     keys = KeyRing(Path(var))

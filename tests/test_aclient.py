@@ -137,7 +137,7 @@ def test_a_caller_that_is_cancelled_leaves_the_others_in_peace(
         async with alice(system) as client:
             with paused(system):
                 calls = [asyncio.create_task(note(client, session, n)) for n in range(6)]
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # They are sent, and not answered.
                 calls[2].cancel()
             outcomes: list[Any] = [*await asyncio.gather(*calls, return_exceptions=True)]
             assert isinstance(outcomes[2], asyncio.CancelledError)
@@ -231,11 +231,11 @@ def test_an_owner_stopped_and_killed_under_load_doubles_and_loses_nothing(
             for n in range(1000):
                 await tell(client, session, n)
                 if n % 250 == 100:
-                    await asyncio.sleep(0.002)
+                    await asyncio.sleep(0.002)  # Some are on their way.
                     await asyncio.to_thread(kill, system)
                 if n % 250 == 200:
                     with paused(system):
-                        await asyncio.sleep(0.05)
+                        await asyncio.sleep(0.05)  # The sweep goes on.
             await client.flush(20.0)
 
     asyncio.run(main())
@@ -405,7 +405,7 @@ def test_who_waits_when_a_client_is_closed_is_told(system: System, session: str)
                 news.next(),
             ]
             waiting = [asyncio.ensure_future(call) for call in calls]
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # They are sent, and not answered.
             await unavailable(client.close(0.05))
             async with asyncio.timeout(1.0):
                 outcomes = await asyncio.gather(*waiting, return_exceptions=True)

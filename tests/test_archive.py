@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 import zstandard
 from crashing import in_child, killed_at_each_step
 from system import System
+from trouble import until
 
 from ksi.actors.checkup import Checkup
 from ksi.actors.followers.files import LogFollower
@@ -160,13 +159,6 @@ def history(system: System, session_id: str) -> list[Any]:
 
 def archived(system: System, session_id: str) -> Path:
     return system.var / "archive" / "sessions" / f"{session_id}.jsonl.zst"
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def indexed(system: System) -> int:

@@ -30,11 +30,18 @@ ROWS = {
         "built again",
         "verified, lines/s",
     ],
+    "library": [
+        "import of",
+        "search, a rare word: 2 matches, p50 ms",
+        "from an edit to the answer",
+        "64 callers, appends/s",
+    ],
     "memory": ["supervisor", "sessions", "the idle system, MB", "a client over its imports"],
     "publish": ["1 subscriber, messages/s", "10 subscribers", "100 subscribers", "silently lost"],
     "read": ["decoded, p50 us", "typed, owner stopped, p50 us"],
     "restart": ["kills, p50 ms", "kills, p99 ms"],
     "start_stop": ["start, cold", "start, warm", "stop, warm"],
+    "state": ["create, 100 entities", "query by value", "walk of two steps", "count by type"],
     "status": ["ksi status --json, ms"],
 }
 

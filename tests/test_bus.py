@@ -93,8 +93,8 @@ def registry_of(*agents: str) -> Any:
 
 
 def view(agent_id: str) -> AgentView:
-    blank = dict.fromkeys(AgentView.__struct_fields__)
-    return AgentView(**{**blank, "agent_id": agent_id})  # type: ignore[arg-type]
+    blank: dict[str, Any] = dict.fromkeys(AgentView.__struct_fields__)
+    return AgentView(**{**blank, "agent_id": agent_id})
 
 
 # Signals.
@@ -164,7 +164,10 @@ def test_what_was_handed_out_before_is_marked_when_it_comes_again(twin: Twin) ->
     twin.ask("bob", "message:subscribe", durable="d", pattern=">")
     for n in range(3):
         publish(twin, "a", n)
-    receive = lambda upto: twin.ask("bob", "message:receive", durable="d", upto=upto)  # noqa: E731
+
+    def receive(upto: int) -> Any:
+        return twin.ask("bob", "message:receive", durable="d", upto=upto)
+
     assert receive(2).redelivered == 0
     assert receive(3).redelivered == 2
     assert receive(1).redelivered == 3
@@ -336,4 +339,5 @@ def test_what_is_announced_of_a_kept_message_is_the_body_as_it_was_stored(twin: 
     publish(twin, "a", 3)
     said = twin.told[0]
     assert said == Announcement("a", said.message, "alice")
-    assert msgspec.msgpack.decode(said.message) == {"n": 3}  # type: ignore[arg-type]
+    assert isinstance(said.message, msgspec.Raw)
+    assert msgspec.msgpack.decode(said.message) == {"n": 3}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpointing import made
 from system import System
 from trouble import until
 
+from ksi.actors import checkpoints as actors_checkpoints
+from ksi.actors.checkpoints import root_of
 from ksi.console.main import main
 from ksi.storage import checkpoints
 from ksi.storage.checkpoints import Checkpoint, File
@@ -80,6 +84,19 @@ def test_checkpoints_are_made_shown_verified_removed_and_restored_by_command(
     assert (planned["dry_run"], planned["changed"]) == (True, True)
     assert shown(capsys, *var, "restore", second["id"])["changed"]
     assert not shown(capsys, *var, "restore", second["id"])["changed"]
+
+
+def test_every_session_is_looked_up_however_many_there_are_and_whatever_they_are_called(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actors_checkpoints, "PAGE_LOGS", 2)
+    names = ["1st", "2nd", "a", "b", "c"]
+    with system.client("alice") as alice:
+        for name in names:
+            alice.ask("session:create", session_id=name)
+    copy = root_of(system.var) / made(system).id / "sessions"
+    found = islice(actors_checkpoints._logs(copy), 10)
+    assert [name for name, _size in found] == names
 
 
 def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

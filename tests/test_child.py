@@ -20,7 +20,7 @@ def test_an_owner_and_an_agent_are_described_by_a_few_fields() -> None:
 
 def test_a_spec_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        ChildSpec(**OWNER).name = "other"  # type: ignore[misc]
+        ChildSpec(**OWNER).name = "other"  # type: ignore[misc]  # it is frozen
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from system import System
 from trouble import entries, kill, kill_all, living, paused, paused_supervisor, rows, rss_mb, until
 
 from ksi.actors.owners import load
+from ksi.actors.owners.bus import ListWaiting
 from ksi.actors.owners.sessions import Append, Create, Get, ListSessions
 from ksi.actors.process import open_store
 from ksi.storage.store import restore
@@ -352,6 +353,34 @@ def test_a_read_is_refused_as_the_owner_would(alice: Client) -> None:
     for wrong in ("../x", "a\0b", "", "x" * 4096, 5, None, "\ud800"):
         with pytest.raises(Invalid):
             alice.read("session:get", session_id=wrong)
+
+
+def test_what_is_for_one_agent_is_shown_to_it_and_to_operators_alone(
+    system: System, alice: Client
+) -> None:
+    alice.ask("message:subscribe", durable="inbox", pattern="inbox")
+    with (
+        system.client("bob") as bob,
+        system.client("will", role="worker") as will,
+        system.client("op", role="operator") as operator,
+    ):
+        mine: dict[str, Any] = {"agent_id": "alice", "durable": "inbox"}
+        grants = {"worker": "willa"}
+        for who in (alice, operator):
+            for look in (who.ask, who.read):
+                assert look("message:waiting", mine)["messages"] == []
+        assert operator.read("worker:grants", grants)["grants"] == []
+        assert will.ask("worker:grants", worker="will")["grants"] == []
+        for look in (bob.ask, bob.read):
+            with pytest.raises(Forbidden, match="for alice and operators, not for bob"):
+                look("message:waiting", mine)
+            with pytest.raises(Forbidden, match="bob is agent"):
+                look("worker:grants", grants)
+        for look in (will.ask, will.read):
+            with pytest.raises(Forbidden, match="not for will"):
+                look("worker:grants", grants)
+        with pytest.raises(Forbidden, match="not for bob"):
+            bob.read(ListWaiting(agent_id="alice", durable="inbox"))
 
 
 # Subscriptions

@@ -415,7 +415,7 @@ def test_a_defect_in_a_tick_is_logged_and_holds_up_no_command(
 
     monkeypatch.setattr(registry, "_tick", fail)
     assert say(twin, work(1, "agent:register"), tick=True) == [(1, "done")]
-    assert twin.errors == ["a tick failed: ZeroDivisionError()"]
+    assert twin.errors == ["a tick, or what followed from an answer, failed: ZeroDivisionError()"]
     assert twin.read("agent:list").agents
 
 

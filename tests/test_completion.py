@@ -17,6 +17,7 @@ from ksi.transport.errors import (
     Busy,
     Conflict,
     Forbidden,
+    Internal,
     KsiError,
     NotFound,
     NotOwner,
@@ -56,7 +57,6 @@ def choose(chance: random.Random) -> Asked:
         *[Asked(worker, "worker:renew", {**epoch, "slots": chance.choice((None, 2))})] * 3,
         Asked(worker, "worker:leave", epoch),
         Asked(agent, "completion:cancel", {**request, **chance.choice(({}, session))}),
-        Asked(SESSIONS, "completion:refuse", {**request, "reason": "no"}),
         Asked(OPERATOR, "completion:limit", {"limit": chance.choice((0, 1, 2, 256))}),
         Asked(agent, "completion:status", request),
         Asked(agent, "completion:session_status", session),
@@ -536,7 +536,12 @@ def test_who_is_known_not_to_be_admitted_is_refused(
     twin: Twin, fact: Reply | KsiError, refusal: type[KsiError]
 ) -> None:
     asked: list[Query[Any]] = []
-    twin.facts = lambda query: (asked.append(query), fact)[1]  # type: ignore[func-returns-value]
+
+    def answer(query: Query[Any]) -> Reply | KsiError:
+        asked.append(query)
+        return fact
+
+    twin.facts = answer
     with pytest.raises(refusal):
         submit(twin)
     assert msgspec.structs.asdict(asked[0]) == {"session_id": "s1"}
@@ -548,15 +553,71 @@ def test_who_may_be_admitted_is_accepted_and_the_owner_of_sessions_decides(
     twin: Twin, fact: Reply | None
 ) -> None:
     twin.facts = lambda _query: fact
+    twin.refuses = lambda _message: Conflict("session s1 is closed")
     register(twin)
     request_id = submit(twin)
-    twin.ask(SESSIONS, "completion:refuse", request_id=request_id, reason="session s1 is closed")
     ended = status(twin, request_id)
     assert (ended.status, ended.reason) == ("cancelled", "session s1 is closed")
     assert recorded(twin) == [("completion:request", request_id)]
+    assert told(twin, request_id) == ["queued", "cancelled"]
     assert held(twin) == {}
-    twin.ask(SESSIONS, "completion:refuse", request_id=request_id, reason="again")
-    assert status(twin, request_id).reason == "session s1 is closed"
+
+
+def test_nothing_is_granted_before_its_request_is_in_the_file_of_the_session(twin: Twin) -> None:
+    register(twin, slots=4)
+    twin.hears = False
+    first, other = submit(twin), submit(twin, "s2")
+    urgent = submit(twin, priority=1)
+    dropped = submit(twin, "s3")
+    twin.ask("alice", "completion:cancel", request_id=dropped)
+    twin.pass_time(10.0)
+    twin.restart()
+    assert (held(twin), told(twin, first)) == ({}, ["queued"])
+    twin.hear()
+    assert held(twin) == dict.fromkeys(sorted((urgent, other)), 1)
+    assert status(twin, dropped).status == "cancelled"
+    twin.hears = True
+    assert drain(twin)[-1] == first
+
+
+def test_an_answer_that_is_heard_twice_changes_nothing(twin: Twin) -> None:
+    register(twin)
+    twin.hears = False
+    request_id = submit(twin)
+    again = twin._unheard.copy()
+    twin.hear()
+    before = len(twin.events)
+    twin._unheard = again.copy()
+    twin.hear()
+    assert len(twin.events) == before
+    report(twin, request_id)
+    twin._unheard = again.copy()
+    twin.refuses = lambda _message: Conflict("session s1 is closed")
+    twin.hear()
+    assert (status(twin, request_id).status, status(twin, request_id).reason) == ("completed", None)
+
+
+@pytest.mark.parametrize(
+    "refusal", [Conflict("session s1 is closed"), TooLarge("a long line"), Internal("a defect")]
+)
+def test_an_outcome_that_is_not_recorded_does_not_vanish_in_silence(
+    twin: Twin, refusal: KsiError
+) -> None:
+    register(twin)
+    request_id = submit(twin)
+    failed = submit(twin)
+    twin.refuses = lambda _message: refusal
+    report(twin, request_id)
+    report(twin, failed, error="it broke")
+    kept = status(twin, request_id)
+    missed = f"not in the session's file: {refusal.text}"
+    assert (kept.status, kept.result, kept.reason) == ("completed", {"response": "done"}, missed)
+    assert status(twin, failed).reason == f"it broke; {missed}"
+    assert told(twin, request_id)[-2:] == ["result", "unrecorded"]
+    sent = [msgspec.msgpack.decode(body) for *_, body in twin.sends]
+    instead = [each["data"] for each in sent if each["event"] == "completion:result"][1:]
+    said = {"agent_id": "w1", "unrecorded": refusal.text}
+    assert instead == ([] if isinstance(refusal, Conflict) else [said])
 
 
 def test_all_that_waits_or_runs_in_a_session_ends_when_it_is_closed(

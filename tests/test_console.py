@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ksi.console.declared import catalogue, example, summary
 from ksi.console.main import SUBCOMMANDS, main
 from ksi.transport.message import encode
 
+PATIENCE_S = 10.0  # A test that waits longer has failed.
 KSI = (sys.executable, "-P", "-m", "ksi.console.main")
 
 
@@ -255,6 +255,11 @@ def test_discover_and_help_show_every_operation_from_its_declaration(nothing: Sh
     fields = declared["fields"]["$defs"]["Append"]
     assert fields["required"] == ["session_id", "event"]
 
+    assert declared["own"] is None
+    assert declared["far_roles"] == declared["roles"]
+    assert nothing("help", "message:waiting", "--json").json["own"] == "agent_id"
+    assert "(over a network: operator)" in nothing("help", "agent:spawn").out
+
     shown = nothing("help", "session:append").out
     example = shown.splitlines()[-1]
     assert example.startswith("  ksi ask session:append --session-id ")
@@ -290,7 +295,7 @@ def test_config_says_where_a_value_comes_from(nothing: Shell) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("ksi sta", {"start", "status"}),
+        ("ksi sta", {"start", "state", "status"}),
         ("ksi ask session:ap", {"append", "append_many"}),
         ("ksi ask session:append --se", {"--session-id"}),
         ("ksi ask session:create --admission ", {"open", "invited", "closed"}),
@@ -351,15 +356,6 @@ def test_status_of_a_healthy_system_has_every_field_promised(system: Shell) -> N
             "commands_per_s", "p99_ms", "restarts", "epoch", "last_exit", "journal_seq", "db_bytes",
         } <= set(owner)  # fmt: skip
         os.kill(owner["pid"], 0)
-
-
-def test_status_answers_in_a_fifth_of_a_second(system: Shell) -> None:
-    taken_s = []
-    for _ in range(5):
-        begun_s = time.perf_counter()
-        assert system("status", "--json").code == 0
-        taken_s.append(time.perf_counter() - begun_s)
-    assert min(taken_s) < 0.2
 
 
 def test_what_is_sent_is_printed_by_who_subscribes(system: Shell) -> None:
@@ -442,6 +438,43 @@ def test_refusals_have_their_exit_codes(
     assert says in the_error(done, error)
 
 
+def test_the_state_is_set_read_listed_asked_and_watched(system: Shell) -> None:
+    made = system("state", "set", "config/model", '{"name": "opus", "n": 1e300}', "--json").json
+    watched = subprocess.Popen(
+        [*KSI, "state", "watch", "config/", "--after", str(made["revision"] - 1), "-n", "3",
+         "--json"],
+        env=system.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert json.loads(system("state", "get", "config/model").out) == {"name": "opus", "n": 1e300}
+    stale = system("state", "set", "config/model", "1", "--revision", "0")
+    assert stale.code == 5
+    assert f"has the revision {made['revision']}" in the_error(stale, "conflict")
+    assert system("state", "set", "config/text", "plain words").code == 0
+    assert system("state", "set", "config/digits", "12", "--text").code == 0
+    assert [json.loads(system("state", "get", f"config/{key}").out) for key in ("text", "digits")] \
+        == ["plain words", "12"]  # fmt: skip
+    listed = system("state", "list", "config/", "--limit", "2", "--json").json
+    assert (list(listed["keys"]), listed["more"]) == (["config/digits", "config/model"], True)
+    out, _ = watched.communicate(timeout=30)
+    changes = [json.loads(line) for line in out.splitlines()]
+    assert [each["id"] for each in changes] == ["config/model", "config/text", "config/digits"]
+    assert system("state", "delete", "config/text", "--yes").code == 0
+    assert system("state", "get", "config/text").code == 6
+
+    system("ask", "state:entity:create", "--type", "task", "--id", "t1", "--properties", '{"n": 3}')
+    system("ask", "state:relationship:create", "--from", "t1", "--to", "t1", "--type", "follows")
+    only = ("--type", "task", "--where", '{"n": {"$gt": 2}}')
+    assert [e["id"] for e in system("state", "query", *only, "--json").json["entities"]] == ["t1"]
+    assert "t1 follows t1" in system("state", "show", "t1").out
+    assert system("state", "query", "--where", "{").code == 2
+    assert '{"n": 3}' in system("state", "query", *only).out
+    pushed = ("--namespace", "jobs", "--key", "todo", "--data", "[1]")
+    system("ask", "async_state:push", *pushed)
+    assert "todo" in system("state", "queues").out
+    assert re.search(r"relationship +follows +1", system("state").out)
+    assert system("status", "--json").json["state"] == {"entities": 3, "queued": 1}
+
+
 def test_the_index_is_asked_built_again_and_verified(system: Shell) -> None:
     system("ask", "session:create", "--session-id", "found", "--pattern", "peer_to_peer")
     for number in (1, 2):
@@ -496,17 +529,29 @@ def test_sessions_are_listed_shown_followed_handed_over_and_closed(system: Shell
 
 
 def test_tail_follows_a_session_as_it_grows(system: Shell) -> None:
-    system("ask", "session:create", "--session-id", "live")
-    with subprocess.Popen(
+    assert system("ask", "session:create", "--session-id", "live").code == 0
+    tail = subprocess.Popen(
         [*KSI, "sessions", "tail", "live", "-f", "--json"],
         env=system.environment(), stdout=subprocess.PIPE, text=True,
-    ) as tail:  # fmt: skip
-        assert tail.stdout is not None
+    )  # fmt: skip
+    try:
         for number in (1, 2):
-            system("ask", "session:append", "--session-id", "live", "--event", "note")
-            assert json.loads(tail.stdout.readline())["seq"] == number
+            append = ("session:append", "--session-id", "live", "--event", "note")
+            assert system("ask", *append).json["seq"] == number
+            assert json.loads(next_line(tail))["seq"] == number
         tail.send_signal(signal.SIGINT)
-        assert tail.wait(5) == 130
+        assert tail.wait(PATIENCE_S) == 130
+    finally:
+        tail.kill()
+        tail.communicate()
+
+
+def next_line(process: subprocess.Popen[str]) -> str:
+    """Return the next line a process says, if it comes in time. It says one at a time."""
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], PATIENCE_S)
+    assert ready, "nothing was said in time"
+    return process.stdout.readline()
 
 
 def test_the_queue_is_listed_shown_cancelled_and_watched(system: Shell) -> None:
@@ -633,7 +678,7 @@ def test_a_killed_owner_is_back_for_the_next_command(system: Shell) -> None:
 
 
 def test_a_program_runs_as_an_agent_until_it_is_killed(system: Shell) -> None:
-    program = "import os, time; print(os.environ['KSI_AGENT'], flush=True); time.sleep(60)"
+    program = "import os, time; print(os.environ['KSI_AGENT'], flush=True); time.sleep(60)"  # ended
     spawned = system("agents", "spawn", "worker", "--json", "--", sys.executable, "-c", program)
     assert spawned.code == 0, spawned.err
     pid = spawned.json["pid"]

@@ -90,7 +90,7 @@ def is_alive(pid: int) -> bool:
             os.kill(pid, 0)
         except ProcessLookupError:
             return False
-        time.sleep(0.01)
+        time.sleep(0.01)  # A poll with an end.
     return True
 
 

@@ -23,17 +23,27 @@ from ksi.console.main import main
 from ksi.storage.examination import examine, lock_holder
 from ksi.storage.journal import segment_path
 from ksi.storage.store import read_current
+from ksi.transport import Client
+from ksi.transport.errors import KsiError
 
 
 @pytest.fixture
 def said(system: System) -> System:
-    """A system in which something was said in two sessions."""
+    """A system in which something was said in two sessions, and the index knows of it."""
     with system.client("alice") as alice:
         for session_id in ("plan", "talk"):
             alice.ask("session:create", session_id=session_id)
             for number in range(20):
                 alice.ask("session:append", session_id=session_id, event="note", data={"n": number})
+        until(lambda: has_indexed(alice))
     return system
+
+
+def has_indexed(client: Client) -> bool:
+    try:
+        return len(client.read("index:query", event_type="note")["entries"]) == 40
+    except KsiError:  # There is nothing to read from yet.
+        return False
 
 
 @pytest.fixture
@@ -124,7 +134,7 @@ def test_a_link_in_a_private_directory_is_found_and_not_followed(
 def is_left_cut(path: Path, content: bytes) -> bool:
     """Cut a file; return whether it stays so: the follower mends once, when it has started."""
     path.write_bytes(content[:-30])
-    time.sleep(0.3)
+    time.sleep(0.3)  # What does not happen cannot be polled.
     return path.stat().st_size == len(content) - 30
 
 
@@ -202,15 +212,14 @@ def test_a_reader_that_was_killed_is_found_and_its_slot_freed(stopped: System) -
         "wait = lambda *_: (print('in', flush=True), input());"
         "reader_of('sessions', Path(sys.argv[1])).reader.read(wait)"
     )
-    reader = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code, str(stopped.var)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert reader.stdout is not None
-    assert reader.stdout.readline() == b"in\n"
-    assert wrong(stopped) == {}
-    reader.kill()
-    reader.communicate()
+    ) as reader:  # fmt: skip
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"in\n"
+        assert wrong(stopped) == {}
+        reader.kill()
     assert wrong(stopped)["readers"] == f"process {reader.pid} was killed while it read sessions"
 
     assert checked(stopped, repair=True)["readers"].state == "repaired"
@@ -281,10 +290,5 @@ def test_an_index_that_differs_is_built_again(said: System) -> None:
 
 def wait_until_written(system: System) -> None:
     """Return when files and index have what was said."""
-    deadline_s = time.monotonic() + 10
-    while time.monotonic() < deadline_s:
-        index = Checkup(system.var)._index()
-        if system.file("talk").exists() and index[0].startswith("40 rows"):
-            return
-        time.sleep(0.02)
-    raise TimeoutError(index)
+    until(system.file("talk").exists)
+    until(lambda: Checkup(system.var)._index()[0].startswith("40 rows"))

@@ -28,7 +28,7 @@ def test_an_owner_says_that_it_runs_before_anything_happens(tmp_path: Path) -> N
         while (stat := read_stat(path)) is None or stat.state != "running":
             assert owner.poll() is None
             assert time.monotonic() < deadline_s, stat
-            time.sleep(0.005)
+            time.sleep(0.005)  # A poll with a deadline.
         assert stat.store_id
     finally:
         owner.terminate()

@@ -16,6 +16,7 @@ import pytest
 import zmq
 import zmq.auth
 
+from ksi.actors.owners import OWNERS
 from ksi.transport.errors import Forbidden, Invalid, NotRunning
 from ksi.transport.identity import (
     RESERVED,
@@ -163,7 +164,7 @@ def test_what_is_no_id_cannot_be_a_name(var: Path, keys: KeyRing, name: str) -> 
 
 def test_there_is_no_role_beside_the_four(var: Path, keys: KeyRing) -> None:
     with pytest.raises(Invalid, match="root"):
-        keys.enroll("alice", "root")  # type: ignore[arg-type]
+        keys.enroll("alice", "root")  # type: ignore[arg-type]  # no role
 
     assert not var.exists()
 
@@ -180,7 +181,7 @@ def test_the_name_of_an_owner_is_for_owners_only(keys: KeyRing, name: str) -> No
 
 
 def test_owners_and_the_supervisor_have_reserved_names() -> None:
-    assert {"registry", "sessions", "completion", "bus", "index", "supervisor"} <= RESERVED
+    assert {*OWNERS, "supervisor"} <= RESERVED
 
 
 def test_the_public_file_says_which_role_a_name_has(var: Path, keys: KeyRing) -> None:

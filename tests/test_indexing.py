@@ -146,7 +146,7 @@ def test_after_fifty_kills_the_index_is_the_one_that_is_built_from_the_files(
         for n in range(KILLS):
             if n % 5 == 4:  # One that dies while the index is built, or just before or after.
                 index.operator.ask("index:rebuild")
-            time.sleep(chance.uniform(0.0, 0.15))
+            time.sleep(chance.uniform(0.0, 0.15))  # It may come at any moment.
             kill(system, chance.choices(["index", "files"], [4, 1])[0])
     finally:
         ended.set()
@@ -306,11 +306,11 @@ def test_a_verification_that_is_ordered_tells_of_a_file_that_was_edited(index: I
 def test_what_stands_in_the_way_of_a_database_is_said_and_waited_for(index: Index) -> None:
     index.say(random.Random(3), 50)
     index.dump()
-    failed = len(index.logged("indexing failed"))
+    failed = len(index.logged("the index cannot be written"))
     day = index.day()
     day.unlink()
     day.mkdir()
-    until(lambda: len(index.logged("indexing failed")) > failed, 20.0)
+    until(lambda: len(index.logged("the index cannot be written")) > failed, 20.0)
     assert index.system.pid_of("index") is not None
     day.rmdir()
     index.dump()

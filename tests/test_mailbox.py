@@ -1074,7 +1074,7 @@ class Echo(pykka.ThreadingActor):
         self.busy, self.release = threading.Event(), threading.Event()
         self.thrice = threading.Event()
 
-    def _create_actor_inbox(self) -> Any:  # type: ignore[override]
+    def _create_actor_inbox(self) -> Any:  # type: ignore[override]  # static in pykka
         return self._mailbox
 
     def _start_actor_loop(self) -> None:

@@ -17,6 +17,7 @@ from ksi.actors.owners.registry import Registry
 from ksi.actors.owners.sessions import Sessions
 from ksi.actors.testing import Twin
 from ksi.transport import wire
+from ksi.transport.errors import Forbidden
 from ksi.transport.identity import KeyRing, endpoint, make_run_directory
 from ksi.transport.link import SILENCE_S
 from ksi.transport.mailbox import Mailbox, Post, connect
@@ -85,6 +86,8 @@ class Wire:
         records = self.outbox.turn(time.monotonic() + self.late_s)
         if records and recorded:
             self.registry.run([], records)
+            for record in records:
+                self.outbox.recorded(record.sender, record.number)
         post = self.mailbox.get().message
         assert isinstance(post, Post)
         for letter in post.letters:
@@ -161,6 +164,19 @@ def test_a_process_that_ends_before_it_has_recorded_the_answers_repeats_nothing(
     between.beat(1)
     between.until(between.delivered)
     assert between.seen() == 7
+
+
+def test_a_process_that_ends_before_it_has_recorded_a_refusal_hears_it_again(between: Wire) -> None:
+    closing = ("sessions", 1, "session:close", wire.encode({"session_id": "ghost"}))
+    between.outbox.push(*closing)
+    between.until(lambda: len(between.outbox.answers) == 1, recorded=False)
+    between.outbox.push("sessions", 2, "session:heartbeat", wire.encode({"agent_id": "alice"}))
+    between.until(lambda: len(between.outbox.answers) == 2, recorded=False)
+    between.restart()
+    between.outbox.push(*closing, again=True)
+    between.until(lambda: bool(between.outbox.answers))
+    (answer,) = between.outbox.answers
+    assert (answer.operation, type(answer.refusal)) == ("session:close", Forbidden)
 
 
 def test_messages_reach_an_owner_that_has_forgotten_clients_before(between: Wire) -> None:

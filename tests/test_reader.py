@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import msgspec
 import pytest
 from crashing import fork_to, in_child, kill
 from small_store import SPECS, Added, State, add, check, leave, lines_of, open_store, state_of
+from trouble import until
 
 from ksi.storage import reader as reading
 from ksi.storage.errors import Corrupt
@@ -35,13 +36,6 @@ def state(reader: Reader) -> State:
 
 def seq(reader: Reader) -> int:
     return reader.read(lambda _, meta: meta.seq)
-
-
-def wait_until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
-    end_s = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end_s, "it did not happen in time"
-        time.sleep(0.001)
 
 
 def test_a_reader_sees_each_commit_and_nothing_before_it(tmp_path: Path) -> None:
@@ -115,7 +109,7 @@ def test_a_stopped_or_dead_owner_does_not_keep_anybody_from_reading(tmp_path: Pa
         store.tables["totals"].delete("a")
         store.tables["totals"].flush()
         os.write(tell, b"!")
-        time.sleep(60)
+        signal.pause()
 
     owner = fork_to(own)
     os.read(ready, 1)
@@ -303,7 +297,7 @@ def test_a_directory_that_was_deleted_and_made_anew_is_noticed(tmp_path: Path) -
     store = open_store(owner)
     add(store, "new")
 
-    wait_until(lambda: list(state(reader)) == ["new"])
+    until(lambda: list(state(reader)) == ["new"])
     leave(store)
     shutil.rmtree(owner)
 
@@ -314,7 +308,7 @@ def test_a_directory_that_was_deleted_and_made_anew_is_noticed(tmp_path: Path) -
             return True
         return False
 
-    wait_until(is_gone)
+    until(is_gone)
 
 
 def test_a_view_rebuilt_in_its_place_is_noticed(tmp_path: Path) -> None:
@@ -327,7 +321,7 @@ def test_a_view_rebuilt_in_its_place_is_noticed(tmp_path: Path) -> None:
         reader = Reader(tmp_path, SPECS)
         assert seq(reader) == 1
         os.write(tell, b"!")
-        wait_until(lambda: seq(reader) == 2)
+        until(lambda: seq(reader) == 2)
 
     pid = fork_to(read)
     os.read(ready, 1)

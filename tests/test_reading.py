@@ -3,7 +3,7 @@
 from system import System
 
 from ksi.actors.owners.registry import AgentDetails, Describe
-from ksi.actors.owners.sessions import Get
+from ksi.actors.owners.sessions import Get, SessionView
 from ksi.actors.reading import Facts
 from ksi.transport.errors import NotFound
 
@@ -20,7 +20,8 @@ def test_facts_are_answers_of_any_owner_and_their_refusals(system: System) -> No
 
     assert isinstance(agent, AgentDetails)
     assert agent.agent_id == "alice"
-    assert session.owner == "alice"  # type: ignore[union-attr]
+    assert isinstance(session, SessionView)
+    assert session.owner == "alice"
     assert isinstance(nobody, NotFound)
 
 

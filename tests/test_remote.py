@@ -111,8 +111,11 @@ class Wire:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.swallows = False
+        self.holds = False
+        self.late: list[tuple[socket.socket, bytes]] = []  # held back, and where it is to go
         self._pairs: dict[socket.socket, socket.socket] = {}
-        self._cut = self._ended = False
+        self._nears: set[socket.socket] = set()
+        self._cut = self._lets_go = self._ended = False
         self._thread = threading.Thread(target=self._carry)
         self._thread.start()
 
@@ -120,6 +123,20 @@ class Wire:
         """End all connections, whatever is under way on them."""
         self._cut = True
         until(lambda: not self._cut)
+
+    def let_go(self) -> None:
+        """End the connections of which something is held back, but for the owner: it goes on
+        to wait for what is late."""
+        self.holds, self._lets_go = False, True
+        until(lambda: not self._lets_go)
+
+    def arrive(self) -> None:
+        """Let what was held back arrive, and wait until the owner has answered it."""
+        for far, content in self.late:
+            far.sendall(content)
+        for far in {far for far, _ in self.late}:
+            assert select.select([far], [], [], WAIT_S)[0]
+            far.close()
 
     def close(self) -> None:
         self._ended = True
@@ -131,6 +148,13 @@ class Wire:
             if self._cut:
                 self._close_all()
                 self._cut = False
+                continue
+            if self._lets_go:
+                for far in {far for far, _ in self.late}:
+                    near = self._pairs.pop(far)
+                    del self._pairs[near]
+                    near.close()
+                self._lets_go = False
                 continue
             for each in ready:
                 if each is self._listener:
@@ -148,12 +172,15 @@ class Wire:
             near.close()
         else:
             self._pairs |= {near: far, far: near}
+            self._nears.add(near)
 
     def _pass_on(self, source: socket.socket) -> None:
         target = self._pairs[source]
         try:
             content = source.recv(65_536)
-            if content and not self.swallows:
+            if content and self.holds and source in self._nears:
+                self.late.append((target, content))
+            elif content and not self.swallows:
                 target.sendall(content)
         except OSError:
             content = b""
@@ -336,6 +363,21 @@ def test_many_callers_share_frames_over_tcp_too(system: System, afar: Path) -> N
     assert noted(system, asyncio.run(run())) == list(range(500))
 
 
+def test_what_a_lost_connection_delivers_late_is_not_carried_out_again(
+    system: System, afar: Path, wire: Wire
+) -> None:
+    with Client("alice", var=afar) as alice:
+        session = str(alice.ask("session:create")["session_id"])
+        note(alice, session, 1)
+        wire.holds = True
+        alice.tell("session:append", session_id=session, event="n", data={"n": 2})
+        until(lambda: wire.late)
+        wire.let_go()
+        alice.flush(WAIT_S)  # over another connection
+    wire.arrive()
+    assert noted(system, session) == [1, 2]
+
+
 def test_a_read_from_afar_is_what_a_read_here_is(
     system: System, alice: Client, session: str
 ) -> None:
@@ -476,6 +518,23 @@ def test_a_role_is_what_the_system_says_and_not_what_was_carried(
         alleged.ask("agent:spawn", agent_id="x", argv=["true"])
 
 
+def test_over_a_network_only_operators_start_and_end_processes(
+    system: System, afar: Path, alice: Client
+) -> None:
+    spawn: dict[str, Any] = {"agent_id": "scout", "argv": ["true"], "dry_run": True}
+    for operation, fields in (
+        ("agent:spawn", spawn),
+        ("agent:restart", {"agent_id": "alice"}),
+        ("agent:terminate", {"agent_id": "alice"}),
+    ):
+        with pytest.raises(Forbidden, match="for operator over a network, and alice is agent"):
+            alice.ask(operation, fields)
+    carried(system, afar, "op", "--role", "operator")
+    with Client("op", var=afar) as operator, system.client("alice") as here:
+        for client in (operator, here):
+            assert client.ask("agent:spawn", spawn)["agent_id"] == "scout"
+
+
 def test_a_revoked_key_is_out_at_once_and_a_new_one_is_let_in(
     system: System, afar: Path, alice: Client, session: str
 ) -> None:
@@ -536,7 +595,7 @@ def test_nothing_is_lost_when_owners_are_killed_under_a_client_over_tcp(
             for _ in range(10):
                 before = len(acknowledged)
                 while len(acknowledged) < before + 40:
-                    await asyncio.sleep(0.005)
+                    await asyncio.sleep(0.005)  # The speakers go on meanwhile.
                 await asyncio.to_thread(kill, system)
             over = True
             await asyncio.gather(*speakers)

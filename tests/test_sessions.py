@@ -16,6 +16,7 @@ from ksi.transport.errors import (
     Conflict,
     Forbidden,
     Invalid,
+    KsiError,
     NotFound,
     NotOwner,
     StaleEpoch,
@@ -848,7 +849,8 @@ def sent(twin: Twin) -> list[tuple[str, dict[str, Any]]]:
 def test_a_request_and_its_result_are_written_once_each_in_the_documented_form(twin: Twin) -> None:
     session_id = create(twin)
     asked = {"prompt": "Let us", "to_agent": "model"}
-    record(twin, session_id, "request", **asked)
+    for _ in range(2):
+        record(twin, session_id, "request", **asked)
     record(twin, session_id, "result", "model", response="Agreed", agent_id_of="x")
     record(twin, session_id, "result", "model", response="again")
     request, result = lines(twin, session_id)
@@ -862,28 +864,30 @@ def test_a_request_and_its_result_are_written_once_each_in_the_documented_form(t
 
 
 @pytest.mark.parametrize(
-    ("made", "why"),
+    ("made", "refusal", "why"),
     [
-        ({"admission": "closed"}, "session s1 admits nobody else, not bob"),
+        ({"admission": "closed"}, Forbidden, "session s1 admits nobody else, not bob"),
         (
             {"admission": "invited", "invited": ["carol"]},
+            Forbidden,
             "session s1 admits those invited, not bob",
         ),
-        ({"admission": "open", "closed": True}, "session s1 is closed"),
-        (None, "there is no session s1"),
+        ({"admission": "open", "closed": True}, Conflict, "session s1 is closed"),
+        (None, NotFound, "there is no session s1"),
     ],
 )
-def test_a_request_that_is_not_recorded_is_sent_back_with_the_reason(
-    twin: Twin, made: dict[str, Any] | None, why: str
+def test_a_request_that_is_not_recorded_is_refused_with_the_reason(
+    twin: Twin, made: dict[str, Any] | None, refusal: type[KsiError], why: str
 ) -> None:
     if made is not None:
         closed = made.pop("closed", False)
         create(twin, session_id="s1", **made)
         if closed:
             twin.ask("alice", "session:close", session_id="s1")
-    record(twin, "s1", "request")
-    record(twin, "s1", "result", "model")
-    assert sent(twin) == [("completion:refuse", {"request_id": "r1", "reason": why})]
+    with pytest.raises(refusal, match=why):
+        record(twin, "s1", "request")
+    if refusal is Forbidden:  # It is known there that the request is not recorded.
+        record(twin, "s1", "result", "model")
     assert lines(twin, "s1") == []
 
 
@@ -905,6 +909,7 @@ def test_a_closed_session_tells_of_its_open_requests_and_only_then(twin: Twin) -
     for session_id in (quiet, answered, open_):
         twin.ask("alice", "session:close", session_id=session_id)
     assert sent(twin) == [("completion:session_closed", {"session_id": open_})]
-    record(twin, open_, "cancelled")
+    with pytest.raises(Conflict, match="is closed"):
+        record(twin, open_, "cancelled")
     assert len(lines(twin, open_)) == 1
     assert twin.store.rows()["open"] == {}

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def never(_store: Store, batch: Batch) -> tuple[float, bytes]:
 
 
 def state_file(store_directory: Path) -> dict[str, Any]:
-    return json.loads((store_directory / "STATE").read_bytes())  # type: ignore[no-any-return]
+    state: dict[str, Any] = json.loads((store_directory / "STATE").read_bytes())
+    return state
 
 
 def test_a_new_store_is_empty_and_keeps_its_id(tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_room_is_refused_on_a_disk_that_is_nearly_full(
     monkeypatch.setattr(store_module, "FREE_BYTES_MIN", 1 << 60)
     monkeypatch.setattr(store_module, "FREE_PART_MIN", 1.1)
     store.room()  # was looked at just now
-    time.sleep(ROOM_CHECK_S)
+    time.sleep(ROOM_CHECK_S)  # It was looked at just now.
     for _ in range(2):
         with pytest.raises(StorageFull, match="free on the disk"):
             store.room()
@@ -386,7 +388,7 @@ def test_a_writer_killed_at_any_time_loses_no_commit_that_returned(in_memory: Pa
         assert kills < 400, "no kill hits between journal and view"
         kills += 1
         reader, writer = os.pipe()
-        pid = fork_to(lambda writer=writer: write_on(in_memory, chance.randrange(1 << 30), writer))  # type: ignore[misc]
+        pid = fork_to(partial(write_on, in_memory, chance.randrange(1 << 30), writer))
         os.close(writer)
         last, enough = 0, chance.randrange(40)
         with os.fdopen(reader) as told:
@@ -394,7 +396,7 @@ def test_a_writer_killed_at_any_time_loses_no_commit_that_returned(in_memory: Pa
                 last = int(line)
                 if count == enough:
                     break
-            time.sleep(chance.random() * 0.001)
+            time.sleep(chance.random() * 0.001)  # It may come at any moment.
             kill(pid)
             for line in told:
                 last = int(line)
@@ -668,7 +670,7 @@ def test_only_one_process_has_a_store_and_another_waits_for_it(tmp_path: Path) -
     def hold() -> None:
         open_store(tmp_path)
         os.write(tell, b"!")
-        time.sleep(60)
+        signal.pause()
 
     holder = fork_to(hold)
     os.read(ready, 1)
@@ -678,7 +680,7 @@ def test_only_one_process_has_a_store_and_another_waits_for_it(tmp_path: Path) -
     assert content(tmp_path) == before
 
     def end_it() -> None:
-        time.sleep(0.2)
+        time.sleep(0.2)  # Meanwhile the other waits.
         os.kill(holder, signal.SIGKILL)
 
     ended = fork_to(end_it)

@@ -38,7 +38,7 @@ class Obliging:
             case "wait":
                 await say({"tokens": 1})
                 try:
-                    await asyncio.sleep(60)
+                    await asyncio.sleep(60)  # until it is cancelled
                 except asyncio.CancelledError:
                     self.cancelled += 1
                     raise
@@ -116,7 +116,7 @@ def test_a_provider_is_cancelled_when_its_grant_is_over(system: System) -> None:
             while (await alice.read("completion:status", request_id=request_id))[
                 "progress"
             ] is None:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # The worker runs in this very loop.
             await alice.ask("completion:cancel", request_id=request_id)
             assert (await outcome(alice, "well"))["status"] == "completed"
         assert provider.cancelled == 2

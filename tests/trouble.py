@@ -30,7 +30,7 @@ def until(true: Callable[[], Any], timeout_s: float = WAIT_S) -> Any:
     deadline_s = time.monotonic() + timeout_s
     while not (found := true()):
         assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.005)
+        time.sleep(0.005)  # This is what polls conditions.
     return found
 
 

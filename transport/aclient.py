@@ -12,20 +12,21 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar, overload
+from typing import Any, Final, Generic, Protocol, Self, TypeVar, overload
 
 from ksi.transport import outcomes
 from ksi.transport.caller import Caller, Known, Prepared, Ticket
-from ksi.transport.durable import INBOX, LOOK_S, DurableDelivery, bell_of, delivery_of
-from ksi.transport.errors import KsiError, NotFound, Unavailable
+from ksi.transport.durable import INBOX, LOOK_S, DurableDelivery, Place, bell_of, delivery_of
+from ksi.transport.errors import KsiError, NotFound, Restored, Unavailable
 from ksi.transport.limits import ASK_TIMEOUT_S, OUTCOME_TIMEOUT_S
 from ksi.transport.link import CREDIT, Delivery, Link, Subscribed
 from ksi.transport.message import Command, Message, Query, Role
+from ksi.transport.watching import Watched, require_store
 from ksi.transport.window import Pending
 
 R = TypeVar("R")
+D = TypeVar("D")
 
 SWEEP_S: Final = 0.02  # Precision of deadlines, and of what is sent again.
 _CLOSE_S: Final = 5.0
@@ -57,7 +58,7 @@ class AsyncClient:
         self, name: str | None = None, *, var: str | Path | None = None, role: Role = "agent"
     ) -> None:
         self._caller = Caller(name, var=var, role=role)
-        self._loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]
+        self._loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # with the first link
         self._scheduled: set[Link] = set()
         self._sweeping = False
         self._woken = 0  # callers that were answered and have not asked again
@@ -164,7 +165,7 @@ class AsyncClient:
         """
         if self._caller.remote:
             self._caller.require_query(what)
-            return await self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]
+            return await self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]  # no overload takes both
         return self._caller.read_local(what, fields, named)
 
     async def read_at(
@@ -272,6 +273,33 @@ class AsyncClient:
                         pass
         raise outcomes.still_open(request_id, timeout_s)
 
+    async def watch(
+        self,
+        prefix: str | None = None,
+        *,
+        id: str | None = None,
+        after: int | None = None,
+        store: str | None = None,
+    ) -> Watch:
+        """Follow what changes in the state: all of it, ids that begin with `prefix`, or one `id`.
+
+        It begins behind the revision `after`, else now, and leaves out nothing and repeats nothing.
+        `store` says which store `after` is of, where it may have been restored since.
+
+        Raises:
+            NotFound: changes behind `after` are not kept any more.
+            Conflict: there is no such revision yet.
+            Restored: the state has another store now.
+        """
+        wanted = {"id": id, "prefix": prefix}
+        page = await self.ask("state:changes", {**wanted, "after": after, "limit": 1})
+        present = self._caller.store_of("state")
+        require_store(store or present, present)
+        bell = await self.subscribe(page["topic"], credit=1)
+        return Watch(
+            self, bell, Watched(wanted, page["revision"] if after is None else after, present)
+        )
+
     async def inbox(self) -> DurableSubscription:
         """Read what others send to this agent: direct messages, broadcasts and tasks."""
         return await self.subscribe(INBOX, durable=INBOX)
@@ -286,11 +314,13 @@ class AsyncClient:
         Raises:
             KsiError: the refusal of `agent:send_message`.
             Unavailable: it waits in the inbox of the agent, and no answer has come in time.
+            Restored: the bus was restored meanwhile, and knows perhaps of neither.
         """
         deadline_s = self._caller.deadline_s(timeout_s)
         async with await self.subscribe(bell_of(self.name, INBOX), credit=1) as bell:
             sent = await self.ask("agent:send_message", to_agent=to_agent, message=message)
             after = asked = sent["message_id"]
+            store = self._caller.store_of("bus")
             while True:
                 page = await self.ask(
                     "message:waiting",
@@ -299,6 +329,7 @@ class AsyncClient:
                     after=after,
                     in_reply_to=asked,
                 )
+                self._caller.require_store("bus", store)
                 for answer in page["messages"]:
                     after = answer["message_id"]
                     if answer["sender"] == to_agent:  # Anybody can name a message.
@@ -339,14 +370,13 @@ class AsyncClient:
 
     async def _say_goodbye(self) -> None:
         """Where nothing is unanswered, let the owner forget this instance."""
-        links = [each for each in self._caller.links.values() if each.up]
-        links = [each for each in links if not each.window.commands]
+        links = [each for each in self._caller.links.values() if each.may_leave()]
         for link in links:
             link.goodbye()
             self._arrived(link)
         deadline_s = time.monotonic() + _FAREWELL_S
         while time.monotonic() < deadline_s and not all(link.window.farewell for link in links):
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # The loop reads the sockets meanwhile.
 
     async def _send(self, prepared: Prepared, deadline_s: float | None) -> Pending:
         link = self._caller.links.get(prepared.owner) or self._link(prepared.owner)
@@ -532,20 +562,21 @@ class Subscription:
             raise self._subscribed.error
 
 
-class DurableSubscription:
-    """What waits under a name, in order, until it is acknowledged: as `Subscription`.
+class _Page(Protocol[D]):
+    """What was fetched and is not taken yet, and whether there may be more."""
 
-    Each message comes once to each of these objects; what was not acknowledged comes again to the
-    next one of the same name.
-    """
+    page: deque[D]
+    look: bool
 
-    def __init__(self, client: AsyncClient, durable: str, bell: Subscription) -> None:
+
+class _Fetched(Generic[D]):
+    """What is fetched page by page, whenever a bell says that there is more."""
+
+    def __init__(self, client: AsyncClient, bell: Subscription, place: _Page[D], what: str) -> None:
         self._client = client
-        self._durable = durable
         self._bell = bell
-        self._page: deque[DurableDelivery] = deque()
-        self._after = 0
-        self._look = True  # Something may wait that was not fetched.
+        self._page = place
+        self._what = what
 
     async def __aenter__(self) -> Self:
         return self
@@ -553,54 +584,95 @@ class DurableSubscription:
     async def __aexit__(self, *_exc: object) -> None:
         self.close()
 
-    def __aiter__(self) -> AsyncIterator[DurableDelivery]:
+    def __aiter__(self) -> AsyncIterator[D]:
         return self
 
-    async def __anext__(self) -> DurableDelivery:
+    async def __anext__(self) -> D:
         return await self.next()
 
-    async def next(self, timeout_s: float | None = None) -> DurableDelivery:
-        """Return the next message that waits.
+    async def next(self, timeout_s: float | None = None) -> D:
+        """Return the next of them.
 
         Raises:
             TimeoutError: none came in time.
-            NotFound: the subscription was ended.
-            Unavailable: the bus does not answer, or the client is closed.
+            NotFound: what is read from is not there any more.
+            Unavailable: its owner does not answer, or the client is closed.
         """
         deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        while not self._page:
-            if self._look:
+        while not self._page.page:
+            if self._page.look:
                 await self._fetch()
                 continue
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
-                raise TimeoutError(f"nothing waits in {self._durable} after {timeout_s} s")
+                raise TimeoutError(f"nothing waits in {self._what} after {timeout_s} s")
             with contextlib.suppress(TimeoutError):
                 await self._bell.next(min(left_s, LOOK_S))
-            self._look = True
-        return self._page.popleft()
+            self._page.look = True
+        return self._page.page.popleft()
 
     def close(self) -> None:
-        """Stop reading. The subscription stays, and what comes waits in it."""
+        """Stop reading. What comes is kept where it is read from."""
         self._bell.close()
 
     async def _fetch(self) -> None:
-        ask, durable = self._client.ask, self._durable
-        page = await ask(
-            "message:waiting", agent_id=self._client.name, durable=durable, after=self._after
-        )
-        messages = page["messages"]
-        if messages:
-            upto = messages[-1]["message_id"]
-            handed = await ask("message:receive", durable=durable, upto=upto)
-            for message in messages:
-                settle = partial(self._settle, message["message_id"])
-                self._page.append(delivery_of(message, handed["redelivered"], settle))
-            self._after = upto  # Not before: without an answer they are fetched again.
-        self._look = page["next"] is not None
+        raise NotImplementedError
 
-    async def _settle(self, number: int) -> None:
+
+class DurableSubscription(_Fetched[DurableDelivery]):
+    """What waits under a name, in order, until it is acknowledged: as `Subscription`.
+
+    Each message comes once to each of these objects; what was not acknowledged comes again to the
+    next one of the same name. After a restore of the bus all that waits there comes, and what was
+    handed out before can be acknowledged no more: that raises `Restored`.
+    """
+
+    def __init__(self, client: AsyncClient, durable: str, bell: Subscription) -> None:
+        self._durable = durable
+        self._place = Place(client.name, durable)
+        super().__init__(client, bell, self._place, durable)
+
+    async def _fetch(self) -> None:
+        ask, durable, place = self._client.ask, self._durable, self._place
+        try:
+            page = await ask("message:waiting", place.question())
+            upto = place.upto(page, self._client._caller.store_of("bus"))
+            if upto is not None:
+                handed = await ask("message:receive", durable=durable, upto=upto)
+                place.hand_out(page, handed["redelivered"], self._settle)
+        except Restored:  # Nothing was handed out: what is there now waits in the other store.
+            place.begin_anew()
+
+    async def _settle(self, number: int, store: str) -> None:
+        self._client._caller.require_store("bus", store)
         await self._client.tell("message:ack", durable=self._durable, message_ids=[number])
+
+
+class Watch(_Fetched[dict[str, Any]]):
+    """Changes of the state in order, each once: `with client.watch("config/") as changes:`.
+
+    They are as `state:changes` returns them. Whoever goes on later, or elsewhere, does so from
+    `revision`, or from that of the last change it has dealt with, and from the same `store`. After
+    a restore of the state `next` raises `Restored`.
+    """
+
+    def __init__(self, client: AsyncClient, bell: Subscription, place: Watched) -> None:
+        self._place = place
+        super().__init__(client, bell, place, "what is watched")
+
+    @property
+    def revision(self) -> int:
+        """All that is watched and has changed up to here was returned."""
+        return self._place.revision
+
+    @property
+    def store(self) -> str:
+        """The store that the revisions are of."""
+        return self._place.store
+
+    async def _fetch(self) -> None:
+        page = await self._client.ask("state:changes", self._place.question())
+        self._place.take_in(page, self._client._caller.store_of("state"))
 
 
 async def _settled() -> None:

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 import msgspec
 import zmq
 
-from ksi.transport.errors import Forbidden, Invalid, KsiError, NotRunning, Unavailable
+from ksi.transport.errors import (
+    Forbidden,
+    Invalid,
+    KsiError,
+    NotRunning,
+    Restored,
+    Unavailable,
+)
 from ksi.transport.identity import Certificate, Directory, KeyRing
 from ksi.transport.limits import WINDOW_COMMANDS_MAX
 from ksi.transport.link import Link
@@ -196,6 +203,19 @@ class Caller:
             link = self.links[owner] = Link(owner, *sockets, self._cut)
         return link
 
+    def store_of(self, owner: str) -> str:
+        """Return the id of the store that an owner has last answered from; "" if none has yet."""
+        link = self.links.get(owner)
+        return "" if link is None else link.window.store
+
+    def require_store(self, owner: str, store: str) -> None:
+        """Raise `Restored` unless the owner has last answered from this store."""
+        if self.store_of(owner) != store:
+            raise Restored(
+                f"the store of the {owner} was restored meanwhile: its numbers have begun anew",
+                hint="read the state; what is not settled comes again",
+            )
+
     def owner_of_topic(self, pattern: str) -> str:
         """Return who announces topics under `pattern`: by its first word, else the bus."""
         return self.directory.domains.get(pattern.split(".", 1)[0], "bus")
@@ -320,13 +340,21 @@ class Caller:
             name = declared.name
             raise Invalid(f"{name} is a {declared.kind}", hint=f"ask it: client.ask({name!r}, ...)")
         if isinstance(what, Message):
+            self._require_may_read(declared, what)
             return declared, cast("Query[Any]", what)
         if fields is not None:
             named = {**fields, **named}
         try:
-            return declared, cast("Query[Any]", msgspec.convert(named, declared.message))
+            query = cast("Query[Any]", msgspec.convert(named, declared.message))
         except msgspec.ValidationError as error:
             raise Invalid(f"{what}: {error}", hint=declared.hint) from None
+        self._require_may_read(declared, query)
+        return declared, query
+
+    def _require_may_read(self, declared: Operation, query: Message) -> None:
+        """Refuse what the owner would refuse. A courtesy: who reads here can read the files."""
+        declared.require_role(self.name, self.certificate.role)
+        declared.require_own(query, self.name, self.certificate.role)
 
     def _enrolled(self, name: str | None, role: Role) -> Certificate:
         name = name or os.environ.get("KSI_AGENT")

@@ -57,7 +57,30 @@ FINISHED_BYTES_MAX: Final = 256 << 20  # The same, for large results.
 FINISHED_S: Final = 86_400.0  # The same: nobody asks after a day.
 ENDED_MAX: Final = 250  # Requests of a closed session ended in one decision: it is felt.
 
+# Tools
+TOOLS_MAX: Final = 1024  # Of one catalogue, and counted in one conversation: ten times the present.
+TOOL_SESSIONS_MAX: Final = (
+    10_000  # Conversations whose catalogue is known: a few MB; the oldest go.
+)
+TOOL_SESSION_S: Final = (
+    86_400.0  # Unused for this long one is forgotten: to be told again is cheap.
+)
+
 ARCHIVE_MAX: Final = 100  # Sessions archived by one command: some seconds of one follower.
+
+# Compositions and conversations
+COMPOSITION_BYTES_MAX: Final = 512 << 10  # A file of prose and settings; it fits into an answer.
+IMPORTS_MAX: Final = 1000  # Files and folders of logs that are indexed in place, each watched.
+LOG_LINE_BYTES_MAX: Final = 16 << 20  # A line of an imported log: more is another kind of file.
+BAD_LINES_MAX: Final = 1000  # Told one by one of each file; the rest is counted.
+CONTENT_BYTES_MAX: Final = (
+    128 << 10
+)  # Characters shown of one message: four bytes each fit a frame.
+LOCK_S: Final = 300.0  # How long a conversation is locked where the request does not say.
+LOCKS_MAX: Final = 100_000  # Conversations locked at a time; beyond it the answer is `busy`.
+LOCK_QUEUE_MAX: Final = 1000  # Requests that wait for one lock: who came last waits for days.
+LOCK_EXPIRED_S: Final = 3600.0  # How long it is known of a lock that it has expired.
+FORKS_MAX: Final = 100_000  # Forks of conversations that are remembered; 100 bytes each.
 
 # Disk
 RECORD_BYTES_MAX: Final = 4 * BATCH_BYTES_MAX  # Of the journal: events may outgrow their commands.

@@ -96,6 +96,7 @@ class Link:
         self.up = False
         self.denied = False
         self.closed = False
+        self._torn = b""  # the instance that a connection ended under
         self.failures = 0  # attempts to connect since it was up, over tcp
         self.subscribed: dict[int, Subscribed] = {}
         self.heard_s = 0.0  # when something last came, or was first waited for
@@ -191,6 +192,14 @@ class Link:
         """Ask who is there; `window.welcome` is the answer."""
         self._control(Kind.HELLO, [])
 
+    def may_leave(self) -> bool:
+        """Whether a goodbye would be the last word of this instance: all is answered, and came over
+        this one connection. What a former one has not delivered yet may arrive behind it, and would
+        be carried out again by an owner that has forgotten the instance.
+        """
+        window = self.window
+        return self.up and not window.commands and window.instance != self._torn
+
     def goodbye(self) -> None:
         """Tell the owner that this instance is done; `window.farewell` is the answer."""
         self._control(Kind.GOODBYE, [])
@@ -209,6 +218,8 @@ class Link:
             for subscribed in self.subscribed.values():
                 self._ask(subscribed)
         elif change == "down":
+            if self.up:
+                self._torn = self.window.instance
             self.up = False
             self._unsent.clear()
             self.window.lost()

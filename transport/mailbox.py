@@ -65,6 +65,9 @@ _log: Final = logging.getLogger(__name__)
 
 _DOMAIN: Final = b"ksi"
 _ZAP_ENDPOINT: Final = "inproc://zeromq.zap.01"
+_NEAR: Final = b"localhost:"  # What a local socket is at; an address of tcp is in numbers.
+_USER_ID_CHARS: Final = 64  # The hex of a public key; what has come over a network has more:
+_FAR: Final = b" far"
 _PAUSE_S: Final = 0.02  # After an error that may come again at once.
 # Plain integers: the operators of enums cost as much as a system call.
 _NOW: Final = int(zmq.DONTWAIT)
@@ -90,6 +93,7 @@ class Letter(NamedTuple):
     sender: str  # the hex of the public key its connection has proven
     payload: bytes
     arrived_s: float  # on the monotonic clock: when it was taken from the socket
+    far: bool = False  # over a network
 
 
 class Post(NamedTuple):
@@ -333,7 +337,9 @@ class Mailbox:
                     self._skip()
                     continue
                 payload = frame.bytes
-                letters.append(Letter(route, frame.get("User-Id"), payload, now_s))
+                user_id = frame.get("User-Id")
+                far = len(user_id) > _USER_ID_CHARS
+                letters.append(Letter(route, user_id[:_USER_ID_CHARS], payload, now_s, far))
                 size_bytes += len(payload)
                 if size_bytes >= BATCH_BYTES_MAX:
                     break
@@ -366,7 +372,7 @@ class Mailbox:
 
     def _recover(self) -> None:
         """Make the next `get` possible after one that failed half way."""
-        time.sleep(_PAUSE_S)
+        time.sleep(_PAUSE_S)  # It may fail again at once, for ever.
         with suppress(zmq.ZMQError):
             self._skip()
 
@@ -378,12 +384,13 @@ def _verdict(asked: list[bytes], keys: KeyRing) -> list[bytes] | None:
         OSError: the keys cannot be read. Without an answer the peer is cut, and comes again.
     """
     match asked:
-        case [route, b"", b"1.0", number, domain, _address, _identity, mechanism, key] if (
+        case [route, b"", b"1.0", number, domain, address, _identity, mechanism, key] if (
             domain == _DOMAIN and mechanism == b"CURVE" and len(key) == 32
         ):
             user_id = key.hex()
             if keys.of_public(user_id) is not None:
-                return [route, b"", b"1.0", number, b"200", b"OK", user_id.encode(), b""]
+                named = user_id.encode() + (b"" if address.startswith(_NEAR) else _FAR)
+                return [route, b"", b"1.0", number, b"200", b"OK", named, b""]
             return [route, b"", b"1.0", number, b"400", b"not enrolled", b"", b""]
         case [route, b"", _version, number, *_]:
             return [route, b"", b"1.0", number, b"500", b"no such request", b"", b""]

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Generic, Literal, TypeVar, get_args, g
 
 import msgspec
 
-from ksi.transport.errors import Invalid, KsiError, TooLarge, UnknownOperation
+from ksi.transport.errors import Forbidden, Invalid, KsiError, TooLarge, UnknownOperation
 from ksi.transport.limits import (
     BODY_BYTES_MAX,
     ID_PATTERN,
@@ -43,6 +43,7 @@ ANYONE: Final[frozenset[Role]] = frozenset(get_args(Role))
 PEOPLE: Final[frozenset[Role]] = frozenset({"operator", "agent", "worker"})
 OPERATOR: Final[frozenset[Role]] = frozenset({"operator"})
 OWNER: Final[frozenset[Role]] = frozenset({"owner"})
+_MAY_ASK_OF_ANY: Final = OPERATOR | OWNER
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,6 +87,8 @@ class Operation:
     message: type[Message]
     reply: Any
     roles: frozenset[Role]
+    far_roles: frozenset[Role]  # those over a network
+    own: str | None  # the field that has to name its sender, where that is no operator or owner
     refuses: tuple[type[KsiError], ...]
     example: Mapping[str, Any]
     open_fields: tuple[str, ...]  # those whose values are left open, or may be a NaN
@@ -102,6 +105,24 @@ class Operation:
     def doc(self) -> str:
         """The docstring of the message, as `ksi help` prints it."""
         return (self.message.__doc__ or "").strip()
+
+    def require_role(self, name: str, role: Role, *, far: bool = False) -> None:
+        """Raise `Forbidden` unless `name` may ask this in its role; `far`: over a network."""
+        if role not in (self.far_roles if far else self.roles):
+            who = " and ".join(sorted(self.far_roles if far else self.roles))
+            where = " over a network" if far and role in self.roles else ""
+            raise Forbidden(f"{self.name} is for {who}{where}, and {name} is {role}")
+
+    def require_own(self, message: Message, name: str, role: Role) -> None:
+        """Raise `Forbidden` if `message` is about what is for another than `name` alone."""
+        if self.own is None or role in _MAY_ASK_OF_ANY:
+            return
+        whose = getattr(message, self.own)
+        if whose != name:
+            raise Forbidden(
+                f"what {self.name} returns of {whose} is for {whose} and operators, not for {name}",
+                hint=f"{self.own} {name}",
+            )
 
     def decode(self, body: bytes | memoryview) -> Message:
         """Return the validated message of a body; raise `Invalid` with the path of the field."""
@@ -142,13 +163,22 @@ def operation(
     *,
     owner: str,
     roles: frozenset[Role] = PEOPLE,
+    far_roles: frozenset[Role] | None = None,
+    own: str | None = None,
     refuses: tuple[type[KsiError], ...] = (),
     example: Mapping[str, Any] | None = None,
 ) -> Callable[[M], M]:
-    """Declare the decorated message class as the operation `name` of `owner`."""
+    """Declare the decorated message class as the operation `name` of `owner`.
+
+    Args:
+        roles: who may ask it; far_roles: who of them over a network, if not all.
+        own: of a query, the field that has to be the sender's name: what it returns is for that
+            agent, and for operators and owners.
+    """
 
     def declare(message: M) -> M:
         assert name not in CATALOGUE, f"{name} is declared twice"
+        assert own is None or (issubclass(message, Query) and own in message.__struct_fields__)
         signal = _header_of(message) if issubclass(message, Signal) else None
         declared = Operation(
             name=name,
@@ -157,6 +187,8 @@ def operation(
             message=message,
             reply=_reply_type(message),
             roles=roles,
+            far_roles=roles if far_roles is None else far_roles,
+            own=own,
             refuses=refuses,
             example=example or {},
             open_fields=_open_fields(message),

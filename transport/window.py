@@ -119,6 +119,7 @@ class Window:
         self.subscribed: list[wire.Answer] = []  # answers to SUBSCRIBE, likewise
         self.welcome: wire.Welcome | None = None
         self.farewell = False
+        self.recorded: int | None = None  # of commands taken up: no answer beyond it may go yet
         self._unsent: list[Pending] = []  # commands, in order
         self._unsent_queries: list[Pending] = []
 
@@ -128,6 +129,10 @@ class Window:
         for number in self.commands:
             return number - 1
         return self._last
+
+    def _acknowledged(self) -> int:
+        """What the owner is told: answers up to this number may be forgotten."""
+        return self.acked if self.recorded is None else min(self.acked, self.recorded)
 
     def full(self) -> bool:
         """Whether a further command must wait for an answer to an earlier one."""
@@ -145,9 +150,12 @@ class Window:
     def resume(self, number: int, operation: str, body: bytes, *, again: bool) -> Pending:
         """Take up a command that has its number already; in order of number.
 
-        `again`: an earlier life of this instance may have sent it.
+        From then on no more is acknowledged than `recorded` says. `again`: an earlier life of this
+        instance may have sent it.
         """
         self._last = number - 1
+        if self.recorded is None:
+            self.recorded = number - 1
         pending = self.add_command(operation, body, None)
         pending.sent = again
         return pending
@@ -198,7 +206,7 @@ class Window:
                 self.store,
                 self.cut.number,
                 self.instance,
-                self.acked,
+                self._acknowledged(),
                 False,
                 items,
             )
@@ -287,7 +295,7 @@ class Window:
         return [(pending, None, error) for pending in self.give_up()]
 
     def _frames_of(self, kind: Kind, unsent: list[Pending], now_s: float) -> Iterator[bytes]:
-        acked = self.acked
+        acked = self._acknowledged()
         if sum([len(pending.body) + 256 for pending in unsent]) <= _FRAME_ROOM:
             yield self._pack(kind, unsent, acked, now_s)
             return

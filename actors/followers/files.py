@@ -321,7 +321,7 @@ def run_files(var: str) -> None:
                     bell.recv(zmq.DONTWAIT)
                 busy = True
         if busy and not stopping:
-            time.sleep(GROUP_S)
+            time.sleep(GROUP_S)  # What comes meanwhile goes with it.
     stat.state = "draining"
     _try(page.turn)
     logs.close()

@@ -70,6 +70,8 @@ RESERVED: Final = frozenset(
         "completion",
         "worker",
         "index",
+        "state",
+        "async_state",
         INBOX,
         "direct",
         "broadcast",
@@ -281,6 +283,7 @@ class RouteTask(Command[Sent], frozen=True, kw_only=True):
 @operation(
     "message:waiting",
     owner="bus",
+    own="agent_id",
     refuses=(NotFound,),
     example={"agent_id": "bob", "durable": "inbox"},
 )

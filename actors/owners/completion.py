@@ -12,7 +12,8 @@ Owns the queue of every session, the grants that workers hold, and the outcomes.
   attempt. What a former attempt reports is refused.
 - A request ends once: completed, failed or cancelled. Its outcome is kept for a while; the record
   is the session's file, which the owner of sessions writes. That owner also has the last word on
-  who may speak: what it refuses to record ends here as cancelled.
+  who may speak: nothing is granted before its request is recorded, and what it refuses ends here
+  as cancelled. Of an outcome that it refuses the request says so.
 
 Grants are decided once a commit, in the tick that follows, over heads of queues and free workers
 only: the cost depends on neither how many requests wait nor how many sessions there are.
@@ -95,6 +96,7 @@ DAEMON_RESTART: Final = "daemon_restart"  # Why a request ended, where a restore
 ANYTHING: Final = "*"  # What a request requires that any worker may take; every worker offers it.
 
 Status = Literal["queued", "active", "completed", "failed", "cancelled"]
+UNRECORDED: Final = "unrecorded"  # Why an outcome is not in the file, in the place of what it says.
 OURS: Final = "completion"  # Who ends what took too long, or too many workers.
 FINAL: Final = frozenset({"completed", "failed", "cancelled"})
 WORKERS: Final[frozenset[Role]] = frozenset({"worker", "operator"})
@@ -123,7 +125,8 @@ class Accepted(Reply, frozen=True, kw_only=True):
 
 
 class RequestView(Reply, frozen=True, kw_only=True):
-    """One request: times in seconds since the epoch. `reason` says why it was not completed.
+    """One request: times in seconds since the epoch. `reason` says why it was not completed, or
+    its outcome is not in the session's file.
 
     `result` and `progress`, what its worker last said, are only in `completion:status`.
     """
@@ -288,19 +291,6 @@ class SetLimit(Command[Limits], frozen=True, kw_only=True):
 
 
 @operation(
-    "completion:refuse",
-    owner="completion",
-    roles=OWNERS_ONLY,
-    example={"request_id": "req_1", "reason": "session sess_1 is closed"},
-)
-class Refuse(Command[None], frozen=True, kw_only=True):
-    """A request was not recorded, for this reason: it ends. Sent by the owner of sessions."""
-
-    request_id: Id
-    reason: Text
-
-
-@operation(
     "completion:session_closed",
     owner="completion",
     roles=OWNERS_ONLY,
@@ -418,7 +408,13 @@ class LeaveWorker(Command[None], frozen=True, kw_only=True):
     epoch: Epoch
 
 
-@operation("worker:grants", owner="completion", roles=WORKERS, example={"worker": "gpu-1"})
+@operation(
+    "worker:grants",
+    owner="completion",
+    roles=WORKERS,
+    own="worker",
+    example={"worker": "gpu-1"},
+)
 class GetGrants(Query[Grants], frozen=True, kw_only=True):
     """Return the grants a worker holds with all it needs for them, or those of them named."""
 
@@ -448,6 +444,18 @@ class Queued(Event, frozen=True, array_like=True, tag="queued"):
     run_s: float
     size: int
     now: float
+    recorded: bool = True  # False: it waits for the owner of sessions to write it
+
+
+class Recorded(Event, frozen=True, array_like=True, tag="recorded"):
+    request_id: str
+
+
+class Unrecorded(Event, frozen=True, array_like=True, tag="unrecorded"):
+    request_id: str
+    session_id: str
+    requester: str
+    reason: str
 
 
 class Granted(Event, frozen=True, array_like=True, tag="granted"):
@@ -549,6 +557,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     timeout_ms: int = 0
     finished_at: float | None = None
     reason: str | None = None
+    recorded: bool = True  # in the session's file
 
 
 class Prompt(msgspec.Struct, frozen=True, array_like=True):
@@ -575,6 +584,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     number: int
     request_id: str
     requires: str
+    recorded: bool = True
 
 
 class Lane(msgspec.Struct, frozen=True, array_like=True):
@@ -642,6 +652,8 @@ class Completion(Owner[CompletionTables]):
     recovers = True
     events = (
         Queued
+        | Recorded
+        | Unrecorded
         | Granted
         | Progressed
         | Requeued
@@ -679,8 +691,6 @@ class Completion(Owner[CompletionTables]):
                 return _progress(command, sender, tables)
             case Cancel():
                 return _cancel(command, sender, tables, given)
-            case Refuse():
-                return _refuse(command, tables, given)
             case SessionClosed():
                 return Decision((QueueClosed(command.session_id),), tick=True)
             case RegisterWorker():
@@ -694,10 +704,24 @@ class Completion(Owner[CompletionTables]):
             case _:
                 raise TypeError(command)
 
+    def answered(
+        self, command: Any, refusal: KsiError | None, tables: CompletionTables, given: Given
+    ) -> Decision:
+        assert isinstance(command, sessions.RecordEntry)
+        if command.event == "completion:request":
+            return _request_recorded(command.request_id, refusal, tables, given)
+        if refusal is not None:
+            return _outcome_refused(command, refusal, tables)
+        return Decision()
+
     def apply(self, event: Any, tables: CompletionTables) -> None:
         match event:
             case Queued():
                 _queued(event, tables)
+            case Recorded():
+                _request_noted(event.request_id, tables)
+            case Unrecorded():
+                _outcome_missed(event, tables)
             case Granted():
                 _granted(event, tables)
             case Progressed():
@@ -751,6 +775,8 @@ class Completion(Owner[CompletionTables]):
                 )
             case Progressed():
                 return (_told(event, "progress", attempt=event.attempt, progress=event.progress),)
+            case Unrecorded():
+                return (_told(event, "unrecorded", reason=event.reason),)
             case Requeued():
                 requeued = _told(event, "requeued", attempt=event.attempt, reason=event.reason)
                 return (requeued, *_revoked(event))
@@ -803,6 +829,7 @@ def _async(command: Async, sender: Sender, tables: CompletionTables, given: Give
         command.run_s,
         size,
         given.now,
+        recorded=False,
     )
     reply = Accepted(
         request_id=request_id,
@@ -813,7 +840,7 @@ def _async(command: Async, sender: Sender, tables: CompletionTables, given: Give
         priority=command.priority,
     )
     record = _recorded(session_id, request_id, sender.name, "completion:request", entry)
-    return Decision((event,), reply, (record,), tick=not lane.active)
+    return Decision((event,), reply, (record,))
 
 
 def _require_admitted(session_id: str, sender: Sender, fact: Reply | KsiError | None) -> None:
@@ -863,14 +890,40 @@ def _cancel(command: Cancel, sender: Sender, tables: CompletionTables, given: Gi
     return _end(request_id, request, "cancelled", given, by=sender.name, reason=reason)
 
 
-def _refuse(command: Refuse, tables: CompletionTables, given: Given) -> Decision:
-    request_id, reason = command.request_id, command.reason
+def _request_recorded(
+    request_id: str, refusal: KsiError | None, tables: CompletionTables, given: Given
+) -> Decision:
+    """A request is in its session's file, and may be granted; or it never will be, and ends."""
     request = tables.requests.get(request_id)
-    if request is None or request.status in FINAL:
+    if request is None or request.status in FINAL or request.recorded:
         return Decision()
-    by = "sessions"
-    end = _end(request_id, request, "cancelled", given, by=by, reason=reason, record=False)
+    if refusal is None:
+        return Decision((Recorded(request_id),), tick=True)
+    end = _end(
+        request_id, request, "cancelled", given, by="sessions", reason=refusal.text, record=False
+    )
     return Decision(end.events, tick=True)
+
+
+def _outcome_refused(
+    command: sessions.RecordEntry, refusal: KsiError, tables: CompletionTables
+) -> Decision:
+    """An outcome is not in its session's file: whoever asks is told, and the file if it can be."""
+    request = tables.requests.get(command.request_id)
+    if UNRECORDED in command.data:  # Not even that.
+        return Decision()
+    sends: tuple[Send, ...] = ()
+    if not isinstance(refusal, Conflict | NotFound):
+        entry = {"agent_id": command.agent_id, UNRECORDED: refusal.text}
+        sends = (
+            _recorded(
+                command.session_id, command.request_id, command.agent_id, command.event, entry
+            ),
+        )
+    if request is None:
+        return Decision((), None, sends)
+    unrecorded = Unrecorded(command.request_id, request.session_id, request.requester, refusal.text)
+    return Decision((unrecorded,), None, sends)
 
 
 def _progress(command: Progress, sender: Sender, tables: CompletionTables) -> Decision:
@@ -1304,6 +1357,7 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
         event.run_s,
         event.size,
         event.now,
+        recorded=event.recorded,
     )
     tables.requests.put(event.request_id, request)
     prompt = Prompt(event.prompt, event.model, event.data, event.options)
@@ -1311,6 +1365,22 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
     lane = tables.lanes.get(event.session_id) or Lane()
     _put_lane(tables, event.session_id, lane, _enter(tables, event.request_id, request, lane))
     _add(tables, number=event.number - _totals(tables).number, waiting=1, open_bytes=event.size)
+
+
+def _request_noted(request_id: str, tables: CompletionTables) -> None:
+    request = _known(tables, request_id)
+    tables.requests.put(request_id, msgspec.structs.replace(request, recorded=True))
+    lane = tables.lanes.get(request.session_id) or Lane()
+    if lane.head is not None and lane.head.request_id == request_id:
+        head = msgspec.structs.replace(lane.head, recorded=True)
+        _put_lane(tables, request.session_id, lane, msgspec.structs.replace(lane, head=head))
+
+
+def _outcome_missed(event: Unrecorded, tables: CompletionTables) -> None:
+    request = _known(tables, event.request_id)
+    missed = f"not in the session's file: {event.reason}"
+    reason = missed if request.reason is None else f"{request.reason}; {missed}"
+    tables.requests.put(event.request_id, msgspec.structs.replace(request, reason=reason))
 
 
 def _granted(event: Granted, tables: CompletionTables) -> None:
@@ -1382,7 +1452,7 @@ def _enter(tables: CompletionTables, request_id: str, request: Request, lane: La
     """Put a request into the queue of its session."""
     key = (request.session_id, request.rank, request.number)
     tables.queue.put(key, Waiting(request_id, request.requires))
-    head = Head(request.rank, request.number, request_id, request.requires)
+    head = Head(request.rank, request.number, request_id, request.requires, request.recorded)
     if lane.head is not None and (lane.head.rank, lane.head.number) < key[1:]:
         head = lane.head
     return msgspec.structs.replace(lane, waiting=lane.waiting + 1, head=head)
@@ -1396,7 +1466,8 @@ def _leave(tables: CompletionTables, request_id: str, request: Request, lane: La
         head = None
         if lane.waiting > 1:
             (_, rank, number), first = next(tables.queue.range(prefix=(request.session_id,)))
-            head = Head(rank, number, first.request_id, first.requires)
+            recorded = _known(tables, first.request_id).recorded
+            head = Head(rank, number, first.request_id, first.requires, recorded)
     return msgspec.structs.replace(lane, waiting=lane.waiting - 1, head=head)
 
 
@@ -1417,7 +1488,7 @@ def _put_lane(tables: CompletionTables, session_id: str, before: Lane, after: La
 
 
 def _ready_of(lane: Lane) -> Head | None:
-    return None if lane.active else lane.head
+    return None if lane.active or lane.head is None or not lane.head.recorded else lane.head
 
 
 def _queue_closed(event: QueueClosed, tables: CompletionTables) -> None:

@@ -54,8 +54,8 @@ from ksi.transport.errors import (
     TooLarge,
 )
 from ksi.transport.limits import BATCH_BYTES_MAX
+from ksi.transport.message import OPERATOR, Id, Message, Plain, Role, Text, encode, operation
 from ksi.transport.message import OWNER as OWNERS_ONLY
-from ksi.transport.message import Id, Message, Plain, Role, Text, encode, operation
 
 AGENTS_MAX: Final = 100_000  # Agents that are here: what `list` and selectors may have to walk.
 GONE_MAX: Final = 1000  # Agents that have left: kept for those who look why, then forgotten.
@@ -229,6 +229,7 @@ class Beat(Command[Presence], frozen=True, kw_only=True):
     "agent:spawn",
     owner="registry",
     roles=SPAWNERS,
+    far_roles=OPERATOR,
     refuses=(Conflict, Forbidden, Quota, TooLarge),
     example={"agent_id": "scout", "argv": ["claude", "-p", "look around"], "restart": "transient"},
 )
@@ -270,6 +271,7 @@ class Selection(Command[Selected], frozen=True, kw_only=True):
     "agent:terminate",
     owner="registry",
     roles=SPAWNERS,
+    far_roles=OPERATOR,
     refuses=(Forbidden, Invalid, NotFound),
     example={"pattern": "scout-*", "dry_run": True},
 )
@@ -285,6 +287,7 @@ class Terminate(Selection, frozen=True, kw_only=True):
     "agent:restart",
     owner="registry",
     roles=SPAWNERS,
+    far_roles=OPERATOR,
     refuses=(Forbidden, Invalid, NotFound),
     example={"agent_id": "scout"},
 )

@@ -45,11 +45,12 @@ from ksi.actors.owner import (
     Tables,
     Tick,
 )
+from ksi.actors.owners.locks import GetLock, LockView
 from ksi.transport.errors import (
+    Busy,
     Conflict,
     Forbidden,
     Invalid,
-    KsiError,
     NotFound,
     NotOwner,
     StaleEpoch,
@@ -226,16 +227,21 @@ class Fork(Command[Forked], frozen=True, kw_only=True):
 @operation(
     "session:append",
     owner="sessions",
-    refuses=_WRITES,
+    refuses=(*_WRITES, Busy),
     example={"session_id": "sess_1", "event": "note", "data": {"text": "hello"}},
 )
 class Append(Command[Appended], frozen=True, kw_only=True):
-    """Append one entry to a session the sender owns."""
+    """Append one entry to a session the sender owns.
+
+    With `lock_epoch`, only while the sender holds the lock of that epoch on the conversation of the
+    same id (`conversation:acquire_lock`).
+    """
 
     session_id: Id
     event: EventName
     data: Plain = {}
     epoch: Epoch | None = None
+    lock_epoch: Epoch | None = None
     correlation_id: Text | None = None
     request_id: Id | None = None
 
@@ -258,15 +264,19 @@ class AppendMany(Command[AppendedMany], frozen=True, kw_only=True):
 @operation(
     "session:contribute",
     owner="sessions",
-    refuses=(NotFound, Forbidden, Conflict, TooLarge),
+    refuses=(NotFound, Forbidden, StaleEpoch, Conflict, TooLarge, Busy),
     example={"session_id": "sess_1", "event": "note", "data": {"text": "may I?"}},
 )
 class Contribute(Command[Appended], frozen=True, kw_only=True):
-    """Add one entry to a session of somebody else, if it admits the sender."""
+    """Add one entry to a session of somebody else, if it admits the sender.
+
+    `lock_epoch` as at `session:append`.
+    """
 
     session_id: Id
     event: EventName
     data: Plain = {}
+    lock_epoch: Epoch | None = None
     correlation_id: Text | None = None
     request_id: Id | None = None
 
@@ -355,7 +365,7 @@ class Heartbeat(Command[None], frozen=True, kw_only=True):
     "session:record",
     owner="sessions",
     roles=OWNERS_ONLY,
-    refuses=(TooLarge,),
+    refuses=(NotFound, Conflict, Forbidden, TooLarge),
     example={
         "session_id": "sess_1",
         "request_id": "req_1",
@@ -365,7 +375,10 @@ class Heartbeat(Command[None], frozen=True, kw_only=True):
     },
 )
 class RecordEntry(Command[None], frozen=True, kw_only=True):
-    """Write a request or its outcome into a session. Sent by the owner of completions."""
+    """Write a request or its outcome into a session. Sent by the owner of completions.
+
+    What is there already, and the outcome of a request that is not, is left out.
+    """
 
     session_id: Id
     request_id: Id
@@ -374,15 +387,8 @@ class RecordEntry(Command[None], frozen=True, kw_only=True):
     data: Plain
 
 
-class Refusal(Message, frozen=True, kw_only=True):
-    """What the owner of completions is told of a request that is not recorded."""
-
-    request_id: str
-    reason: str
-
-
 class ClosedSession(Message, frozen=True, kw_only=True):
-    """What it is told of a session that had open requests."""
+    """What the owner of completions is told of a session that had open requests."""
 
     session_id: str
 
@@ -661,6 +667,11 @@ class Sessions(Owner[SessionTables]):
             case _:
                 raise TypeError(command)
 
+    def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
+        if getattr(command, "lock_epoch", None) is None:
+            return None
+        return GetLock(conversation_id=command.session_id)
+
     def apply(self, event: Any, tables: SessionTables) -> None:
         match event:
             case EntryAppended():
@@ -798,6 +809,7 @@ def _fork(command: Fork, sender: Sender, tables: SessionTables, given: Given) ->
 def _append(command: Append, sender: Sender, tables: SessionTables, given: Given) -> Decision:
     session_id = command.session_id
     session = _writable(tables, session_id, sender, command.epoch)
+    _require_lock(command, sender, given)
     events = _entry_events(session_id, session, command, sender.name, given)
     seq = session.seq + 1
     reply = Appended(session_id=session_id, seq=seq, epoch=session.epoch, timestamp=given.now)
@@ -832,11 +844,25 @@ def _contribute(
     session_id = command.session_id
     session = _open(tables, session_id)
     _require_admitted(session_id, session, sender.name, tables)
+    _require_lock(command, sender, given)
     events = _contributed(session_id, session, command, sender.name, tables, given)
     reply = Appended(
         session_id=session_id, seq=session.seq + 1, epoch=session.epoch, timestamp=given.now
     )
     return Decision(events, reply)
+
+
+def _require_lock(command: Append | Contribute, sender: Sender, given: Given) -> None:
+    """Raise unless the sender holds the lock it says it holds, as the library has committed it."""
+    if command.lock_epoch is None:
+        return
+    lock = given.fact
+    if not isinstance(lock, LockView):
+        raise Busy("whether the conversation is locked cannot be read now", retry_after_s=0.1)
+    if (lock.locked, lock.holder, lock.epoch) != (True, sender.name, command.lock_epoch):
+        text = f"the lock on conversation {command.session_id}, epoch {command.lock_epoch}, is over"
+        hint = "acquire it again, and see what was said meanwhile"
+        raise StaleEpoch(text, hint=hint, owner=lock.holder, epoch=lock.epoch)
 
 
 def _require_admitted(session_id: str, session: Session, name: str, tables: SessionTables) -> None:
@@ -869,18 +895,13 @@ def _contributed(
 def _record(command: RecordEntry, tables: SessionTables, given: Given) -> Decision:
     """Record what the owner of completions has accepted, unless it is not to be any more."""
     session_id, request_id = command.session_id, command.request_id
+    session = _open(tables, session_id)
     is_request = command.event == "completion:request"
-    if not is_request and tables.open.get((session_id, request_id)) is None:
-        return Decision()  # The request was not recorded.
-    try:
-        session = _open(tables, session_id)
-        if is_request:
-            _require_admitted(session_id, session, command.agent_id, tables)
-    except KsiError as error:
-        if is_request:
-            refusal = Refusal(request_id=request_id, reason=error.text)
-            return Decision(sends=(Send("completion", "completion:refuse", refusal),))
-        return Decision((RequestSettled(session_id, request_id),))
+    is_open = tables.open.get((session_id, request_id)) is not None
+    if is_request == is_open:
+        return Decision()
+    if is_request:
+        _require_admitted(session_id, session, command.agent_id, tables)
     entry = Entry(event=command.event, data=command.data, correlation_id=request_id)
     events = _contributed(session_id, session, entry, command.agent_id, tables, given)
     mark = (RequestOpened if is_request else RequestSettled)(session_id, request_id)

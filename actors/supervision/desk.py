@@ -144,8 +144,7 @@ class Desk:
                 raise not_taken(request.operation, self._name, kind)
             if sender is None:
                 raise Forbidden("this key is not enrolled", hint="ksi agents enroll NAME")
-            if sender.role not in operation.roles:
-                raise Forbidden(f"{operation.name} is not for the role {sender.role}")
+            operation.require_role(sender.name, sender.role)
             left_ms = request.remaining_ms
             if left_ms is not None and time.monotonic() > arrived_s + left_ms / 1000:
                 raise Expired(f"{operation.name} came too late and was not carried out")

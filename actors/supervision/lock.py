@@ -54,7 +54,7 @@ def hold(var: Path) -> int:
             ours = json.dumps(asdict(Holder(os.getpid(), time.time(), socket.gethostname())))
             os.pwrite(descriptor, ours.encode().ljust(_WORDS_BYTES_MAX), 0)
             return descriptor
-        time.sleep(PAUSE_S)
+        time.sleep(PAUSE_S)  # Who only looks at the lock holds it for a moment.
     found = _words(descriptor)
     os.close(descriptor)
     raise Conflict(

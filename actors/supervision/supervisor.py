@@ -177,7 +177,7 @@ class Supervisor(pykka.ThreadingActor):
 
     # pykka: the inbox is the mailbox and the loop runs in the thread that starts the actor.
 
-    def _create_actor_inbox(self) -> Any:  # type: ignore[override]
+    def _create_actor_inbox(self) -> Any:  # type: ignore[override]  # static in pykka
         return self._mailbox
 
     def _start_actor_loop(self) -> None:

@@ -19,10 +19,13 @@ from ksi.actors.supervision.child import ChildSpec
 from ksi.actors.supervision.restarts import Strategy
 
 # Owners with something beside them in their process; it runs them, too.
-FUNCTIONS: Final = {"index": "ksi.actors.followers.indexing:run_index"}
+FUNCTIONS: Final = {
+    "index": "ksi.actors.followers.indexing:run_index",
+    "library": "ksi.actors.followers.library:run_library",
+}
 
 
-CONTEXT: Final = frozenset({"index"})
+CONTEXT: Final = frozenset({"index", "library"})
 
 
 class Tree(NamedTuple):

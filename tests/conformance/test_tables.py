@@ -379,7 +379,8 @@ def test_bytes_of_a_row_are_read_by_a_later_type_with_another_field(
     kit.settle()
 
     later = LmdbTable[Any]("t", TableSpec(ItemOfNext), opened.database("t"))
-    later.begin(kit._txn)  # type: ignore[attr-defined]
+    assert isinstance(kit, Written)
+    later.begin(kit._txn)
 
     assert later.get("a") == ItemOfNext("x", 1, (), 7)
 

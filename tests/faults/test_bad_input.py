@@ -415,7 +415,10 @@ def test_a_frame_too_large_ends_its_connection_and_no_other(system: System, peer
     peer.socket.send(b"x" * (FRAME_BYTES_MAX + 1))
     with Stranger(system.var, "stranger") as other:
         assert other.is_served()
-    assert peer.is_served(), "it has connected again"
+    # It connects again; what it says before it knows that it must is lost.
+    until(lambda: peer.send(HELLO, []) or peer.socket.poll(100))
+    while not peer.silent():
+        assert peer.receive()[0] == WELCOME
     for bomb in (b"\x90" * 900_000, b"\x91" * 900_000):
         head = peer.frame(HELLO, [])[:-1]
         peer.socket.send(head + b"\xdd" + len(bomb).to_bytes(4, "big") + bomb)
@@ -489,7 +492,7 @@ peer.send(SUBSCRIBE, [[1, "session.>", 4096]])
 for _ in range(4):
     peer.send(QUERIES, [[number, "session:history", page] for number in range(1, 257)])
 print("sent", flush=True)
-time.sleep(60)
+time.sleep(60)  # until it is ended
 """
 
 
@@ -514,7 +517,7 @@ def test_clients_that_stop_reading_cost_their_queues_and_nobody_waits_for_them(
             witness.ask("session:append", session_id=session, event="n", data={"text": "x"})
             slowest_s = max(slowest_s, time.monotonic() - began_s)
             grown_mb = max(grown_mb, rss_mb(living(system)) - before_mb)
-            time.sleep(0.05)
+            time.sleep(0.05)  # What it costs is seen over three seconds.
 
     assert slowest_s < 1.0
     assert grown_mb < count * 32  # Sixteen frames of a megabyte each, and what is being made.

@@ -128,7 +128,7 @@ def test_a_second_signal_does_not_tear_the_checkpoint_of_a_stop(system: System) 
     assert held is not None
     for _ in range(5):
         os.kill(held.pid, signal.SIGTERM)
-        time.sleep(0.02)
+        time.sleep(0.02)  # Each meets another step of the stop.
     until(lambda: holder(system.var) is None)
     are_good(system.var, 1)
 
@@ -209,7 +209,7 @@ def test_a_supervisor_that_is_killed_meanwhile_leaves_no_half_checkpoint(system:
     good = 0
     for pause_s in (0.0, 0.01, 0.02, 0.05, 0.1):
         ordered(system)
-        time.sleep(pause_s)
+        time.sleep(pause_s)  # Each meets another step of the checkpoint.
         kill_all(system)
         found = whole(root_of(system.var))
         assert sorted(checkpoints.names(root_of(system.var))) == sorted(e.id for e in found)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def storm(system: System, *, sessions: int, workers: int, each: int, blows: int)
     dealt: Counter[str] = Counter()
     try:
         for _ in range(blows):
-            time.sleep(chance.uniform(0.05, 0.25))
+            time.sleep(chance.uniform(0.05, 0.25))  # It may come at any moment.
             what = chance.choices(["kill", "stop", "go on", "owner"], [4, 3, 3, 1])[0]
             dealt[what] += 1
             strike(system, running, what, chance)
@@ -216,9 +217,12 @@ def require_one_result_each(system: System, sessions: int, each: int) -> None:
         lines = map(json.loads, path.read_text().splitlines())
         return [line["data"].get("response") for line in lines if line["event"] == event]
 
+    def are_all_there(name: str) -> bool:
+        return len(entries(system, name)) == 2 * each
+
     in_order = [str(n) for n in range(each)]
     for session in range(sessions):
-        until(lambda name=f"s{session}": len(entries(system, name)) == 2 * each)  # type: ignore[misc]
+        until(partial(are_all_there, f"s{session}"))
     time.sleep(1.0)  # The promise: in the files within a second.
     for session in range(sessions):
         assert said(f"s{session}", "completion:result") == in_order

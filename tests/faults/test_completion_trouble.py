@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from system import System
 from trouble import entries, kill, paused, until
-from workers import WorkerProcess, registered, state, working
+from workers import WorkerProcess, happened, registered, state, working
 
+from ksi.actors.owners.completion import WorkerRenewed
 from ksi.transport import Client
 from ksi.transport.errors import Conflict, Forbidden, NotFound, StaleEpoch, Unavailable
 from ksi.transport.identity import KeyRing
@@ -135,7 +136,7 @@ def test_of_two_workers_with_one_name_the_former_ends_and_says_why(
     system: System, alice: Client, session_id: str
 ) -> None:
     with working(system, "twin") as [former]:
-        request_id = submit(alice, session_id, options={"delay_s": 0.5})
+        request_id = submit(alice, session_id, options={"delay_s": 60})
         until(lambda: is_begun(alice, request_id))
         epoch = registered(alice)["twin"]["epoch"]
         later = WorkerProcess(system.var, "twin")
@@ -143,9 +144,11 @@ def test_of_two_workers_with_one_name_the_former_ends_and_says_why(
             code, words = former.ended()
             assert (code, "another registered as twin" in words) == (5, True), words
             assert registered(alice)["twin"]["epoch"] > epoch
-            assert alice.outcome(request_id, timeout_s=20)["attempt"] == 2
+            again = alice.read("completion:status", request_id=request_id)
+            assert (again["worker"], again["attempt"]) == ("twin", 2)
         finally:
             later.kill()
+    alice.ask("completion:cancel", request_id=request_id)
 
 
 def test_a_worker_told_to_stop_finishes_what_it_holds_and_leaves(
@@ -241,24 +244,30 @@ def test_a_session_that_is_transferred_keeps_its_queue_and_admits_its_new_owner(
     assert results == [waiting[0], waiting[2], mine]
 
 
-def test_what_is_refused_by_sessions_at_last_ends_with_its_reason(
-    system: System, alice: Client, session_id: str
+@pytest.mark.parametrize("dies", [False, True])
+def test_nothing_is_granted_before_the_owner_of_sessions_has_recorded_it(
+    system: System, alice: Client, session_id: str, dies: bool
 ) -> None:
-    with paused(system, "sessions"):
-        request_id = submit(alice, session_id)
-        closing = threading.Thread(target=lambda: close_as("alice", system, session_id))
-        closing.start()  # arrives first: the request's record waits in an outbox
-        time.sleep(0.3)
-        assert state(alice, request_id) == "queued"
-    closing.join()
-    outcome = alice.outcome(request_id, timeout_s=10)
-    assert outcome["status"] == "cancelled"
-    assert "closed" in outcome["reason"]
+    closed = str(alice.ask("session:create")["session_id"])
+    with working(system, "eager", slots=2):
+        with paused(system, "sessions"):
+            kept = submit(alice, session_id)
+            lost = submit(alice, closed, requires="nobody")
+            renewed = renewals(system)
+            until(lambda: renewals(system) > renewed + 1)
+            assert [state(alice, each) for each in (kept, lost)] == ["queued"] * 2
+            alice.tell("session:close", session_id=closed)
+            if dies:
+                kill(system, "sessions")
+        assert alice.outcome(kept, timeout_s=10)["status"] == "completed"
+        outcome = alice.outcome(lost, timeout_s=10)
+        assert (outcome["status"], "closed" in outcome["reason"]) == ("cancelled", True)
+    until(lambda: len(said(system, session_id)) == 2)
+    assert said(system, session_id) == [("completion:request", kept), ("completion:result", kept)]
 
 
-def close_as(name: str, system: System, session_id: str) -> None:
-    with system.client(name) as client:
-        client.ask("session:close", session_id=session_id, timeout_s=20)
+def renewals(system: System) -> int:
+    return sum(type(event) is WorkerRenewed for event in happened(system.var))
 
 
 GONE = """

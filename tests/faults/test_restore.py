@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections import Counter
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 from checkpointing import load_on, made
 from system import System
-from trouble import entries, rows, until
+from trouble import WAIT_S, entries, rows, until
 
 from ksi.actors import restoring
 from ksi.actors.checkpoints import root_of
+from ksi.actors.owners import OWNERS
 from ksi.storage import checkpoints
+from ksi.transport import AsyncClient
 from ksi.transport.errors import Conflict, NotFound, Restored
 
 
@@ -190,11 +193,64 @@ def test_a_restore_that_is_cut_short_is_ended_before_anything_starts(
     with pytest.raises(Conflict, match="cut short"):
         restoring.run(system.var, newest)
     done = restoring.run(system.var)
-    assert (done.id, len(done.unchanged), len(done.owners)) == (checkpoint_id, 2, 3)
+    assert (done.id, len(done.unchanged), len(done.owners)) == (checkpoint_id, 2, len(OWNERS) - 2)
     system.start()
     assert noted(system, "early") == [1, 2]
     aside = system.var / "archive" / done.aside
     assert len((aside / "early.jsonl").read_bytes().splitlines()) == 3
+
+
+def before_and_after(system: System, kept: int) -> Iterator[None]:
+    """Say five things, some before a checkpoint; once they are read, go back and say another."""
+    with system.client("alice") as alice:
+        for n in range(1, 6):
+            alice.ask("message:publish", topic="jobs.new", message={"n": n})
+            if n == kept:
+                checkpoint_id = made(system).id
+    yield
+    system.stop()
+    restoring.run(system.var, checkpoint_id)
+    system.start()
+    with system.client("alice") as alice:
+        alice.ask("message:publish", topic="jobs.new", message={"n": 6})
+    yield
+
+
+def test_a_reader_that_lives_through_a_restore_of_the_bus_begins_anew(system: System) -> None:
+    with system.client("bob") as bob, bob.subscribe("jobs.>", durable="jobs") as jobs:
+        went = before_and_after(system, kept=2)
+        next(went)
+        former = [jobs.next(WAIT_S) for _ in range(5)]
+        former[0].ack()
+        bob.flush()
+        next(went)
+        again = [jobs.next(WAIT_S) for _ in range(3)]
+        assert [each.message["n"] for each in again] == [1, 2, 6]
+        with pytest.raises(Restored):
+            former[1].ack()  # Its number is that of another message now.
+        for each in again:
+            each.ack()
+        bob.flush()
+        assert bob.read("message:stats")["waiting"] == 0
+
+
+def test_on_asyncio_it_begins_anew_likewise(system: System) -> None:
+    async def read() -> None:
+        async with AsyncClient("bob", var=system.var) as bob:
+            jobs = await bob.subscribe("jobs.>", durable="jobs")
+            went = before_and_after(system, kept=1)
+            next(went)
+            former = [await jobs.next(WAIT_S) for _ in range(5)]
+            next(went)
+            again = [await jobs.next(WAIT_S) for _ in range(2)]
+            assert [each.message["n"] for each in again] == [1, 6]
+            with pytest.raises(Restored):
+                await former[1].ack()
+            for each in again:
+                await each.ack()
+            await bob.flush()
+
+    asyncio.run(read())
 
 
 @pytest.mark.parametrize("rule", ["retry", "fail"])
@@ -208,9 +264,9 @@ def test_after_a_restore_requests_go_on_in_order_and_what_was_interrupted_once(
             alice.ask("completion:async", session_id="s1", prompt="x", request_id=f"a{n}")
             alice.ask("completion:async", session_id="s2", prompt="x", request_id=f"b{n}")
         epoch = worker.ask("worker:register")["epoch"]
-        assert granted(worker) == ["a0"]
+        assert until(lambda: granted(worker)) == ["a0"]
         checkpoint_id = made(system).id
-        assert answer_all(worker) == ["a0", "b0", "a1", "b1", "a2", "b2"]
+        assert answer(worker, 6) == ["a0", "b0", "a1", "b1", "a2", "b2"]
         system.stop()
         (system.var / "ksi.toml").write_text(f'[checkpoint]\ninterrupted = "{rule}"\n')
 
@@ -228,15 +284,15 @@ def test_after_a_restore_requests_go_on_in_order_and_what_was_interrupted_once(
         epoch = worker.ask("worker:register")["epoch"]
         system.stop()
         system.start()  # What was decided at the first start is not decided again.
-        assert worker.ask("worker:renew", epoch=epoch)["grants"]
+        assert until(lambda: worker.ask("worker:renew", epoch=epoch)["grants"])
         rest = ["b0", "a1", "b1", "a2", "b2"]
         if rule == "retry":
             assert (interrupted["status"], interrupted["attempt"]) == ("queued", 1)
-            assert answer_all(worker) == ["a0", *rest]
+            assert answer(worker, 6) == ["a0", *rest]
         else:
             ended = (interrupted["status"], interrupted["reason"])
             assert ended == ("failed", "daemon_restart")
-            assert answer_all(worker) == rest
+            assert answer(worker, 5) == rest
     until(lambda: not rows(system, "completion", "ksi.outbox"))
     ends = [each for each in entries(system, "s1") if each["event"] != "completion:request"]
     assert len(ends) == 3
@@ -249,11 +305,11 @@ def granted(worker: Any) -> list[str]:
     return [each["request_id"] for each in grants]
 
 
-def answer_all(worker: Any) -> list[str]:
-    """Report what is granted until nothing is; return the order."""
+def answer(worker: Any, count: int) -> list[str]:
+    """Report so many of the requests as they are granted; return the order."""
     order: list[str] = []
-    while grants := worker.ask("worker:grants", worker="w")["grants"]:
-        (grant,) = grants
+    while len(order) < count:
+        (grant,) = until(lambda: worker.ask("worker:grants", worker="w")["grants"])
         name = {"request_id": grant["request_id"], "attempt": grant["attempt"]}
         worker.ask("worker:report", **name, result={"response": "x"})
         order.append(grant["request_id"])
@@ -276,3 +332,23 @@ def test_what_owners_had_to_tell_each_other_arrives_once_after_a_restore(system:
             recorded[(key, each["event"], each["correlation_id"])] += 1
     assert recorded
     assert set(recorded.values()) == {1}
+
+
+def test_who_watches_the_state_is_told_that_its_revisions_are_others_now(system: System) -> None:
+    with system.client("alice") as alice:
+        alice.ask("state:set", key="k", value=1)
+        checkpoint = made(system).id
+        alice.ask("state:set", key="k", value=2)
+        with alice.watch("k", after=0) as changes:
+            assert [changes.next(WAIT_S)["properties"]["value"] for _ in range(2)] == [1, 2]
+            revision, store = changes.revision, changes.store
+            system.stop()
+            restoring.run(system.var, checkpoint)
+            system.start()
+            with system.client("bob") as bob:
+                for value in (3, 4, 5):
+                    bob.ask("state:set", key="k", value=value)
+                with pytest.raises(Restored, match="its revisions are others"):
+                    bob.watch("k", after=revision, store=store)
+            with pytest.raises(Restored):
+                changes.next(WAIT_S)
