@@ -1,7 +1,8 @@
 """What a supervisor knows of each child, and which may start and which must stop next. No effects.
 
 Order is by the list: children start from its first to its last, each when the one before is ready,
-and stop from its last to its first, each when the one behind is gone.
+and stop from its last to its first, each when the one behind is gone. Where it goes by phase, that
+holds of phases, and the children of one start and stop together.
 """
 
 from __future__ import annotations
