@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ from trouble import until
 
 from ksi.actors import checkpoints as actors_checkpoints
 from ksi.actors.checkpoints import root_of
+from ksi.actors.config import CheckpointSection
+from ksi.actors.supervision import checkpointing
+from ksi.actors.supervision.checkpointing import Checkpoints
+from ksi.actors.supervision.child import ChildSpec
 from ksi.console.main import main
 from ksi.storage import checkpoints
 from ksi.storage.checkpoints import Checkpoint, File
@@ -130,6 +136,63 @@ def test_a_list_of_files_that_was_changed_is_found(tmp_path: Path) -> None:
     (tmp_path / made.id / checkpoints.FILES).write_text('["a", 5, 8]\n')
     with pytest.raises(Corrupt):
         checkpoints.verify(tmp_path / made.id)
+
+
+class Spawned:
+    """What a supervisor starts, without a process."""
+
+    def __init__(self) -> None:
+        self.specs: list[ChildSpec] = []
+        self.signals: list[int] = []
+        self.started_s = time.monotonic()
+
+    def spawn(self, spec: ChildSpec, _has_ended: Any) -> Any:
+        self.specs.append(spec)
+        return self
+
+    def signal(self, number: int) -> None:
+        self.signals.append(number)
+
+
+@pytest.fixture
+def spawned() -> Spawned:
+    return Spawned()
+
+
+def checkpoints_of(var: Path, spawned: Spawned) -> Checkpoints:
+    return Checkpoints(var, var / "run", spawned.spawn, lambda _: None, None)
+
+
+def test_one_is_made_by_time_if_something_has_changed(tmp_path: Path, spawned: Spawned) -> None:
+    store = tmp_path / "db" / "sessions" / "store"
+    store.mkdir(parents=True)
+    (store.parent / "CURRENT").write_text("store\n")
+    hourly, never = CheckpointSection(every_s=3600.0), CheckpointSection(every_s=0.0)
+    later_s = time.monotonic() + 60
+    made = made_of_nothing(tmp_path / "checkpoints", 1)  # long ago
+    checkpoints_of(tmp_path, spawned).turn(hourly, later_s)
+    assert spawned.specs == []
+    with open(create_segment(store, 1), "wb") as file:
+        file.write(b"x" * 100)
+    checkpoints_of(tmp_path, spawned).turn(never, later_s)
+    assert spawned.specs == []
+    making = checkpoints_of(tmp_path, spawned)
+    making.turn(hourly, later_s)
+    assert spawned.specs[0].arguments[2] == "time"
+    assert making.making is not None
+    assert made.created_at == 0.0
+
+
+def test_a_last_one_that_hangs_is_ended(
+    tmp_path: Path, spawned: Spawned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making = checkpoints_of(tmp_path, spawned)
+    for _ in range(3):
+        assert not making.is_last_taken(CheckpointSection())
+    assert (len(spawned.specs), spawned.signals) == (1, [])
+    monkeypatch.setattr(checkpointing, "LAST_S_MAX", -1.0)
+    assert not making.is_last_taken(CheckpointSection())
+    assert spawned.signals == [signal.SIGKILL]
 
 
 def test_segments_are_counted_and_dropped_but_for_the_last(tmp_path: Path) -> None:
