@@ -84,16 +84,19 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A child that waits to be told, through `channel`, what to become."""
+    """A child of `server` that waits to be told, through `channel`, what to become."""
 
     pid: int
     pidfd: int
+    server: int
     process: ForkServerProcess
     channel: Connection
 
     def told(self, order: tuple[ChildSpec, Path, dict[str, str]]) -> bool:
-        """Tell it; return False if it has ended."""
+        """Tell it; return False if it has ended, or is about to, since its server has."""
         try:
+            if _parent_of(self.pid) != self.server:
+                return False
             self.channel.send(order)
         except OSError:
             return False
@@ -184,10 +187,15 @@ class ForkServer:
             try:
                 process.start()
                 assert process.pid is not None
-                return _Waiting(process.pid, os.pidfd_open(process.pid), process, ours)
+                server = _parent_of(process.pid)
+                return _Waiting(process.pid, os.pidfd_open(process.pid), server, process, ours)
             except BaseException:
                 ours.close()
                 raise
+
+
+def _parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _tell_fault(modules: str, channel: Connection) -> None:
