@@ -29,7 +29,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -126,10 +126,16 @@ class ForkServer:
         temporary = os.fsencode(tempfile.gettempdir())
         if len(temporary) + _SOCKET_NAME_BYTES > SOCKET_PATH_BYTES_MAX:
             tempfile.tempdir = "/tmp"  # Of this process alone: what it starts keeps its TMPDIR.
+        with self._ordered():
+            multiprocessing.forkserver.ensure_running()
+
+    @contextlib.contextmanager
+    def _ordered(self) -> Iterator[None]:
+        """Whoever starts the server meanwhile tells it what to be; nobody else does."""
         os.environ[preload.SUPERVISOR_PID] = str(os.getpid())
         os.environ[preload.MODULES] = self._modules
         try:
-            multiprocessing.forkserver.ensure_running()
+            yield
         finally:
             del os.environ[preload.SUPERVISOR_PID], os.environ[preload.MODULES]
 
@@ -185,7 +191,8 @@ class ForkServer:
         with theirs:
             process = _context.Process(target=_child, args=(theirs,), daemon=True)
             try:
-                process.start()
+                with self._ordered():  # It may have ended just now: then this starts another.
+                    process.start()
                 assert process.pid is not None
                 server = _parent_of(process.pid)
                 return _Waiting(process.pid, os.pidfd_open(process.pid), server, process, ours)
