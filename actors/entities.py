@@ -23,6 +23,7 @@ from ksi.actors.queries import MISSING, Bound, Order, Place, Where, order_text
 from ksi.transport.errors import Quota
 
 SCAN_ROWS_MAX: Final = 10_000  # Rows one query looks at before it returns with a cursor.
+SCAN_BYTES_MAX: Final = 16 << 20  # The same, for large entities: its owner does nothing meanwhile.
 OWN_NAMES: Final = ("id", "type", "created_at", "updated_at", "revision")
 BY_CREATION: Final = "created_at"
 
@@ -210,21 +211,32 @@ def _all_of(types: list[str], by: Order, tables: EntityTables) -> Iterator[str]:
     numbers = (tables.types.get(kind) for kind in types)
     count = sum(number.count for number in numbers if number is not None)
     if count > SCAN_ROWS_MAX:
-        raise Quota(
-            f"{count} entities are too many to order by {by.name}",
-            hint="order_by created_at or a property, or narrow it with where",
-            limit=SCAN_ROWS_MAX,
-        )
+        raise _too_many(f"{count} entities", by)
     return (entity_id for _, entity_id in created(types, None, by, tables))
 
 
 def _sorted(
     entity_ids: Iterable[str], by: Order, after: Place | None, tables: EntityTables
 ) -> Placed:
-    placed = [(find(entity_id, tables).place(by), entity_id) for entity_id in entity_ids]
+    placed: list[tuple[Place, str]] = []
+    left = SCAN_BYTES_MAX
+    for entity_id in entity_ids:
+        found = find(entity_id, tables)
+        left -= len(found.entity.properties)
+        if left < 0:
+            raise _too_many(f"{SCAN_BYTES_MAX} bytes or more", by)
+        placed.append((found.place(by), entity_id))
     placed.sort(reverse=by.descending)
     placed.sort(key=lambda each: each[0].missing)  # Those come last in both directions.
     return (each for each in placed if after is None or _is_beyond(each[0], after, by))
+
+
+def _too_many(what: str, by: Order) -> Quota:
+    return Quota(
+        f"{what} are too many to order by {by.name}",
+        hint="order_by created_at or a property, or narrow it with where",
+        limit=SCAN_ROWS_MAX,
+    )
 
 
 def _is_beyond(place: Place, after: Place, by: Order) -> bool:

@@ -130,8 +130,11 @@ class Conversations(Protocol):
     def problems(self, **wanted: Any) -> list[dict[str, Any]]:
         """Return the lines and files that cannot be read, and why not."""
 
+    def counts(self) -> dict[str, Any]:
+        """Return how much there is in all."""
+
     def state(self) -> dict[str, Any]:
-        """Return how much there is, and what the follower does now."""
+        """Return what the follower does now."""
 
 
 CACHES: Final = frozenset({Index, Compositions, Conversations})

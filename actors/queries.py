@@ -30,6 +30,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from ksi.transport.errors import Invalid
+from ksi.transport.message import require_plain
 
 CONDITIONS_MAX: Final = 256  # Comparisons of one query: each is made for every record looked at.
 ORDER_BYTES: Final = 200  # Of a text, by which it is ordered: keys of tables hold no more.
@@ -89,6 +90,7 @@ def where(conditions: Mapping[str, Any]) -> Where:
     Raises:
         Invalid: an operator is unknown, has no such operand, or there are too many.
     """
+    require_plain(conditions, "$.where", "a condition")
     compiler = _Compiler()
     tests, bounds = compiler.all_of(conditions, "$.where")
     return Where(lambda record: all(test(record) for test in tests), tuple(bounds))

@@ -268,6 +268,10 @@ class OneConversation:
         """Return nothing."""
         return []
 
+    def counts(self) -> dict[str, Any]:
+        """Return that nothing was counted."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """Return that nothing is known of the follower."""
         return {}

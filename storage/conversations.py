@@ -181,12 +181,9 @@ class ConversationsWriter(Cache):
 
     def imported(self) -> list[str]:
         """Return the paths of all imported files that are known, those with a problem included."""
-        sql = (
-            "SELECT path FROM files WHERE path NOT LIKE ? UNION SELECT path FROM problems"
-            " WHERE path NOT LIKE ?"
-        )
-        like = f"{SESSION}%"
-        return [path for (path,) in self._database.execute(sql, (like, like))]
+        of_imports = "WHERE path >= '/' AND path < '0'"  # A path; a session begins otherwise.
+        sql = f"SELECT path FROM files {of_imports} UNION SELECT path FROM problems {of_imports}"
+        return [path for (path,) in self._database.execute(sql)]
 
     def forget(self, path: str) -> None:
         """Forget a file: it is gone, or no more what it was."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from ksi.actors.commit import batch_decoder, bind
 from ksi.actors.host import Host
+from ksi.actors.owner import Log
 from ksi.actors.testing import Twin
 
 
@@ -27,7 +28,7 @@ def host_of(twin: Twin, mailbox: Any, outbox: Any, log: Any) -> Host:
 
     reader = nothing(
         reader=nothing(read=read),
-        bound=lambda tables: bind(twin.owner.tables, tables, twin.log, twin.index),
+        bound=lambda _tables: bound(twin),
     )
     stat = nothing(
         begin_turn=lambda _: None, end_turn=lambda _: None, committing=lambda _: None,
@@ -36,6 +37,12 @@ def host_of(twin: Twin, mailbox: Any, outbox: Any, log: Any) -> Host:
     )  # fmt: skip
     parts: tuple[Any, ...] = (store, reader, mailbox, outbox, stat, nothing(make=lambda _: False))
     return Host(twin.loop, *parts, log)
+
+
+def bound(twin: Twin) -> Any:
+    """Return the declared tables of the owner, with logs and caches, as its queries get them."""
+    beside = {Log: twin.log, **twin.caches}
+    return bind(twin.owner.tables, twin.store.tables, beside)
 
 
 def events_in(twin: Twin) -> Iterator[Any]:

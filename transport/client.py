@@ -282,14 +282,60 @@ class Client:
         """
         deadline_s = self._caller.deadline_s(timeout_s)
         with self.subscribe(outcomes.topic(self.name, request_id)) as news:
-            while (left_s := deadline_s - time.monotonic()) > 0:
-                status = self.ask("completion:status", request_id=request_id, timeout_s=left_s)
-                if outcomes.has_ended(status):
-                    return status
-                left_s = deadline_s - time.monotonic()
-                with contextlib.suppress(TimeoutError):
-                    while not outcomes.may_have_ended(news.next(min(left_s, outcomes.RECHECK_S))):
-                        pass
+            return self._ended(request_id, news, deadline_s, timeout_s, None)
+
+    def complete(
+        self,
+        session_id: str,
+        prompt: str,
+        *,
+        timeout_s: float = OUTCOME_TIMEOUT_S,
+        on_tokens: Callable[[int, str], None] | None = None,
+        **fields: Any,
+    ) -> dict[str, Any]:
+        """Queue a prompt on a session and wait for its answer: `["result"]["response"]`.
+
+        Args:
+            on_tokens: called with pieces of the answer as it grows, where its provider streams:
+                behind how many characters a piece comes, and the piece. One may be missed, and
+                another attempt begins at 0.
+            fields: those of `completion:async`.
+
+        Returns:
+            What `completion:status` says: `result` with `response`, `model` and `usage`.
+
+        Raises:
+            Unanswered: it has failed or was cancelled.
+            Unavailable: it has not ended in time; it goes on. Refusals of `completion:async`.
+        """
+        request_id = fields.pop("request_id", None) or outcomes.fresh_id()
+        deadline_s = self._caller.deadline_s(timeout_s)
+        asked = {**fields, "session_id": session_id, "prompt": prompt, "request_id": request_id}
+        with self.subscribe(outcomes.topic(self.name, request_id)) as news:
+            self.ask("completion:async", asked, timeout_s=timeout_s)
+            status = self._ended(request_id, news, deadline_s, timeout_s, on_tokens)
+        return outcomes.require_completed(status)
+
+    def _ended(
+        self,
+        request_id: str,
+        news: Subscription,
+        deadline_s: float,
+        timeout_s: float,
+        on_tokens: Callable[[int, str], None] | None,
+    ) -> dict[str, Any]:
+        """Wait until a request has ended, and pass on what is heard of its answer."""
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            status = self.ask("completion:status", request_id=request_id, timeout_s=left_s)
+            if outcomes.has_ended(status):
+                return status
+            again_s = min(deadline_s, time.monotonic() + outcomes.RECHECK_S)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    delivery = news.next(max(0.0, again_s - time.monotonic()))
+                    if outcomes.may_have_ended(delivery):
+                        break
+                    outcomes.hear(delivery, on_tokens)
         raise outcomes.still_open(request_id, timeout_s)
 
     def watch(

@@ -52,6 +52,22 @@ LAPSES_MAX: Final = (
     5  # Workers that may vanish over one request before it is given up: it may be why.
 )
 AGEING_S: Final = 30.0  # Waiting this long is worth one step of priority: nothing starves.
+ATTEMPTS_USUAL: Final = 3  # Attempts that may fail before a request has, where it does not say ...
+ATTEMPTS_MAX: Final = 10  # ... and at the most: more is a loop, and each may cost money.
+RETRY_S: Final = 2.0  # The wait before the second attempt, then ever doubled ...
+RETRY_S_MAX: Final = 60.0  # ... up to this: whoever is overloaded for longer will be anyway.
+RETRY_AFTER_S_MAX: Final = 3600.0  # What a provider may ask to be left alone; its session waits.
+DEAD_MAX: Final = 1000  # Requests that failed for good, kept with their prompts to be retried ...
+DEAD_BYTES_MAX: Final = 64 << 20  # ... so many bytes of them ...
+DEAD_S: Final = 30 * 86_400.0  # ... and so long: whoever comes back from a holiday finds them.
+PROVIDERS_MAX: Final = 256  # Providers whose fate is counted: a row each, for names reports give.
+BUDGETS_MAX: Final = 10_000  # Agents and sessions that have one: a row each.
+USAGE_ROWS_MAX: Final = 20_000  # Sums of tokens, by hour, agent and model; the oldest go first.
+USAGE_S: Final = 31 * 86_400.0  # The same: bills are monthly.
+MODEL_CHARS_MAX: Final = 64  # Of a model's name in a key, which holds 511 bytes in all.
+HISTORY_TURNS_MAX: Final = 100  # What a provider is told of a session: the newest turns ...
+HISTORY_BYTES_MAX: Final = 256 << 10  # ... as far as they fit here: models hold little more.
+OUTPUT_BYTES_MAX: Final = 4 << 20  # What a program may print for one answer: its events as well.
 FINISHED_MAX: Final = 10_000  # Outcomes kept for those who ask; the record is the session's file.
 FINISHED_BYTES_MAX: Final = 256 << 20  # The same, for large results.
 FINISHED_S: Final = 86_400.0  # The same: nobody asks after a day.

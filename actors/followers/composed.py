@@ -133,7 +133,7 @@ def split(path: str, content: bytes) -> tuple[str, str, int]:
 
 def _load(source: str, first_line: int) -> Any:
     from ruamel.yaml import YAML  # Only now: most systems have no compositions.
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+    from ruamel.yaml.error import MarkedYAMLError
 
     try:
         return YAML(typ="safe", pure=True).load(source)
@@ -141,7 +141,7 @@ def _load(source: str, first_line: int) -> Any:
         mark = error.problem_mark
         where = "" if mark is None else f", line {mark.line + first_line}"
         raise Rejected(f"its YAML is malformed{where}: {error.problem or error.context}") from None
-    except (YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # What a parser raises at odd input must not stop the others.
         raise Rejected(f"its YAML is malformed: {str(error)[:200]}") from None
 
 
@@ -153,8 +153,10 @@ def _plain(value: Any, budget: Iterator[int], depth: int) -> Any:
     if depth > NESTING_MAX:
         raise Rejected(f"it is nested deeper than {NESTING_MAX}")
     match value:
-        case None | bool() | int() | str():
+        case None | bool() | int():
             return value
+        case str():
+            return _whole(value)
         case float():
             if not math.isfinite(value):
                 raise Rejected(f"{value} is no number JSON can hold")
@@ -171,12 +173,20 @@ def _plain(value: Any, budget: Iterator[int], depth: int) -> Any:
 
 def _key(key: Any) -> str:
     if isinstance(key, str):
-        return key
+        return _whole(key)
     if isinstance(key, datetime.date):
         return key.isoformat()
     if key is None or isinstance(key, bool | int | float):
         return as_json(key)
     raise Rejected(f"it has a key of the type {type(key).__name__}")
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Rejected("it holds half of a character") from None
+    return text
 
 
 def _text(value: Any) -> str | None:

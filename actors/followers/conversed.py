@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,7 +59,13 @@ def said(line: bytes) -> Said:
     Raises:
         Unreadable: it is of no known form.
     """
-    entry, kind = _entry(line)
+    try:
+        return _read(*_entry(line))
+    except RecursionError:
+        raise Unreadable("it is nested too deep") from None
+
+
+def _read(entry: dict[str, Any], kind: str) -> Said:
     if kind == "ksi":
         about = entry["ksi"]
         sender = about.get("agent_id") or about.get("provider") or "assistant"
@@ -125,14 +132,10 @@ def _time(at: Any) -> float:
     """Return a time of a log. One without a zone is taken for UTC: so it was meant."""
     if isinstance(at, bool) or not isinstance(at, int | float | str):
         raise Unreadable("it has no timestamp")
-    try:
-        return moment(at)
-    except Invalid:
-        pass
-    try:
-        return moment(f"{at}Z")
-    except Invalid:
-        raise Unreadable(f"its timestamp {at!r} is no time"[:300]) from None
+    for form in (at, f"{at}Z"):
+        with suppress(Invalid, OverflowError):
+            return moment(form)
+    raise Unreadable(f"its timestamp {str(at)[:100]!r} is no time")
 
 
 def _spoken(response: Any) -> str:
@@ -265,11 +268,14 @@ class ConversationsView:
         found = self._reader.problems(path=file_path, **wanted)
         return [{**each, "file_path": self._path(each["path"])} for each in found]
 
+    def counts(self) -> dict[str, Any]:
+        """Return how much there is in all."""
+        return self._reader.counts()
+
     def state(self) -> dict[str, Any]:
-        """Return how much there is, and what the follower says of itself."""
+        """Return what the cache has come to, and what the follower says of itself."""
         rebuilt, imported = self._reader.orders()
         return {
-            **self._reader.counts(),
             "rebuilt": rebuilt,
             "imports": imported,
             **read_follower(run_directory(self._var), "conversations"),

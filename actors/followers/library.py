@@ -79,7 +79,7 @@ class CompositionsFollower(FileFollower[CompositionsWriter]):
 
     def _fill(self, writer: CompositionsWriter) -> Iterator[int]:
         for path in files_of(self._roots(), self.suffixes):
-            self._examine(writer, path, is_told=False)
+            self._look(writer, path, is_told=False)
             yield 1
         writer.finish()
 
@@ -92,7 +92,11 @@ class CompositionsFollower(FileFollower[CompositionsWriter]):
     def _paths(self, writer: CompositionsWriter) -> set[Path]:
         return {self._folder / path for path in writer.paths()}
 
-    def _examine(self, writer: CompositionsWriter, path: Path, *, is_told: bool) -> None:
+    def _examine(self, writer: CompositionsWriter, path: Path, *, is_told: bool) -> Iterator[None]:
+        self._look(writer, path, is_told=is_told)
+        yield None
+
+    def _look(self, writer: CompositionsWriter, path: Path, *, is_told: bool) -> None:
         key = path.relative_to(self._folder).as_posix()
         known, signature = writer.known(key), signature_of(path)
         if signature is None or path.is_dir():
@@ -204,7 +208,7 @@ class ConversationsFollower(FileFollower[ConversationsWriter]):
     def _fill(self, writer: ConversationsWriter) -> Iterator[bool]:
         roots = self._roots()
         for path in files_of(roots, self.suffixes):
-            for _ in self._pieces(writer, path, is_told=False):
+            for _ in self._examine(writer, path, is_told=False):
                 yield True
         writer.come_to(self._imports)
 
@@ -232,12 +236,7 @@ class ConversationsFollower(FileFollower[ConversationsWriter]):
     def _paths(self, writer: ConversationsWriter) -> set[Path]:
         return set(map(Path, writer.imported()))
 
-    def _examine(self, writer: ConversationsWriter, path: Path, *, is_told: bool) -> None:
-        for _ in self._pieces(writer, path, is_told=is_told):
-            pass
-
-    def _pieces(self, writer: ConversationsWriter, path: Path, *, is_told: bool) -> Iterator[None]:
-        """Bring the cache on by one log, a piece at a step."""
+    def _examine(self, writer: ConversationsWriter, path: Path, *, is_told: bool) -> Iterator[None]:
         key, signature = str(path), signature_of(path)
         if signature is None or not self._is_imported(path):
             writer.forget(key)

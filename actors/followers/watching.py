@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
-from ksi.actors.followers.caching import CacheFollower, Writer
+from ksi.actors.followers.caching import CacheFollower, Making, Writer
 from ksi.transport.limits import TICK_S
 
 TTL_S: Final = 60.0  # All files are looked at this often, whatever is told of them.
@@ -119,7 +119,7 @@ class FileFollower(CacheFollower[W]):
         super().__init__(owner, var, logger)
         self._watch = Watch(logger)
         self._scan: Iterator[None] | None = None
-        self._looked_s = 0.0
+        self._looked_s = float("-inf")
 
     @abstractmethod
     def _roots(self) -> Roots:
@@ -130,9 +130,9 @@ class FileFollower(CacheFollower[W]):
         """Return all files the cache knows of."""
 
     @abstractmethod
-    def _examine(self, writer: W, path: Path, *, is_told: bool) -> None:
-        """Bring the cache on by one file, which may be gone. `is_told`: it has changed, even if it
-        looks as it did."""
+    def _examine(self, writer: W, path: Path, *, is_told: bool) -> Iterator[None]:
+        """Bring the cache on by one file, which may be gone, a piece at a step. `is_told`: it has
+        changed, even if it looks as it did."""
 
     @property
     def wait_s(self) -> float:
@@ -150,7 +150,8 @@ class FileFollower(CacheFollower[W]):
             self._scan, self._looked_s = self._all(writer, roots), now_s
         for path in self._watch.changed():
             if self._is_wanted(path, roots):
-                self._examine(writer, path, is_told=True)
+                for _ in self._examine(writer, path, is_told=True):
+                    pass
             elif path.is_dir() or not path.exists():  # What was in it has come or gone with it.
                 self._scan = self._all(writer, roots)
         until_s = now_s + TURN_S
@@ -167,23 +168,27 @@ class FileFollower(CacheFollower[W]):
         known = self._paths(writer)
         for path in files_of(roots, self.suffixes):
             known.discard(path)
-            self._examine(writer, path, is_told=False)
-            yield None
+            yield from self._examine(writer, path, is_told=False)
         for path in sorted(known):
-            self._examine(writer, path, is_told=False)
-            yield None
+            yield from self._examine(writer, path, is_told=False)
 
     def _is_wanted(self, path: Path, roots: Roots) -> bool:
         if path in roots.files:
             return True
-        if path.suffix not in self.suffixes or is_hidden(path, roots):
+        if path.suffix not in self.suffixes or is_hidden(path, roots) or not _is_text(str(path)):
             return False
         return any(path.is_relative_to(folder) for folder in roots.folders)
 
+    def _install(self, rebuild: Making) -> None:
+        super()._install(rebuild)
+        self._look_again()  # What was told meanwhile went into the former cache.
+
     def _let_go(self) -> None:
         super()._let_go()
-        self._scan = None
-        self._looked_s = 0.0
+        self._look_again()
+
+    def _look_again(self) -> None:
+        self._scan, self._looked_s = None, float("-inf")
 
 
 def is_hidden(path: Path, roots: Roots) -> bool:
@@ -197,7 +202,8 @@ def is_hidden(path: Path, roots: Roots) -> bool:
 def files_of(roots: Roots, suffixes: tuple[str, ...]) -> Iterator[Path]:
     """Yield the files of these suffixes below folders, in order, then the single ones.
 
-    Hidden ones are left out, and folders that are links are not gone into.
+    Hidden ones and those whose names are no UTF-8 are left out, and folders that are links are not
+    gone into.
     """
     for folder in sorted(roots.folders):
         yield from _files_below(folder, suffixes)
@@ -214,11 +220,22 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         path = folder / entry.name
+        if not _is_text(entry.name):
+            continue
         with suppress(OSError):
             if entry.is_dir(follow_symlinks=False):
                 yield from _files_below(path, suffixes)
             elif path.suffix in suffixes:
                 yield path
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a name can be said: in others there are bytes that are no UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def signature_of(path: Path) -> str | None:

@@ -595,7 +595,7 @@ def _as_json(page: Messages) -> str:
 
 
 def _stats(cache: Conversations) -> ConversationStats:
-    state = cache.state()
+    state = cache.counts()
     return ConversationStats(
         total_conversations=state.get("conversations", 0),
         imported_conversations=state.get("imported", 0),

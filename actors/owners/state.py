@@ -28,12 +28,20 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 
 from ksi.actors import entities
-from ksi.actors.entities import BY_CREATION, SCAN_ROWS_MAX, Entity, EntityTables, Number, count_one
+from ksi.actors.entities import (
+    BY_CREATION,
+    SCAN_BYTES_MAX,
+    SCAN_ROWS_MAX,
+    Entity,
+    EntityTables,
+    Number,
+    count_one,
+)
 from ksi.actors.entities import decode_properties as _decode
 from ksi.actors.owner import (
     Announcement,
@@ -70,7 +78,9 @@ PROPERTIES_MAX: Final = 256  # Of one entity: each may be a row of the index.
 NAME_BYTES_MAX: Final = 128  # Of a property: keys of the index hold no more beside the rest.
 TYPES_MAX: Final = 1000  # Types of entities: what has no type given looks through all of them.
 STEPS_MAX: Final = 1000  # Changes in one transaction: the others wait for it.
-CASCADE_MAX: Final = 10_000  # Relationships deleted with their entity: events of one record.
+CASCADE_MAX: Final = 10_000  # Relationships deleted with their entity ...
+CHANGED_MAX: Final = 20_000  # ... and changes of one command: they are one record of the journal.
+TOLD_MAX: Final = 100  # Refusals of one bulk that are told in words: its reply is one frame.
 CHANGES_MAX: Final = 100_000  # Changes kept for those who watch: an hour of thirty a second.
 CHANGES_BYTES_MAX: Final = 64 << 20  # The same, for large values.
 QUEUE_ITEMS_MAX: Final = 10_000  # Items of one queue: deleting it is one decision.
@@ -81,6 +91,7 @@ LAPSED_MAX: Final = 1000  # Items dropped in one decision because their time ran
 PAGE_ROWS_MAX: Final = 1000  # Entities, relationships or changes in one reply.
 PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX // 2  # The same, for large ones.
 RELATED_MAX: Final = 100  # Relationships shown with an entity; there is a query for more.
+RELATED_BYTES_MAX: Final = 64 << 10  # The same, for large metadata.
 WALKED_MAX: Final = 5000  # Entities that a walk along relationships reaches: one reply.
 DEPTH_MAX: Final = 32  # Steps of a walk: it is bounded by what it reaches, too.
 GROUPS_MAX: Final = 1000  # Groups in one reply.
@@ -191,8 +202,8 @@ class RelationshipPage(Reply, frozen=True, kw_only=True):
     next: str | None
 
 
-class Unrelated(Reply, frozen=True, kw_only=True):
-    """The relationship is gone."""
+class Related(Reply, frozen=True, kw_only=True):
+    """Which relationship has changed; `revision` names this change."""
 
     from_id: str
     to_id: str
@@ -448,7 +459,7 @@ class BulkCreate(Command[BulkCreated], frozen=True, kw_only=True):
     refuses=(Invalid, NotFound, Conflict, Quota, TooLarge),
     example={"from_id": "agent_1", "to_id": "agent_2", "relation_type": "observes"},
 )
-class CreateRelationship(Command[RelationshipView], frozen=True, kw_only=True):
+class CreateRelationship(Command[Related], frozen=True, kw_only=True):
     """Relate two entities that exist. `from`, `to` and `type` are other names of the fields.
 
     If they are related so already it is a conflict; with `upsert` that gets this metadata.
@@ -471,7 +482,7 @@ class CreateRelationship(Command[RelationshipView], frozen=True, kw_only=True):
     refuses=(Invalid, NotFound),
     example={"from_id": "agent_1", "to_id": "agent_2", "relation_type": "observes"},
 )
-class DeleteRelationship(Command[Unrelated], frozen=True, kw_only=True):
+class DeleteRelationship(Command[Related], frozen=True, kw_only=True):
     """Delete a relationship. `from`, `to` and `type` are other names of the fields."""
 
     from_id: Word | None = None
@@ -1072,7 +1083,7 @@ class _Draft:
         self.events.append(EntityDeleted(entity_id, known.type, self._next(), self.now, self.by))
         self._entities[entity_id] = None
 
-    def relate(self, triple: _Triple, kind: str, metadata: bytes) -> Relation:
+    def relate(self, triple: _Triple, kind: str, metadata: bytes) -> None:
         """Add that two entities are related."""
         source, relation_type, target = triple
         revision = self._next()
@@ -1081,8 +1092,7 @@ class _Draft:
                 source, target, relation_type, kind, metadata, revision, self.now, self.by
             )
         )
-        relation = self._relations[triple] = Relation(metadata, revision, self.now)
-        return relation
+        self._relations[triple] = Relation(metadata, revision, self.now)
 
     def unrelate(self, triple: _Triple) -> None:
         """Add that two entities are related so no longer."""
@@ -1099,6 +1109,8 @@ class _Draft:
         return entity
 
     def _next(self) -> int:
+        if len(self.events) >= CHANGED_MAX:
+            raise Quota(f"these are more than {CHANGED_MAX} changes", limit=CHANGED_MAX)
         self.revision += 1
         return self.revision
 
@@ -1196,7 +1208,7 @@ def _delete(
     return Deleted(id=entity_id, revision=draft.revision, relationships=len(related))
 
 
-def _relate(command: CreateRelationship, draft: _Draft) -> RelationshipView:
+def _relate(command: CreateRelationship, draft: _Draft) -> Related:
     triple = _triple(command)
     metadata = _packed(command.metadata, "$.metadata")
     kind = draft.require(triple[0]).type
@@ -1206,10 +1218,11 @@ def _relate(command: CreateRelationship, draft: _Draft) -> RelationshipView:
             f"{triple[0]} {triple[1]} {triple[2]} already",
             hint="with upsert it gets this metadata",
         )
-    return _relationship_view(triple, draft.relate(triple, kind, metadata))
+    draft.relate(triple, kind, metadata)
+    return _related(triple, draft.revision)
 
 
-def _unrelate(command: DeleteRelationship, draft: _Draft) -> Unrelated:
+def _unrelate(command: DeleteRelationship, draft: _Draft) -> Related:
     triple = _triple(command)
     source, relation_type, target = triple
     if draft.relation(triple) is None:
@@ -1218,9 +1231,12 @@ def _unrelate(command: DeleteRelationship, draft: _Draft) -> Unrelated:
             hint=f"ksi read state:relationship:query --from-id {source}",
         )
     draft.unrelate(triple)
-    return Unrelated(
-        from_id=source, to_id=target, relation_type=relation_type, revision=draft.revision
-    )
+    return _related(triple, draft.revision)
+
+
+def _related(triple: _Triple, revision: int) -> Related:
+    source, relation_type, target = triple
+    return Related(from_id=source, to_id=target, relation_type=relation_type, revision=revision)
 
 
 def _set_value(command: SetValue, draft: _Draft) -> Changed:
@@ -1238,7 +1254,7 @@ def _set_value(command: SetValue, draft: _Draft) -> Changed:
 
 def _bulk_create(command: BulkCreate, draft: _Draft) -> BulkCreated:
     results: list[CreateResult] = []
-    room = PAGE_BYTES_MAX
+    failed = 0
     for position, fields in enumerate(command.entities):
         try:
             each = _converted(fields, CreateEntity, f"$.entities[{position}]")
@@ -1249,10 +1265,9 @@ def _bulk_create(command: BulkCreate, draft: _Draft) -> BulkCreated:
         except KsiError as refusal:
             if command.atomic:
                 raise _of_part(refusal, f"$.entities[{position}]") from None
-            room -= len(refusal.text)
-            text = refusal.text if room > 0 else ""
+            failed += 1
+            text = refusal.text[:500] if failed <= TOLD_MAX else ""
             results.append(CreateResult(error=Failure(code=refusal.code, text=text)))
-    failed = sum(each.error is not None for each in results)
     total = len(results)
     return BulkCreated(results=results, total=total, success=total - failed, failed=failed)
 
@@ -1699,17 +1714,19 @@ def _query(query: QueryEntities, tables: StateTables) -> EntityPage:
     if query.after is not None:
         after = Place(*place_of(query.after, str(by), bool, str, int))
     page: list[EntityView] = []
-    room, last = PAGE_BYTES_MAX, after
+    room, left, last = PAGE_BYTES_MAX, SCAN_BYTES_MAX, after
     placed = entities.select(query.type, condition, by, after, tables)
     for looked, (place, entity_id) in enumerate(placed):
-        if looked == SCAN_ROWS_MAX:
+        if looked == SCAN_ROWS_MAX or left < 0:
             return _page(page, by, last, tables)
         found = entities.find(entity_id, tables)
+        left -= len(found.entity.properties)
         if condition.holds(found.value) and found.place(by) == place:
-            room -= len(found.entity.properties)
+            view = _view(found.id, found.entity, query.include, tables, found.properties)
+            room -= len(encode(view))
             if len(page) == query.limit or (room < 0 and page):
                 return _page(page, by, last, tables)
-            page.append(_view(found.id, found.entity, query.include, tables, found.properties))
+            page.append(view)
         last = place
     return _page(page, by, None, tables)
 
@@ -1732,13 +1749,9 @@ def _view(
     tables: StateTables,
     properties: dict[str, Any] | None = None,
 ) -> EntityView:
-    related = None
+    related, more = None, False
     if "relationships" in include:
-        related = [
-            _relationship_view(triple, relation)
-            for triple in islice(_touching(entity_id, tables), RELATED_MAX + 1)
-            if (relation := tables.outgoing.get(triple)) is not None
-        ]
+        related, more = _shown_relationships(entity_id, tables)
     if "properties" not in include:
         properties = None
     elif properties is None:
@@ -1748,8 +1761,8 @@ def _view(
         type=entity.type,
         revision=entity.revision,
         properties=properties,
-        relationships=related and related[:RELATED_MAX],
-        more_relationships=related is not None and len(related) > RELATED_MAX,
+        relationships=related,
+        more_relationships=more,
         **_times(entity),
     )
 
@@ -1769,6 +1782,22 @@ def _times(entity: Entity) -> dict[str, Any]:
 
 def _iso(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="microseconds")
+
+
+def _shown_relationships(
+    entity_id: str, tables: StateTables
+) -> tuple[list[RelationshipView], bool]:
+    """Return the first relationships of an entity, and whether there are more."""
+    shown: list[RelationshipView] = []
+    room = RELATED_BYTES_MAX
+    for triple in _touching(entity_id, tables):
+        relation = tables.outgoing.get(triple)
+        assert relation is not None
+        room -= len(relation.metadata)
+        if len(shown) == RELATED_MAX or (room < 0 and shown):
+            return shown, True
+        shown.append(_relationship_view(triple, relation))
+    return shown, False
 
 
 def _touching(entity_id: str, tables: StateTables) -> Iterator[_Triple]:
@@ -1921,31 +1950,42 @@ def _count(query: CountThem, tables: StateTables) -> Count:
     return _counted(query, records(query, tables))
 
 
-def _counted(query: CountThem, records: Iterator[tuple[Any, Record | None]]) -> Count:
-    """Count records by the value of a name; each comes with its place, or with none."""
+class _Counted(NamedTuple):
+    """A record to be counted: where it stands, its size, and its values if it is asked for."""
+
+    place: tuple[Any, ...] | None  # None: it is among a few that are counted at once
+    size_bytes: int
+    value_of: Record | None
+
+
+def _counted(query: CountThem, records: Iterator[_Counted]) -> Count:
+    """Count records by the value of a name."""
     condition = where(query.where)
     count = without = 0
     groups: dict[bytes, Group] = {}
-    last = None
-    for looked, (place, value_of) in enumerate(records):
-        if looked == SCAN_ROWS_MAX and last is not None:
+    room, left, last = PAGE_BYTES_MAX, SCAN_BYTES_MAX, None
+    for looked, record in enumerate(records):
+        if (looked == SCAN_ROWS_MAX or left < 0) and last is not None:
             break
-        last = place
-        if value_of is None or not condition.holds(value_of):
+        if left < 0:
+            raise Quota(f"{SCAN_BYTES_MAX} bytes or more to count at once", hint="narrow it")
+        left, last = left - record.size_bytes, record.place
+        if record.value_of is None or not condition.holds(record.value_of):
             continue
         count += 1
-        value = MISSING if query.group_by is None else value_of(query.group_by)
+        value = MISSING if query.group_by is None else record.value_of(query.group_by)
         if value is MISSING:
             without += 1
             continue
         key = _group_key(value)
-        if key not in groups and len(groups) == GROUPS_MAX:
+        known = groups.get(key)
+        room -= 0 if known else len(key)
+        if room < 0 or len(groups) + (known is None) > GROUPS_MAX:
             raise Quota(
-                f"there are more than {GROUPS_MAX} values of {query.group_by}",
+                f"there are more than {GROUPS_MAX} values of {query.group_by}, or large ones",
                 hint="narrow it with where",
                 limit=GROUPS_MAX,
             )
-        known = groups.get(key)
         groups[key] = Group(value=value, count=1 if known is None else known.count + 1)
     else:
         last = None
@@ -1969,24 +2009,27 @@ def _group_key(value: Any) -> bytes:
     return text.encode()
 
 
-def _entity_records(query: CountThem, tables: StateTables) -> Iterator[tuple[Any, Record | None]]:
+def _entity_records(query: CountThem, tables: StateTables) -> Iterator[_Counted]:
     types = entities.types_of(query.type, tables)
     narrowed = entities.among(where(query.where), types, tables)
     if narrowed is not None:
         for entity_id in narrowed:
-            yield None, entities.find(entity_id, tables).value
+            found = entities.find(entity_id, tables)
+            yield _Counted(None, len(found.entity.properties), found.value)
         return
     last = None if query.after is None else place_of(query.after, query.target, int)
     after = None if last is None else Place(False, "", *last)
     for place, entity_id in entities.created(types, after, order(BY_CREATION), tables):
-        yield (place.serial,), entities.find(entity_id, tables).value
+        found = entities.find(entity_id, tables)
+        yield _Counted((place.serial,), len(found.entity.properties), found.value)
 
 
-def _relation_records(query: CountThem, tables: StateTables) -> Iterator[tuple[Any, Record | None]]:
+def _relation_records(query: CountThem, tables: StateTables) -> Iterator[_Counted]:
     last = () if query.after is None else place_of(query.after, query.target, str, str, str)
     for triple, relation in tables.outgoing.range(_following(last)):
         is_asked_for = query.type in (None, triple[1])
-        yield triple, partial(_relation_value, triple, relation) if is_asked_for else None
+        value_of = partial(_relation_value, triple, relation) if is_asked_for else None
+        yield _Counted(triple, len(relation.metadata), value_of)
 
 
 def _relation_value(triple: _Triple, relation: Relation, name: str) -> Any:

@@ -31,6 +31,8 @@ def kill_supervisors(system: System, kills: int) -> None:
             killed_s = time.monotonic()
             os.kill(held.pid, signal.SIGKILL)
             left = gone(below, killed_s + ORPHANS_S)
+        for each in left:
+            each.kill()
         assert left == [], f"after {ORPHANS_S} s these are still there: {left}"
         slowest_s = max(slowest_s, time.monotonic() - killed_s)
         system.start()

@@ -19,15 +19,14 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from hosted import events_in, follow, host_of
+from hosted import bound, events_in, follow, host_of
 from workers import require_one_at_a_time
 
 from ksi.actors import host as host_module
 from ksi.actors import outbox as outbox_module
-from ksi.actors.commit import bind
 from ksi.actors.outbox import Outbox
 from ksi.actors.owners import OWNERS, load, load_all
-from ksi.actors.owners.completion import GetGrants
+from ksi.actors.owners.completion_declared import GetGrants
 from ksi.actors.testing import START, Twin
 from ksi.transport.errors import KsiError
 from ksi.transport.limits import TICK_S
@@ -273,8 +272,7 @@ class World:
     def answer(self, owner: str, query: Any) -> Any:
         twin = self.processes[owner].twin
         follow(twin)
-        tables = bind(twin.owner.tables, twin.store.tables, twin.log, twin.index)
-        return twin.owner.answer(query, tables)
+        return twin.owner.answer(query, bound(twin))
 
     def fact(self, query: Any) -> Any:
         """Answer from the state of another owner, as it is now."""
