@@ -137,6 +137,12 @@ class CheckpointSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         "with 1 there is nothing to fall back to when it is damaged",
         "checkpoints", 1, 10_000,
     )] = 5
+    former_s: Annotated[float, _seconds(
+        "stores that a restore has replaced, and views that recovery has set aside, are removed "
+        "when nothing was written to them for this long and no checkpoint is of them",
+        "what came after the checkpoint that was restored is then only in archive/before-restore-*",
+        0.0, 366 * 86_400,
+    )] = 7 * 86_400.0
     interrupted: Annotated[Interrupted, msgspec.Meta(extra={
         "reason": "what becomes of requests that were running in a checkpoint that is restored: "
         "they wait again in their place, or end as failed with the reason daemon_restart",

@@ -114,6 +114,7 @@ FREE_BYTES_MIN: Final = 64 << 20  # Free disk below which new work is refused ..
 FREE_PART_MIN: Final = 0.05  # ... or below this part of the disk, whichever is smaller.
 ROOM_CHECK_S: Final = 0.1  # How old an answer to "is there room" may be.
 LOCK_WAIT_S: Final = 30.0  # A killed predecessor may still be inside a sync of a slow disk.
+VERIFY_BYTES_MAX: Final = 32 << 20  # Of a checkpoint that is verified while everybody waits: 0.3 s.
 OPEN_FILES_MAX: Final = 256  # Session files a follower keeps open.
 INDEX_DAYS_OPEN_MAX: Final = 64  # Databases of the index kept open: a rebuild meets days at random.
 INDEX_QUERY_S_MAX: Final = 2.0  # One look into a database: its owner answers nobody else meanwhile.

@@ -36,12 +36,14 @@ class Tree(NamedTuple):
         specs: makes the child specs for a var directory from its settings.
         strategy: what else is restarted when one of them has ended.
         domains: which of them announces the topics that begin with a word.
+        by_phase: whether those of one phase start and stop together.
         has_checkpoints: whether they are owners with stores, of which checkpoints are made.
     """
 
     specs: Callable[[Path, Config], tuple[ChildSpec, ...]]
     strategy: Strategy = "one_for_one"
     domains: Mapping[str, str] = {}
+    by_phase: bool = False
     has_checkpoints: bool = False
 
 
@@ -51,6 +53,7 @@ def tree() -> Tree:
     return Tree(
         specs,
         domains={domain: name for name, owner in owners.items() for domain in owner.domains},
+        by_phase=True,  # Owners do not ask each other: none waits for another.
         has_checkpoints=True,
     )
 
