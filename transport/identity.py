@@ -40,8 +40,8 @@ from ksi.transport.message import ANYONE, Role
 from ksi.transport.remote import REMOTE_NAME, is_remote
 
 RESERVED: Final = frozenset(
-    {"archive", "bus", "completion", "events", "files", "index", "registry", "sessions"}
-    | {"state", "supervisor"}
+    {"archive", "bus", "completion", "events", "files", "index", "library", "mcp", "registry"}
+    | {"sessions", "state", "supervisor"}
 )
 BELL_SUFFIX: Final = ".bell"  # The doorbell of an owner is beside its socket.
 

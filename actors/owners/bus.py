@@ -68,6 +68,7 @@ RESERVED: Final = frozenset(
         "agent",
         "message",
         "completion",
+        "conversation",
         "worker",
         "index",
         "state",
