@@ -345,7 +345,7 @@ def test_a_hung_observer_and_a_hung_owner_of_the_log_hold_up_nobody(system: Syst
             lambda: (
                 found
                 if len((found := hung.read("observation:next", subscription_id="hung"))["events"])
-                >= 51
+                >= 50
                 else None
             )
         )
