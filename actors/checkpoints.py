@@ -37,6 +37,7 @@ from ksi.actors import log
 from ksi.actors.commit import bind, table_types
 from ksi.actors.followers.conversed import cache_path
 from ksi.actors.followers.indexed import index_directory
+from ksi.actors.followers.recorded import event_directory
 from ksi.actors.owner import Owner
 from ksi.actors.owners import OWNERS, load
 from ksi.actors.reading import cursor_path, log_directory, reader_of
@@ -47,6 +48,7 @@ from ksi.storage.boot import this_boot
 from ksi.storage.checkpoints import Checkpoint, File
 from ksi.storage.conversations import ConversationsReader
 from ksi.storage.errors import Corrupt
+from ksi.storage.eventlog import read_synced
 from ksi.storage.files import read_cursor, read_log
 from ksi.storage.former import drop_former
 from ksi.storage.index import Place, read_place
@@ -384,7 +386,7 @@ def drop_journals(var: Path) -> int:
     """Remove the journal segments that nobody needs any more; return how many.
 
     Kept is what follows the older of the two newest checkpoints, should one of them be damaged,
-    and what has yet to get into session files, on disk, and the index.
+    and what has yet to get into session files and the event log, on disk, and the index.
     """
     newest = checkpoints.whole(root_of(var))[:2]
     if len(newest) < 2:
@@ -395,10 +397,18 @@ def drop_journals(var: Path) -> int:
         if older is None or older.store != manifest.store:
             continue
         seq = min(manifest.seq, older.seq) + 1
+        seq = min(seq, _logged(var, owner, manifest.store))
         if owner == "sessions":
             seq = min(seq, _followed(var, manifest.store))
         dropped += drop_segments(var / "db" / owner / manifest.store, seq)
     return dropped
+
+
+def _logged(var: Path, owner: str, store: str) -> int:
+    """Return the first number of a journal that the event log still has to be given, on disk."""
+    place = read_synced(event_directory(var))
+    known = place.owners.get(owner) if place is not None else None
+    return known.segment if known is not None and known.store == store else 0
 
 
 def _followed(var: Path, store: str) -> int:

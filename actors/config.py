@@ -167,6 +167,16 @@ class CompositionsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     })] = "_archive/tests/ README .git/"
 
 
+class EventsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The event log in var/logs/events. Taken up when the system is started."""
+
+    keep_days: Annotated[int, _key(
+        "days older than this are removed, whole ones, in UTC",
+        "what is removed is gone: sessions keep what was said, journals what is, nothing what was",
+        "days", 1, 1000,
+    )] = 30
+
+
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The operational log in var/logs/ksi."""
 
@@ -186,6 +196,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     owners: OwnersSection = OwnersSection()
     checkpoint: CheckpointSection = CheckpointSection()
     compositions: CompositionsSection = CompositionsSection()
+    events: EventsSection = EventsSection()
     log: LogSection = LogSection()
 
 

@@ -48,6 +48,7 @@ MAY_IMPORT = {
         "ksi.transport.limits",
         "ksi.transport.message",
         "ksi.transport.moments",
+        "ksi.transport.patterns",
     ),
     "console": ("ksi.console", "ksi.transport", "ksi.actors"),
     "adapters": ("ksi.adapters", "ksi.transport", *DECLARATIONS),

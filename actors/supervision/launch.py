@@ -41,6 +41,7 @@ MODULES: Final = (
     "ksi.actors.process:warm",
     "ksi.actors.followers.files",
     "ksi.actors.followers.indexing",
+    "ksi.actors.followers.recording",
     "ksi.actors.followers.library",
     "ksi.actors.checkpoints",
     "ksi.actors.log:engine",

@@ -22,10 +22,11 @@ from ksi.actors.supervision.restarts import Strategy
 FUNCTIONS: Final = {
     "index": "ksi.actors.followers.indexing:run_index",
     "library": "ksi.actors.followers.library:run_library",
+    "events": "ksi.actors.followers.recording:run_events",
 }
 
 
-CONTEXT: Final = frozenset({"index", "library"})
+CONTEXT: Final = frozenset({"index", "library", "events"})
 
 
 class Tree(NamedTuple):
@@ -66,7 +67,7 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
             kind="owner",
             phase="context" if name in CONTEXT else "owners",
             function=FUNCTIONS.get(name, "ksi.actors.process:run_owner"),
-            arguments=(str(var),) if name in FUNCTIONS else (name, str(var)),
+            arguments=_arguments(name, var, settings),
             start_s=start_s,
             shutdown_s=shutdown_s,
         )
@@ -82,3 +83,9 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
         shutdown_s=shutdown_s,
     )
     return (files, *owners)  # Stopped last, it writes all that the owners still accept.
+
+
+def _arguments(name: str, var: Path, settings: Config) -> tuple[str, ...]:
+    if name == "events":
+        return str(var), str(settings.events.keep_days)
+    return (str(var),) if name in FUNCTIONS else (name, str(var))
