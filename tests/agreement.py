@@ -12,7 +12,7 @@ from trouble import until
 
 from ksi.actors.followers.indexed import Verification, index_directory
 from ksi.actors.reading import reader_of
-from ksi.storage import index
+from ksi.storage import sqlite
 from ksi.storage.index import IndexReader
 
 PATIENCE_S = 300.0  # To build an index of a million entries again, on a machine that is busy.
@@ -78,7 +78,7 @@ def require_index(system: System) -> None:
 def digest(reader: IndexReader) -> str:
     """Return a checksum of everything in the index, however long that takes to read."""
     checksum = sha256()
-    with mock.patch.object(index, "INDEX_QUERY_S_MAX", PATIENCE_S):
+    with mock.patch.object(sqlite, "INDEX_QUERY_S_MAX", PATIENCE_S):
         for each in reader.dump():
             checksum.update(each.encode() + b"\n")
     return checksum.hexdigest()

@@ -329,7 +329,7 @@ MUTANTS: Final = {
         "an effect without its cause",
     ),
     "prune-before-publish": Mutant(
-        prune_before_publish, CALLS + "[checkpoint and prune-killed]", "assert 4 >= 5",
+        prune_before_publish, CALLS + "[checkpoint and prune-killed]", r"len\(whole\) >= KEEP",
         is_slow=True,
     ),
     "projection-without-offset": Mutant(
