@@ -734,10 +734,10 @@ def _register(
     command: RegisterWorker, sender: Sender, tables: CompletionTables, given: Given
 ) -> Decision:
     name = sender.name
-    requeued: tuple[Event, ...] = ()
+    former = Decision()
     if tables.workers.get(name) is not None:
         reason = f"another registered as {name}"
-        requeued = _left(name, reason, tables, given, lapsed=True).events
+        former = _left(name, reason, tables, given, lapsed=True)
     elif tables.workers.count() >= WORKERS_MAX:
         raise Quota(f"there are {WORKERS_MAX} workers", limit=WORKERS_MAX)
     event = WorkerRegistered(
@@ -750,7 +750,7 @@ def _register(
         given.time_s,
     )
     reply = Registered(worker=name, epoch=event.epoch, lease_s=command.lease_s)
-    return Decision((*requeued, event), reply, tick=True)
+    return Decision((*former.events, event), reply, former.sends, tick=True)
 
 
 def _renew(
