@@ -77,6 +77,8 @@ from ksi.transport.limits import (
     PROGRESS_BYTES_MAX,
     REQUEST_RUN_S,
     SLOTS_MAX,
+    WAITING_AGENT_BYTES_MAX,
+    WAITING_AGENT_MAX,
     WAITING_BYTES_MAX,
     WAITING_MAX,
     WAITING_SESSION_MAX,
@@ -611,6 +613,13 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     progress: dict[str, Any] | None = None
 
 
+class Asking(msgspec.Struct, frozen=True, array_like=True):
+    """What one requester has in all queues; it has a row while there is anything."""
+
+    waiting: int = 0
+    open_bytes: int = 0
+
+
 class Totals(msgspec.Struct, frozen=True, array_like=True):
     """Numbers that were given last, and sums over tables."""
 
@@ -638,6 +647,7 @@ class CompletionTables(Tables):
     finished: Annotated[Table[bytes], Keyed(int, str)]  # likewise, the longest finished first
     closing: Table[bytes]  # sessions that are closed, while they still have requests
     totals: Table[Totals]  # one row, under "all"
+    asking: Table[Asking]  # by requester
 
 
 class Completion(Owner[CompletionTables]):
@@ -664,7 +674,9 @@ class Completion(Owner[CompletionTables]):
 
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
         match command:
-            case Async(session_id=str(session_id)) | Cancel(session_id=str(session_id)):
+            case Async():
+                return sessions.Get(session_id=command.session_id, agent_id=sender.name)
+            case Cancel(session_id=str(session_id)):
                 return sessions.Get(session_id=session_id)
             case _:
                 return None
@@ -807,7 +819,8 @@ def _async(command: Async, sender: Sender, tables: CompletionTables, given: Give
     entry |= {"agent_id": sender.name} | ({"model": command.model} if command.model else {})
     size = _size({**entry, "": command.options}, "the request")
     lane, totals = tables.lanes.get(session_id) or Lane(), _totals(tables)
-    _require_room(session_id, lane, totals, size)
+    asking = tables.asking.get(sender.name) or Asking()
+    _require_room(session_id, sender.name, lane, asking, totals, size)
     event = Queued(
         request_id,
         session_id,
@@ -845,16 +858,25 @@ def _require_admitted(session_id: str, sender: Sender, fact: Reply | KsiError | 
         return  # Nothing is known now.
     if fact.status == "closed":
         raise Conflict(f"session {session_id} is closed", hint="create another", status="closed")
-    if fact.owner != sender.name and fact.admission == "closed":
+    if fact.admits is False:
+        who = "nobody else" if fact.admission == "closed" else "those invited"
         raise Forbidden(
-            f"session {session_id} admits nobody else, not {sender.name}",
+            f"session {session_id} admits {who}, not {sender.name}",
             hint=f"ask its owner, {fact.owner}",
             owner=fact.owner,
         )
 
 
-def _require_room(session_id: str, lane: Lane, totals: Totals, size: int) -> None:
+def _require_room(
+    session_id: str, requester: str, lane: Lane, asking: Asking, totals: Totals, size: int
+) -> None:
     for what, have, limit in (
+        (f"requests of {requester} wait", asking.waiting + 1, WAITING_AGENT_MAX),
+        (
+            f"bytes of requests of {requester} wait",
+            asking.open_bytes + size,
+            WAITING_AGENT_BYTES_MAX,
+        ),
         (f"requests wait in session {session_id}", lane.waiting + 1, WAITING_SESSION_MAX),
         ("requests wait", totals.waiting + 1, WAITING_MAX),
         ("bytes of requests wait", totals.open_bytes + size, WAITING_BYTES_MAX),
@@ -1318,6 +1340,17 @@ def _add(tables: CompletionTables, **more: int) -> None:
     tables.totals.put("all", msgspec.structs.replace(totals, **sums))
 
 
+def _ask_for(tables: CompletionTables, requester: str, *, waiting: int, size: int = 0) -> None:
+    """Add to what a requester has in the queues."""
+    before = tables.asking.get(requester) or Asking()
+    # What was queued before requesters were counted is not missed when it goes.
+    after = Asking(max(0, before.waiting + waiting), max(0, before.open_bytes + size))
+    if after == Asking():
+        tables.asking.delete(requester)
+    else:
+        tables.asking.put(requester, after)
+
+
 def _queued(event: Queued, tables: CompletionTables) -> None:
     request = Request(
         event.session_id,
@@ -1337,6 +1370,7 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
     lane = tables.lanes.get(event.session_id) or Lane()
     _put_lane(tables, event.session_id, lane, _enter(tables, event.request_id, request, lane))
     _add(tables, number=event.number - _totals(tables).number, waiting=1, open_bytes=event.size)
+    _ask_for(tables, event.requester, waiting=1, size=event.size)
 
 
 def _request_noted(request_id: str, tables: CompletionTables) -> None:
@@ -1375,6 +1409,7 @@ def _granted(event: Granted, tables: CompletionTables) -> None:
     _put_lane(tables, event.session_id, lane, after)
     _use_slot(tables, event.worker, 1)
     _add(tables, waiting=-1, active=1)
+    _ask_for(tables, event.requester, waiting=-1)
 
 
 def _requeued(event: Requeued, tables: CompletionTables) -> None:
@@ -1388,6 +1423,7 @@ def _requeued(event: Requeued, tables: CompletionTables) -> None:
     after = _enter(tables, event.request_id, waiting, lane)
     _put_lane(tables, event.session_id, lane, msgspec.structs.replace(after, active=""))
     _add(tables, waiting=1)
+    _ask_for(tables, event.requester, waiting=1)
 
 
 def _ended(event: Ended, tables: CompletionTables) -> None:
@@ -1399,6 +1435,8 @@ def _ended(event: Ended, tables: CompletionTables) -> None:
     else:
         after = _leave(tables, event.request_id, request, lane)
         _add(tables, waiting=-1)
+    was_waiting = request.status == "queued"
+    _ask_for(tables, request.requester, waiting=-was_waiting, size=-request.size)
     _put_lane(tables, event.session_id, lane, after)
     ended = msgspec.structs.replace(
         request, status=event.status, finished_at=event.now, reason=event.reason, timeout_ms=0
