@@ -147,7 +147,10 @@ class CommitLoop:
     def replay(self, payload: bytes) -> tuple[float, bytes]:
         """Apply one journaled batch to the tables; return the owner time it was made at, and what
         else the store is to keep of it."""
-        batch = self._decode(payload)
+        return self.replay_batch(self._decode(payload))
+
+    def replay_batch(self, batch: Batch[Any]) -> tuple[float, bytes]:
+        """Apply a batch that was journaled, or the beginning of one. Returns: as `replay`."""
         for record in batch.records:
             for event in record.events:
                 self.owner.apply(event, self.tables)

@@ -137,6 +137,12 @@ class CheckpointSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         "with 1 there is nothing to fall back to when it is damaged",
         "checkpoints", 1, 10_000,
     )] = 5
+    former_s: Annotated[float, _seconds(
+        "stores that a restore has replaced, and views that recovery has set aside, are removed "
+        "when nothing was written to them for this long and no checkpoint is of them",
+        "what came after the checkpoint that was restored is then only in archive/before-restore-*",
+        0.0, 366 * 86_400,
+    )] = 7 * 86_400.0
     interrupted: Annotated[Interrupted, msgspec.Meta(extra={
         "reason": "what becomes of requests that were running in a checkpoint that is restored: "
         "they wait again in their place, or end as failed with the reason daemon_restart",
@@ -161,6 +167,16 @@ class CompositionsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     })] = "_archive/tests/ README .git/"
 
 
+class EventsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The event log in var/logs/events. Taken up when the system is started."""
+
+    keep_days: Annotated[int, _key(
+        "days older than this are removed, whole ones, in UTC",
+        "what is removed is gone: sessions keep what was said, journals what is, nothing what was",
+        "days", 1, 1000,
+    )] = 30
+
+
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The operational log in var/logs/ksi."""
 
@@ -180,6 +196,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     owners: OwnersSection = OwnersSection()
     checkpoint: CheckpointSection = CheckpointSection()
     compositions: CompositionsSection = CompositionsSection()
+    events: EventsSection = EventsSection()
     log: LogSection = LogSection()
 
 

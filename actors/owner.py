@@ -26,7 +26,7 @@ the split of generic loop and callbacks: Erlang/OTP gen_server.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
 
@@ -96,6 +96,22 @@ class Index(Protocol):
         """Return how far the follower has come and what it does now."""
 
 
+class EventLog(Protocol):
+    """What has happened in all owners, in files that a follower writes.
+
+    `apply` does not write it. Reading gives what the follower has come to.
+    """
+
+    def find(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a page of events, and where the next one begins."""
+
+    def newest(self) -> int:
+        """Return the number of the newest event, 0 where there is none."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how much there is, and how far the follower has come."""
+
+
 class Compositions(Protocol):
     """What is in a folder of compositions, in a database that a follower writes."""
 
@@ -137,7 +153,7 @@ class Conversations(Protocol):
         """Return what the follower does now."""
 
 
-CACHES: Final = frozenset({Index, Compositions, Conversations})
+CACHES: Final = frozenset({Index, EventLog, Compositions, Conversations})
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +272,7 @@ class Owner(ABC, Generic[T]):
     tables: ClassVar[type[Tables]]
     events: ClassVar[Any]  # the union of this owner's event classes
     domains: ClassVar[tuple[str, ...]] = ()  # first words of the topics it announces
+    routine: ClassVar[tuple[type[Event], ...]] = ()  # signs of life: the event log leaves them out
     recovers: ClassVar[bool] = False  # whether it decides about `Restored`
 
     @abstractmethod
@@ -316,6 +333,6 @@ class Owner(ABC, Generic[T]):
 
 __all__ = [
     "CACHES", "Announcement", "Command", "Compositions", "Conversations", "Decision", "Event",
-    "Given", "Index", "Interrupted", "Key", "Keyed", "Line", "Log", "Owner", "Query", "Reply",
-    "Restored", "Send", "Sender", "Table", "Tables", "Tick",
+    "EventLog", "Given", "Index", "Interrupted", "Key", "Keyed", "Line", "Log", "Owner", "Query",
+    "Reply", "Restored", "Send", "Sender", "Table", "Tables", "Tick",
 ]  # fmt: skip

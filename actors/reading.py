@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 from ksi.actors.commit import batch_decoder, bind, caches_of, table_types
-from ksi.actors.owner import Compositions, Conversations, Index, Log, Owner
+from ksi.actors.delivery import Batch
+from ksi.actors.owner import Compositions, Conversations, EventLog, Index, Log, Owner
 from ksi.actors.owners import load
 from ksi.storage.journal import Batch as StoredBatch
 from ksi.storage.journal import JournalReader, Position
@@ -86,8 +87,12 @@ class OwnerReader:
 
     def events_of(self, batch: StoredBatch) -> Iterator[Any]:
         """Yield the events of a journaled batch."""
-        for record in self._decode(batch.payload).records:
+        for record in self.decoded(batch).records:
             yield from record.events
+
+    def decoded(self, batch: StoredBatch) -> Batch[Any]:
+        """Return a journaled batch: whose commands, when, and what has happened."""
+        return self._decode(batch.payload)
 
     def lines_of(self, batch: StoredBatch) -> Iterator[tuple[str, int, bytes]]:
         """Yield what a journaled batch adds to the owner's logs: key, offset, bytes."""
@@ -150,6 +155,7 @@ class Facts:
 # Imported when they are asked for: SQLite, which hardly any reader needs.
 _VIEWS: Final = {
     Index: "ksi.actors.followers.indexed:IndexView",
+    EventLog: "ksi.actors.followers.recorded:EventLogView",
     Compositions: "ksi.actors.followers.composed:CompositionsView",
     Conversations: "ksi.actors.followers.conversed:ConversationsView",
 }

@@ -16,12 +16,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
 from ksi.actors import config
-from ksi.actors.checkpoints import root_of
+from ksi.actors.checkpoints import RESTORING, root_of
 from ksi.actors.commit import bind, table_types
 from ksi.actors.owner import Interrupted
 from ksi.actors.owners import completion
@@ -39,8 +38,6 @@ from ksi.storage.snapshots import read_copy
 from ksi.storage.store import is_as_restored, restore
 from ksi.storage.tables import TableSpec
 from ksi.transport.errors import Conflict, NotFound
-
-RESTORING: Final = "RESTORING"
 
 
 class _Begun(msgspec.Struct, frozen=True):

@@ -34,6 +34,7 @@ from ksi.actors.owner import (
     Conversations,
     Decision,
     Event,
+    EventLog,
     Given,
     Index,
     Interrupted,
@@ -49,6 +50,7 @@ from ksi.storage.tables import Key, MemoryTable, TableSpec
 from ksi.transport import wire
 from ksi.transport.errors import Conflict, Internal, KsiError, StorageFull, from_wire
 from ksi.transport.message import CATALOGUE, Operation, encode
+from ksi.transport.moments import time_range
 
 SEEDS: Final = 50
 STEPS: Final = 40  # Batches, ticks, queries and restarts of one seed.
@@ -218,6 +220,24 @@ class NoIndex:
         return {"days": 0, "rows": 0, "behind_bytes": None, "rebuilt": 0}
 
 
+class NoEventLog:
+    """The event log before its follower has come to anything."""
+
+    def find(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return nothing."""
+        time_range(wanted.get("since"), wanted.get("until"), now=START)
+        return {"events": [], "next": None, "offset": None, "upto": wanted.get("after") or 0}
+
+    def newest(self) -> int:
+        """Return that there is none."""
+        return 0
+
+    def state(self) -> dict[str, Any]:
+        """Return that there is nothing."""
+        nothing: dict[str, Any] = dict.fromkeys(("events", "dropped", "n", "per_s"), 0)
+        return {**nothing, "days": {}, "oldest": None, "newest": None, "behind": {}}
+
+
 class OneComposition:
     """Compositions with one among them, whose name is `known`."""
 
@@ -365,6 +385,7 @@ class Twin:
         self.log = MemoryLog()
         self.caches: dict[Any, Any] = {
             Index: NoIndex(),
+            EventLog: NoEventLog(),
             Compositions: OneComposition(),
             Conversations: OneConversation(),
         }

@@ -21,7 +21,7 @@ from ksi.console.options import Failed, Group, Options, group
 from ksi.transport.errors import KsiError
 
 SUBCOMMANDS: Final = (
-    "start", "stop", "restart", "dev", "status", "ps", "logs",
+    "start", "stop", "restart", "dev", "status", "ps", "logs", "events", "observe",
     "ask", "read", "send", "subscribe", "discover", "help",
     "agents", "sessions", "state", "queue", "worker", "index", "archive", "mcp",
     "conversations", "import", "compositions",

@@ -33,7 +33,8 @@ class Operations(Group):
     """A sub-command whose sub-commands are operations, with their fields as flags.
 
     `call(options, operation, fields, timeout_s)` does it and prints; `kinds` are what it takes.
-    `more` are flags of single operations beside their fields, passed to `call` by name.
+    `more` are flags of single operations beside their fields, passed to `call` by name. With `past`
+    there is a flag `--at` beside those of each.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class Operations(Group):
         call: Call,
         kinds: tuple[str, ...],
         more: Mapping[str, click.Option] = MappingProxyType({}),
+        past: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, subcommand_metavar="OPERATION [--FIELD VALUE]...", **kwargs)
         self._call = call
         self._kinds = kinds
         self._more = more
+        self._past = past
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         ours = (each for each in catalogue().values() if each.kind in self._kinds)
@@ -57,7 +60,10 @@ class Operations(Group):
         found = catalogue().get(cmd_name)
         if found is None or found.kind not in self._kinds:
             return None
-        return as_command(found, self._call, self._more.get(cmd_name))
+        more = self._more.get(cmd_name)
+        if self._past and "at" not in {each.encode_name for each in fields_of(found)}:
+            more = _at_option()  # Else the field means the same, of what the query is about.
+        return as_command(found, self._call, more)
 
     def unknown(self, ctx: click.Context, name: str) -> Exception:
         found = catalogue().get(name)
@@ -111,6 +117,11 @@ def as_command(operation: Operation, call: Call, more: click.Option | None = Non
 
 
 _TAKEN: Final = frozenset({"--var", "--as", "--json", "--timeout", "--fields", "--help"})
+
+
+def _at_option() -> click.Option:
+    words = "The state as it was: at a number of its owner's journal, at a time, or so long ago."
+    return click.Option(["--at", "at"], metavar="SEQ|TIME", help=words)
 
 
 def _call_options() -> list[click.Parameter]:

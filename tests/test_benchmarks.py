@@ -20,6 +20,7 @@ COMMANDS = sorted(
 ROWS = {
     "append": ["64 callers, appends/s", "16 callers", "1 caller", "processes", "appends a sync"],
     "ask": ["raw echo over CURVE, p50", "Client.ask, p50", "AsyncClient.ask, p99"],
+    "checkpoint": ["the longest append meanwhile, ms", "until it is whole, s"],
     "completion": ["empty queue, p50 us", "100 waiting, p99 us", "granted and reported/s"],
     "dev": ["edit to first answer, s", "the slowest of them, s"],
     "growth": ["append, 64 callers, 100 sessions", "append, 1 caller", "ask", "read", "restart"],

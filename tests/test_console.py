@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trouble import until
 
 from ksi.actors.owners import OWNERS, load_all
 from ksi.console.declared import catalogue, example, summary
+from ksi.console.events import _write as write_event
 from ksi.console.main import SUBCOMMANDS, main
 from ksi.transport.message import encode
 
@@ -159,6 +161,7 @@ def test_every_subcommand_explains_itself_and_knows_json(
         (["index", "rebuild"], 3, "not_running: no supervisor runs on"),
         (["index", "verify"], 3, "not_running: "),
         (["index", "query"], 3, "not_running: "),
+        (["events", "--since", "soon"], 2, "usage: Invalid value for '--since'"),
         (["ps"], 3, "not_running: no supervisor runs on"),
         (["stop"], 3, "not_running: no supervisor runs on"),
         (["restart", "sessions"], 3, "not_running: no supervisor runs on"),
@@ -798,3 +801,63 @@ def test_a_newer_layout_is_refused_untouched(nothing: Shell) -> None:
     assert done.code != 0
     assert done.err.startswith("ksi: ")
     assert [path.name for path in nothing.var.iterdir()] == ["FORMAT"]
+
+
+def test_what_has_happened_is_shown_found_and_exported(system: Shell, tmp_path: Path) -> None:
+    who = ("--as", "watched")
+    system(*who, "ask", "session:create", "--session-id", "happens")
+    for _ in range(3):
+        system(*who, "ask", "session:append", "--session-id", "happens", "--event", "note")
+    only = ("--session", "happens")
+
+    def logged() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = system("events", *only, "--json").json["events"]
+        return found
+
+    until(lambda: len(logged()) == 4)
+    found = logged()
+    assert [each["event"] for each in found] == ["session:created"] + ["session:appended"] * 3
+    shown = system("events", *only, "--match", "session:app*", "--since", "10m", "--limit", "2")
+    assert shown.out.count("session:appended  watched  happens") == 2
+    assert "there are more" in shown.err
+    rest = system("events", *only, "--after", str(found[1]["n"]), "--json").json
+    assert [each["n"] for each in rest["events"]] == [each["n"] for each in found[2:]]
+    assert "session:appended" not in system("events", "--until", "1h").out
+
+    exported = system("events", "export", str(tmp_path / "out"), *only, "--resolve", "--json")
+    assert exported.code == 0, exported.err
+    assert exported.json["events"] == 4
+    (day,) = (tmp_path / "out").iterdir()
+    files = sorted(day.iterdir())
+    assert len(files) == 4
+    for path in files:
+        event = json.loads(path.read_text())
+        stem = f"evt_{event['timestamp']:.6f}_{event['event'].replace(':', '_')}"
+        assert re.fullmatch(rf"{re.escape(stem)}(_\d+)?\.json", path.name)
+    assert json.loads(files[-1].read_text())["data"]["line"]["event"] == "note"
+    assert "not empty" in system("events", "export", str(tmp_path / "out")).err
+    assert "dropped" in system("events", "stats").out
+
+
+def test_events_are_followed_as_they_come(system: Shell) -> None:
+    system("ask", "session:create", "--session-id", "followed")
+    words = [*KSI, "events", "-f", "--session", "followed", "--match", "*:appended", "--json"]
+    following = subprocess.Popen(words, env=system.environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        for number in range(3):
+            system("ask", "session:append", "--session-id", "followed", "--event", "note")
+            assert following.stdout is not None
+            assert json.loads(following.stdout.readline())["data"]["seq"] == number + 1
+    finally:
+        following.kill()
+        following.communicate()
+
+
+def test_a_thousand_events_of_one_moment_have_files_of_their_own(tmp_path: Path) -> None:
+    event = {"timestamp": 1_777_896_000.123, "event": "agent:spawned"}
+    used: dict[str, int] = {}
+    for number in range(1000):
+        write_event(event, tmp_path, {} if number == 7 else used)
+    names = {path.name for path in (tmp_path / "2026-05-04").iterdir()}
+    assert len(names) == 1000
+    assert "evt_1777896000.123000_agent_spawned.json" in names

@@ -158,6 +158,7 @@ def test_status_comes_in_pages_and_refuses_a_place_that_is_none(twin: Twin) -> N
     while True:
         page = twin.read("mcp:status", limit=1, after=after)
         assert page.total == 4
+        assert len(found) < 4
         found += [(each.agent_id, each.conversation_id) for each in page.sessions]
         after = page.next
         if after is None:

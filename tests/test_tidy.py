@@ -48,6 +48,7 @@ MAY_IMPORT = {
         "ksi.transport.limits",
         "ksi.transport.message",
         "ksi.transport.moments",
+        "ksi.transport.patterns",
     ),
     "console": ("ksi.console", "ksi.transport", "ksi.actors"),
     "adapters": ("ksi.adapters", "ksi.transport", *DECLARATIONS),
@@ -55,7 +56,7 @@ MAY_IMPORT = {
 # The exceptions to the arrows: `read` runs a query in place, where the data is; and `ksi worker`
 # and `ksi mcp` are ways to start an adapter.
 LATE_IMPORTS = {
-    "transport/caller.py": ("ksi.actors.reading", *DECLARATIONS),
+    "transport/caller.py": ("ksi.actors.past", "ksi.actors.reading", *DECLARATIONS),
     "console/mcp.py": ("ksi.adapters",),
     "console/worker.py": ("ksi.adapters",),
 }

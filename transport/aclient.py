@@ -168,6 +168,26 @@ class AsyncClient:
             return await self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]  # no overload takes both
         return self._caller.read_local(what, fields, named)
 
+    async def read_at(
+        self,
+        at: int | str,
+        what: str | Message,
+        fields: Mapping[str, Any] | None = None,
+        /,
+        **named: Any,
+    ) -> Any:
+        """Answer a query from the owner's state as it was, here: no message is sent.
+
+        Args:
+            at: a number of the owner's journal; or a time, as `2026-05-04T09:00:00Z` or `10m` ago.
+
+        Raises:
+            NotFound: there is nothing of then yet, or not any more: it reaches back as far as
+                checkpoints and journal, and to the last restore.
+            Invalid: `at` is no time, or the owner answers from what has no past.
+        """
+        return await asyncio.to_thread(self._caller.read_past, at, what, fields, named)
+
     async def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
         """Return the reply to a command whose `ask` ended in `Unavailable`.
 

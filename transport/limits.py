@@ -114,11 +114,15 @@ FREE_BYTES_MIN: Final = 64 << 20  # Free disk below which new work is refused ..
 FREE_PART_MIN: Final = 0.05  # ... or below this part of the disk, whichever is smaller.
 ROOM_CHECK_S: Final = 0.1  # How old an answer to "is there room" may be.
 LOCK_WAIT_S: Final = 30.0  # A killed predecessor may still be inside a sync of a slow disk.
+VERIFY_BYTES_MAX: Final = 32 << 20  # Of a checkpoint that is verified while everybody waits: 0.3 s.
 OPEN_FILES_MAX: Final = 256  # Session files a follower keeps open.
 INDEX_DAYS_OPEN_MAX: Final = 64  # Databases of the index kept open: a rebuild meets days at random.
 INDEX_QUERY_S_MAX: Final = 2.0  # One look into a database: its owner answers nobody else meanwhile.
 INDEX_WAIT_S: Final = 2.0  # What a database of the index is waited for while others use it.
 FILE_SYNCS_MAX: Final = 128  # With more files to sync, one sync of the file system takes less time.
+EVENT_PAYLOAD_BYTES: Final = 5120  # A larger value of an event is kept beside the log, as in KSI.
+EVENT_SCAN_BYTES_MAX: Final = 64 << 20  # Of the log looked at for one answer: 200,000 events.
+EVENTS_UNSYNCED_MAX: Final = 1 << 20  # Logged and not on disk: what numbers skip after a crash.
 SOCKET_PATH_BYTES_MAX: Final = 107  # `sun_path` less its NUL.
 RUN_NAME_BYTES_MAX: Final = 24  # Of a socket in `run/`, so that the path is known to fit or not.
 

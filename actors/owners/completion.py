@@ -174,6 +174,7 @@ class Completion(Owner[CompletionTables]):
     name = "completion"
     tables = CompletionTables
     domains = ("completion", "worker")
+    routine = (WorkerRenewed,)
     recovers = True
     events = (
         Queued

@@ -621,6 +621,7 @@ class Sessions(Owner[SessionTables]):
     name = "sessions"
     tables = SessionTables
     domains = ("session",)
+    routine = (OwnerSeen,)
     events = (
         EntryAppended
         | SessionCreated

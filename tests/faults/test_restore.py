@@ -145,6 +145,26 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(
     assert list(done.damaged) == [newest]
 
 
+def test_a_former_store_goes_behind_the_last_checkpoint_of_it(var: Path) -> None:
+    system = System(var, **{"checkpoint.former_s": 0, "checkpoint.keep": 2})
+    try:
+        checkpoint_id = grown(system)
+
+        def stores() -> int:
+            return len(list((var / "db" / "sessions").glob("*/STATE")))
+
+        restoring.run(var, checkpoint_id)
+        system.start()
+        made(system)
+        assert stores() == 2, "a checkpoint of it is left"
+        made(system)
+        assert stores() == 1
+        assert noted(system, "early") == [1, 2]
+        assert len(list((var / "archive").glob("before-restore-*/*"))) == 2
+    finally:
+        system.end()
+
+
 def test_nothing_is_restored_while_the_system_runs(system: System) -> None:
     made(system)
     with pytest.raises(Conflict):
