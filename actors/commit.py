@@ -154,8 +154,8 @@ class CommitLoop:
         for record in batch.records:
             for event in record.events:
                 self.owner.apply(event, self.tables)
-            self.delivery.settle(record, batch.now)
-        self.delivery.put_rows(batch.now)
+            self.delivery.settle(record, batch.time_s)
+        self.delivery.put_rows(batch.time_s)
         self.delivery.commit()
         self.cut = batch.cut
         return batch.time_s, _encode_cut(batch.cut)
@@ -252,7 +252,7 @@ class CommitLoop:
             if record is not None:
                 records.append(record)
         for record in ours:
-            self.delivery.settle(record, given.now)
+            self.delivery.settle(record, given.time_s)
         records += ours
         for answer in answers:
             records += self._follow(answer, given)
@@ -283,7 +283,7 @@ class CommitLoop:
             )
             self.store.begin()
             record = self._refusal(work, error)
-            self.delivery.settle(record, given.now)
+            self.delivery.settle(record, given.time_s)
             try:
                 self._commit([record], given)
             except StorageFull as full:
@@ -294,7 +294,7 @@ class CommitLoop:
         return outcome
 
     def _commit(self, records: list[Record[Any]], given: Given) -> None:
-        self.delivery.put_rows(given.now)
+        self.delivery.put_rows(given.time_s)
         payload = self._encode(Batch(given.now, given.time_s, self.cut, records))
         self.store.commit(payload, len(records), _encode_cut(self.cut), given.time_s)
         self.delivery.commit()
@@ -341,7 +341,7 @@ class CommitLoop:
                 answers.append(self._refused(work, error))
                 return None
             record = self._refusal(work, error)
-        sends = self.delivery.settle(record, given.now)
+        sends = self.delivery.settle(record, given.time_s)
         if sends:
             self._outcome.sends.extend(sends)
         return record
@@ -463,9 +463,9 @@ class CommitLoop:
         """Let time pass where it is due, and as often as it is asked for, within a bound."""
         records: list[Record[Any]] = []
         if is_due:
-            records = self.delivery.overdue(given.now)
+            records = self.delivery.overdue(given.time_s)
             for record in records:
-                self.delivery.settle(record, given.now)
+                self.delivery.settle(record, given.time_s)
         for _ in range(_TICKS_MAX):
             if not (is_due or self._asked_tick):
                 break
@@ -503,7 +503,7 @@ class CommitLoop:
             return []
         events, sends = list(decision.events), _encoded(decision.sends)
         record = Record(self.owner.name, b"", 0, what, b"", events, sends)
-        self._outcome.sends.extend(self.delivery.settle(record, given.now))
+        self._outcome.sends.extend(self.delivery.settle(record, given.time_s))
         self._outcome.events.extend(events)
         self._outcome.told.extend(events)
         return [record]

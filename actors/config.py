@@ -25,7 +25,7 @@ import msgspec
 from ksi.actors.log import Level
 from ksi.actors.owner import Interrupted
 from ksi.transport.errors import Invalid
-from ksi.transport.limits import HUNG_COMMIT_S, HUNG_TURN_S, SNAPSHOT_JOURNAL_BYTES, TICK_S
+from ksi.transport.limits import HUNG_COMMIT_S, HUNG_TURN_S, SNAPSHOT_JOURNAL_BYTES
 
 FILE_NAME: Final = "ksi.toml"
 FILE_VARIABLE: Final = "KSI_CONFIG"  # names another file
@@ -108,16 +108,6 @@ class TransportSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )] = 7340
 
 
-class OwnersSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How owners let time pass."""
-
-    tick_s: Annotated[float, _seconds(
-        "how often time passes for an owner: the precision of leases and timers",
-        "a short one costs CPU in every idle owner",
-        0.01, 1.0,
-    )] = TICK_S
-
-
 class CheckpointSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """When checkpoints are made beside those of each orderly stop."""
 
@@ -193,7 +183,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     supervisor: SupervisorSection = SupervisorSection()
     transport: TransportSection = TransportSection()
-    owners: OwnersSection = OwnersSection()
     checkpoint: CheckpointSection = CheckpointSection()
     compositions: CompositionsSection = CompositionsSection()
     events: EventsSection = EventsSection()

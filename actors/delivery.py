@@ -33,7 +33,7 @@ E = TypeVar("E")
 GOODBYE: Final = "ksi:goodbye"  # the instance is done
 EVICTED: Final = "ksi:evicted"  # the instance was forgotten to keep within the limits
 SENT: Final = "ksi:sent"  # messages up to `number` have been carried out by owner `sender`
-PURGED: Final = "ksi:purged"  # request ids older than `number` seconds since the epoch
+PURGED: Final = "ksi:purged"  # request ids from before `number` ms of owner time
 TICK: Final = "ksi:tick"  # time has passed
 ANSWERED: Final = "ksi:answered"  # another owner has answered a message of ours
 UNKNOWN: Final = "ksi:unknown"  # no operation of ours: what a client calls one is not recorded
@@ -80,14 +80,14 @@ class ClientRow(msgspec.Struct, array_like=True, frozen=True):
     last: int
     first: int  # the number of replies[0]
     replies: list[bytes]
-    used_at: float
+    used_s: float  # in owner time: no clock that is set makes it old
 
 
 class RequestRow(msgspec.Struct, array_like=True, frozen=True):
     """The reply to a command that carried a `request_id`."""
 
     body: bytes
-    at: float
+    at_s: float  # in owner time
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True):
@@ -106,7 +106,7 @@ class Counter(msgspec.Struct, array_like=True, frozen=True):
 HOST_TABLES: Final[Mapping[str, tuple[type, tuple[type, ...]]]] = {
     "ksi.clients": (ClientRow, (str, str)),  # sender, instance in hex
     "ksi.requests": (RequestRow, (str, str, str)),  # sender, operation, request id
-    "ksi.request_ages": (bytes, (int, str, str, str)),  # ms since the epoch, then the key above
+    "ksi.request_ages": (bytes, (int, str, str, str)),  # ms of owner time, then the key above
     "ksi.outbox": (Message, (str, int)),  # owner, number
     "ksi.counters": (Counter, (str,)),  # "evictions"; "out:<owner>": last number in its outbox
 }
@@ -169,8 +169,8 @@ class Client:
                 self.replies.pop(number, None)
         self.acked = acked
 
-    def row(self, now: float) -> ClientRow:
-        return ClientRow(self.last, self.acked + 1, list(self.replies.values()), now)
+    def row(self, time_s: float) -> ClientRow:
+        return ClientRow(self.last, self.acked + 1, list(self.replies.values()), time_s)
 
 
 class Delivery:
@@ -212,8 +212,11 @@ class Delivery:
             self._waiting = {(owner, row.operation, row.body) for (owner, _), row in rows}
         return message in self._waiting
 
-    def settle(self, record: Record[Any], now: float) -> list[tuple[str, int, str, bytes]]:
+    def settle(self, record: Record[Any], time_s: float) -> list[tuple[str, int, str, bytes]]:
         """Write what `record` says besides its events. The same live and in replay.
+
+        Args:
+            time_s: owner time, like everywhere here.
 
         Returns:
             The messages it puts into the outbox: owner, number, operation, body.
@@ -232,8 +235,8 @@ class Delivery:
             client.replies[record.number] = record.reply
             if record.request_id is not None:
                 key = (record.sender, record.operation, record.request_id)
-                self.requests.put(key, RequestRow(record.reply, now))
-                self.request_ages.put((int(now * 1000), *key), b"")
+                self.requests.put(key, RequestRow(record.reply, time_s))
+                self.request_ages.put((int(time_s * 1000), *key), b"")
         if not record.sends:
             return []
         sends = []
@@ -246,14 +249,14 @@ class Delivery:
             sends.append((owner, number, name, body))
         return sends
 
-    def put_rows(self, now: float) -> None:
+    def put_rows(self, time_s: float) -> None:
         """Put the row of every client this batch has touched; then `commit` or `undo`.
 
         One of which nothing was carried out has no row: it would pass for one that is known.
         """
         for client in self._touched:
             if client.known:
-                self.client_rows.put(client.key, client.row(now))
+                self.client_rows.put(client.key, client.row(time_s))
 
     def commit(self) -> None:
         """The batch is on disk, or had nothing to write."""
@@ -268,20 +271,20 @@ class Delivery:
         if self._waiting_changed:
             self._waiting, self._waiting_changed = None, False
 
-    def overdue(self, now: float) -> list[Record[Any]]:
+    def overdue(self, time_s: float) -> list[Record[Any]]:
         """Return the records that keep the tables within their limits; called once a tick."""
         records: list[Record[Any]] = [
             Record(sender, bytes.fromhex(instance), 0, EVICTED, b"", [], [])
-            for sender, instance in self._idle_clients(now)
+            for sender, instance in self._idle_clients(time_s)
         ]
-        before_ms = int((now - REQUEST_ID_S_MAX) * 1000)
+        before_ms = int((time_s - REQUEST_ID_S_MAX) * 1000)
         for key, _ in self.request_ages.range():
             if key[0] < before_ms:
                 records.append(Record("", b"", before_ms, PURGED, b"", [], []))
             break
         return records
 
-    def _idle_clients(self, now: float) -> list[Any]:
+    def _idle_clients(self, time_s: float) -> list[Any]:
         """Return clients to forget: of the next few in key order, those idle for too long, and
         where there are too many rows in all, the longer idle half."""
         surplus = max(0, self.client_rows.count() - CLIENT_ROWS_MAX)
@@ -291,13 +294,13 @@ class Delivery:
             if len(seen) >= max(_SWEEP_ROWS, min(2 * surplus, 10 * _SWEEP_ROWS)):
                 self._sweep_from = key
                 break
-            seen.append((row.used_at, key))
+            seen.append((row.used_s, key))
         seen.sort()
         surplus = min(surplus, len(seen) // 2)
         return [
             key
-            for position, (used_at, key) in enumerate(seen)
-            if position < surplus or now - used_at > CLIENT_IDLE_S_MAX
+            for position, (used_s, key) in enumerate(seen)
+            if position < surplus or time_s - used_s > CLIENT_IDLE_S_MAX
         ]
 
     def _settle_ours(self, record: Record[Any]) -> None:

@@ -26,7 +26,7 @@ TARGET: Final = Target("≤", 1, "s")
 EDITS: Final = 20
 ROOT: Final = Path(__file__).resolve().parent.parent
 FOLDERS: Final = ("actors", "adapters", "console", "storage", "transport")
-KSI: Final = (sys.executable, "-P", "-m", "ksi.console.main")
+KSI: Final = (sys.executable, "-P", "-m", "ksi.console")
 PREFIX: Final = 'f"sess_{'
 
 

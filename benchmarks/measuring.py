@@ -243,7 +243,7 @@ def wait_until(done: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -
 
 def ksi(var: Path, *words: str) -> tuple[dict[str, Any], float]:
     """Run a `ksi` command as a person does; return what it says and the seconds it took."""
-    command = [sys.executable, "-P", "-m", "ksi.console.main", "--var", str(var), *words, "--json"]
+    command = [sys.executable, "-P", "-m", "ksi.console", "--var", str(var), *words, "--json"]
     begun_s = time.perf_counter()
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     taken_s = time.perf_counter() - begun_s

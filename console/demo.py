@@ -215,7 +215,7 @@ def _verify_index(var: Path, watcher: Client, files: Stored) -> Mapping[str, Any
 
 def _status(options: Options, var: Path) -> Any:
     """Show what `ksi status` says, as anybody would see it; with `--json`, return it."""
-    words = [sys.executable, "-P", "-m", "ksi.console.main", "status", "--var", str(var)]
+    words = [sys.executable, "-P", "-m", "ksi.console", "status", "--var", str(var)]
     if options.json:
         done = subprocess.run([*words, "--json"], capture_output=True, check=False)
         return json.loads(done.stdout)

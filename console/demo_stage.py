@@ -182,7 +182,7 @@ def cast(var: Path, play: Play) -> Iterator[Cast]:
 @contextmanager
 def workers(var: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """Start those who answer at the desk, by their names; none is left in the end."""
-    program = (sys.executable, "-P", "-m", "ksi.console.main", "worker", "--var", str(var))
+    program = (sys.executable, "-P", "-m", "ksi.console", "worker", "--var", str(var))
     running: dict[str, subprocess.Popen[bytes]] = {}
     with ExitStack() as undo:
         for name in WORKERS:

@@ -13,10 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import click
 
+from ksi.console.__main__ import EXIT_INTERRUPTED
 from ksi.console.options import Failed, Group, Options, group
 from ksi.transport.errors import KsiError
 
@@ -33,7 +34,6 @@ PLACES: Final = {"import": "imports"}  # What Python has another use for.
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
-EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
 EXIT_NO_READER: Final = 141  # 128 + SIGPIPE
 
 # What to type next, where the error itself does not say it.
@@ -151,14 +151,3 @@ def _report(
         fields = {"code": code, "text": text, "hint": hint, "details": details or {}}
         show_json("error", fields)
     return exit_code
-
-
-def run() -> NoReturn:
-    """Be the `ksi` program."""
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)  # All is written and closed; to free every module costs a person 15 ms.
-
-
-if __name__ == "__main__":
-    run()

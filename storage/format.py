@@ -1,4 +1,4 @@
-"""The version of the layout under `var/`, in the file `FORMAT`."""
+"""The version of the layout under `var/`, in the file `FORMAT`, and the page that explains it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ksi.storage.atomic import make_directory, write_atomically
 from ksi.storage.errors import Corrupt, NewerFormat
 
 FORMAT: Final = 1
+_PAGE: Final = Path(__file__).parent / "var.md"
 
 
 def check_format(var: Path) -> None:
@@ -23,6 +24,7 @@ def check_format(var: Path) -> None:
         text = path.read_text(errors="replace")
     except FileNotFoundError:
         make_directory(var)
+        _explain(var / "README.md")
         write_atomically(path, f"ksi {FORMAT}\n".encode())
         return
     words = text.split()
@@ -39,3 +41,9 @@ def check_format(var: Path) -> None:
             found=int(words[1]),
             known=FORMAT,
         )
+
+
+def _explain(readme: Path) -> None:
+    """Say what is where, if nobody has said something there."""
+    if not readme.exists():
+        write_atomically(readme, _PAGE.read_bytes())

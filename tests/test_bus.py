@@ -44,7 +44,7 @@ def choose(chance: random.Random) -> Asked:
         Asked(who, "agent:broadcast", {**message, **request}),
         Asked(who, "agent:route_task", {**message, "capabilities": ["search"], **request}),
         Asked(who, "message:waiting", {"agent_id": name, "durable": durable, "limit": 2}),
-        Asked(who, "message:subscriptions", {"agent_id": chance.choice((None, name))}),
+        Asked(who, "message:subscriptions", {"agent_id": chance.choice((None, name)), "limit": 2}),
         Asked(who, "message:stats", {}),
     ]
     if chance.random() < 0.05:
@@ -268,6 +268,23 @@ def test_pages_go_on_where_the_last_one_ended(twin: Twin) -> None:
         found += [each.message["n"] for each in page.messages]
         after = page.next
     assert found == list(range(10))
+
+
+def test_durable_subscriptions_are_listed_in_pages(twin: Twin) -> None:
+    made = [(agent, durable) for agent in ("a", "a.b", "ab") for durable in ("d", "d.x", "e")]
+    for agent, durable in made:
+        twin.ask(agent, "message:subscribe", durable=durable, pattern="x")
+    for wanted, fields in ((made, {}), (made[3:6], {"agent_id": "a.b"})):
+        found: list[tuple[str, str]] = []
+        after = None
+        while True:
+            page = twin.read("message:subscriptions", limit=2, after=after, **fields)
+            assert len(page.subscriptions) <= 2
+            found += [(each.agent_id, each.durable) for each in page.subscriptions]
+            after = page.next
+            if after is None:
+                break
+        assert found == wanted
 
 
 # Messages for one agent, for many, and tasks.

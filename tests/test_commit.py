@@ -579,6 +579,19 @@ def test_what_is_not_known_stays_so_however_often_it_is_asked(twin: Twin) -> Non
     assert numbers(twin) == [2, 3]
 
 
+def test_a_clock_that_is_set_makes_nobody_forget(twin: Twin) -> None:
+    say(twin, work(2, request_id="r"))
+    for number, years in enumerate((1, -2), 1):
+        twin.now += years * 366 * DAY_S
+        twin.pass_time(0.25)
+        say(twin, work_of(Sender("bob", "agent"), "session:create", {}, number))
+        twin.pass_time(0.25)
+    assert twin.store.tables["ksi.clients"].count() == 2
+    assert twin.store.tables["ksi.requests"].count() == 1
+    ((_, first),) = answers(twin, work(2, acked=1))
+    assert answers(twin, work(1, request_id="r", instance=b"j" * 16))[0][1] == first
+
+
 def test_a_client_that_is_used_is_not_idle(twin: Twin) -> None:
     for number in range(2, 8):
         twin.pass_time(CLIENT_IDLE_S_MAX / 2)

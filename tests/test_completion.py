@@ -552,7 +552,8 @@ def test_there_is_a_bound_to_workers(twin: Twin, monkeypatch: pytest.MonkeyPatch
     [
         (NotFound("there is no session s1"), NotFound),
         (view(status="closed"), Conflict),
-        (view(owner="carol", admission="closed"), Forbidden),
+        (view(owner="carol", admission="closed", admits=False), Forbidden),
+        (view(owner="carol", admission="invited", admits=False), Forbidden),
     ],
 )
 def test_who_is_known_not_to_be_admitted_is_refused(
@@ -567,7 +568,7 @@ def test_who_is_known_not_to_be_admitted_is_refused(
     twin.facts = answer
     with pytest.raises(refusal):
         submit(twin)
-    assert msgspec.structs.asdict(asked[0]) == {"session_id": "s1"}
+    assert msgspec.structs.asdict(asked[0]) == {"session_id": "s1", "agent_id": "alice"}
     assert twin.sends == []
 
 
@@ -694,6 +695,24 @@ def test_above_each_bound_the_answer_is_busy_and_says_when_to_try_again(
     third = submit(twin)
     register(twin)
     assert drain(twin) == [second, third]
+
+
+@pytest.mark.parametrize("bound", [("WAITING_AGENT_MAX", 2), ("WAITING_AGENT_BYTES_MAX", 150)])
+def test_one_agent_does_not_fill_the_queues_of_all(
+    twin: Twin, bound: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completion, *bound)
+    first, _second = submit(twin, "s1"), submit(twin, "s2")
+    with pytest.raises(Busy, match="of alice wait"):
+        submit(twin, "s3")
+    submit(twin, "s1", who="bob")
+    twin._numbers[Sender("alice", "agent")] -= 1
+    twin.ask("alice", "completion:cancel", request_id=first)
+    third = submit(twin, "s3")
+    register(twin, slots=8)
+    assert third in held(twin)
+    drain(twin)
+    assert twin.store.rows()["asking"] == {}
 
 
 def test_what_would_not_fit_a_line_is_refused(twin: Twin) -> None:
@@ -939,6 +958,16 @@ def test_who_requires_what_nobody_can_offer_is_told_why(twin: Twin) -> None:
     submit(twin, "s2", requires="openai")
     (provider,) = twin.read("completion:provider_status", provider="openai").providers
     assert (provider.unfit, provider.workers, provider.used) == (None, 1, 1)
+
+
+def test_what_is_given_up_because_its_worker_registers_again_and_again_is_recorded(
+    twin: Twin,
+) -> None:
+    request_id = submit(twin)
+    for _ in range(LAPSES_MAX + 1):
+        register(twin)
+    assert status(twin, request_id).status == "failed"
+    assert recorded(twin)[-1] == ("completion:failed", request_id)
 
 
 # What it takes.

@@ -70,7 +70,7 @@ def test_an_unknown_key_is_refused_and_the_nearest_named(
         ("supervisor.period_s", 0),
         ("supervisor.period_s", "nan"),
         ("supervisor.period_s", float("inf")),
-        ("owners.tick_s", 60),
+        ("checkpoint.every_s", -1),
         ("log.level", "loud"),
         ("log.level", 3),
     ],

@@ -25,7 +25,7 @@ from ksi.console.main import SUBCOMMANDS, main
 from ksi.transport.message import encode
 
 PATIENCE_S = 10.0  # A test that waits longer has failed.
-KSI = (sys.executable, "-P", "-m", "ksi.console.main")
+KSI = (sys.executable, "-P", "-m", "ksi.console")
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,24 @@ def test_common_options_go_before_and_after_the_subcommand(nothing: Shell, tmp_p
         assert nothing(*words).json["var"] == str(tmp_path / "a")
     hint = nothing("--var", str(tmp_path / "a b"), "stop").err.splitlines()[1]
     assert hint == f"  ksi --var '{tmp_path / 'a b'}' start"
+
+
+def test_ctrl_c_while_a_command_is_still_loaded_ends_it_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text(
+        "print('loading', flush=True)\nimport time\ntime.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [*KSI, "version"], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert next_line(process) == "loading\n"
+        process.send_signal(signal.SIGINT)
+        _out, words = process.communicate(timeout=PATIENCE_S)
+        assert (process.returncode, words) == (130, "")
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_discover_and_help_show_every_operation_from_its_declaration(nothing: Shell) -> None:

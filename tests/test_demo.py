@@ -21,7 +21,7 @@ from ksi.console.demo_agent import Acked, Told
 from ksi.console.demo_play import AGENTS, Play, from_logs, shipped
 from ksi.transport.errors import NotFound
 
-DEMO = (sys.executable, "-P", "-m", "ksi.console.main", "demo")
+DEMO = (sys.executable, "-P", "-m", "ksi.console", "demo")
 
 
 def environment(place: Path) -> dict[str, str]:

@@ -45,7 +45,7 @@ class Dev:
         """Start `ksi dev` beside the directory `var`."""
         usual = {name: value for name, value in os.environ.items() if not name.startswith("KSI_")}
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "ksi.console.main", "dev", "--json"],
+            [sys.executable, "-P", "-m", "ksi.console", "dev", "--json"],
             env={**usual, "KSI_VAR": "var", "PYTHONPATH": str(self.place / "code")},
             cwd=self.place,
             stdout=subprocess.PIPE,

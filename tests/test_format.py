@@ -22,6 +22,15 @@ def test_a_new_directory_is_marked_once(tmp_path: Path) -> None:
     assert (var / "FORMAT").stat().st_ino == before.st_ino
 
 
+def test_a_new_directory_says_what_is_in_it_but_not_over_what_somebody_says(tmp_path: Path) -> None:
+    ours = Path(__file__).parent.parent / "var" / "README.md"
+    check_format(tmp_path / "fresh")
+    assert (tmp_path / "fresh" / "README.md").read_text() == ours.read_text()
+    (tmp_path / "README.md").write_text("mine")
+    check_format(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_a_newer_format_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
     (tmp_path / "FORMAT").write_text("ksi 2\n")
     before = content(tmp_path)

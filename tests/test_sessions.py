@@ -362,6 +362,10 @@ def test_only_owners_send_session_heartbeats(twin: Twin) -> None:
 )
 def test_a_session_admits_whom_it_says(twin: Twin, admission: str, admitted: set[str]) -> None:
     session_id = create(twin, admission=admission, invited=["bob"])
+    assert twin.read("session:get", session_id=session_id).admits is None
+    for name in ("alice", "bob", "carol"):
+        view = twin.read("session:get", session_id=session_id, agent_id=name)
+        assert view.admits == (name == "alice" or name in admitted)
     for name in ("alice", "bob", "carol"):
         if name in admitted:
             twin.ask(name, "session:contribute", session_id=session_id, event="note")

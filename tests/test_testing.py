@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ksi.actors import testing
 from ksi.actors.owner import Announcement, Decision, Given, Line, Reply, Sender
 from ksi.actors.owners.registry import Beat, Registry, RegistryTables
 from ksi.actors.owners.sessions import (
@@ -17,7 +18,7 @@ from ksi.actors.owners.sessions import (
     Sessions,
     SessionTables,
 )
-from ksi.actors.testing import Asked, Twin, check_owner
+from ksi.actors.testing import Asked, Twin, check_owner, work_of
 from ksi.transport.errors import Forbidden, Internal, Quota
 
 NOTE = {"session_id": "s", "event": "note", "data": {}}
@@ -185,3 +186,10 @@ def test_a_refusal_that_changes_what_is_in_a_row_is_found() -> None:
     with pytest.raises(Internal):
         twin.ask("alice", "agent:heartbeat")
     assert "a row of agents was changed: alice" in twin.errors[0]
+
+
+def test_a_batch_without_room_in_which_nothing_is_to_be_committed_is_no_fault() -> None:
+    run = testing._Run(Sessions(), choose, seed=1)
+    gap = work_of(Sender("alice", "agent"), "session:create", {}, 7)
+    run._run_without_room([gap])  # is told to send again from 1
+    assert run.twin.store.journal == []

@@ -41,7 +41,7 @@ class WorkerProcess:
         words = ["--var", str(var), "--as", name, "worker", *provider]
         words += ["--slots", str(slots), "--lease", lease]
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ksi.console.main", *words],
+            [sys.executable, "-P", "-m", "ksi.console", *words],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **(env or {})},

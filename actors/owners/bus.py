@@ -82,6 +82,7 @@ RESERVED: Final = frozenset(
 
 Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=PATTERN_CHARS_MAX)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # One more is a key still.
+Cursor = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._/-]{0,300}$(?!\n)")]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_MESSAGES_MAX)]
 
 
@@ -120,9 +121,10 @@ class DurableView(Reply, frozen=True, kw_only=True):
 
 
 class Durables(Reply, frozen=True, kw_only=True):
-    """Durable subscriptions by agent and name."""
+    """Durable subscriptions by agent and name; `next` continues, None at the end."""
 
     subscriptions: list[DurableView]
+    next: str | None
 
 
 class Handed(Reply, frozen=True, kw_only=True):
@@ -303,6 +305,8 @@ class ListDurables(Query[Durables], frozen=True, kw_only=True):
     """List durable subscriptions with what waits in them, all or those of one agent."""
 
     agent_id: Id | None = None
+    limit: Limit = 100
+    after: Cursor | None = None
 
 
 @operation("message:stats", owner="bus", example={})
@@ -854,8 +858,12 @@ def _shown(number: int, message: Message) -> KeptMessage:
 def _list(query: ListDurables, tables: BusTables) -> Durables:
     prefix = () if query.agent_id is None else (query.agent_id,)
     views: list[DurableView] = []
-    for key, known in tables.durables.range(prefix=prefix):
-        if len(views) == SCAN_ROWS_MAX // 10:
-            break
+    agent_id, _, durable = (query.after or "").partition("/")
+    start = (agent_id, f"{durable}\x01") if query.after else ()  # No id holds a character this low.
+    last = None
+    for key, known in tables.durables.range(start, prefix=prefix):
+        if len(views) == query.limit:
+            return Durables(subscriptions=views, next=last)
+        last = "/".join(key)
         views.append(_view(key, known))
-    return Durables(subscriptions=views)
+    return Durables(subscriptions=views, next=None)

@@ -61,6 +61,7 @@ from ksi.actors.owners.completion_declared import (
     PAGE_REQUESTS_MAX,
     PASSING,
     Accepted,
+    Asking,
     Async,
     Buried,
     Cancel,
@@ -153,6 +154,8 @@ from ksi.transport.limits import (
     PROGRESS_BYTES_MAX,
     PROVIDERS_MAX,
     RETRY_S_MAX,
+    WAITING_AGENT_BYTES_MAX,
+    WAITING_AGENT_MAX,
     WAITING_BYTES_MAX,
     WAITING_MAX,
     WAITING_SESSION_MAX,
@@ -202,8 +205,10 @@ class Completion(Owner[CompletionTables]):
 
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
         match command:
-            case Async() | Cancel() | Retry() if command.session_id is not None:
-                return sessions.Get(session_id=command.session_id)
+            case Async():
+                return sessions.Get(session_id=command.session_id, agent_id=sender.name)
+            case Cancel(session_id=str(session_id)) | Retry(session_id=str(session_id)):
+                return sessions.Get(session_id=session_id)
             case _:
                 return None
 
@@ -398,7 +403,8 @@ def _queue(
     entry |= {"retry_of": retry_of} if retry_of else {}
     size = _size({**entry, "": command.options}, "the request")
     lane, totals = tables.lanes.get(session_id) or Lane(), _totals(tables)
-    _require_room(session_id, lane, totals, size)
+    asking = tables.asking.get(requester) or Asking()
+    _require_room(session_id, requester, lane, asking, totals, size)
     event = Queued(
         request_id,
         session_id,
@@ -453,16 +459,25 @@ def _require_admitted(session_id: str, sender: Sender, fact: Reply | KsiError | 
         return  # Nothing is known now.
     if fact.status == "closed":
         raise Conflict(f"session {session_id} is closed", hint="create another", status="closed")
-    if fact.owner != sender.name and fact.admission == "closed":
+    if fact.admits is False:
+        who = "nobody else" if fact.admission == "closed" else "those invited"
         raise Forbidden(
-            f"session {session_id} admits nobody else, not {sender.name}",
+            f"session {session_id} admits {who}, not {sender.name}",
             hint=f"ask its owner, {fact.owner}",
             owner=fact.owner,
         )
 
 
-def _require_room(session_id: str, lane: Lane, totals: Totals, size: int) -> None:
+def _require_room(
+    session_id: str, requester: str, lane: Lane, asking: Asking, totals: Totals, size: int
+) -> None:
     for what, have, limit in (
+        (f"requests of {requester} wait", asking.waiting + 1, WAITING_AGENT_MAX),
+        (
+            f"bytes of requests of {requester} wait",
+            asking.open_bytes + size,
+            WAITING_AGENT_BYTES_MAX,
+        ),
         (f"requests wait in session {session_id}", lane.waiting + 1, WAITING_SESSION_MAX),
         ("requests wait", totals.waiting + 1, WAITING_MAX),
         ("bytes of requests wait", totals.open_bytes + size, WAITING_BYTES_MAX),
@@ -734,10 +749,10 @@ def _register(
     command: RegisterWorker, sender: Sender, tables: CompletionTables, given: Given
 ) -> Decision:
     name = sender.name
-    requeued: tuple[Event, ...] = ()
+    former = Decision()
     if tables.workers.get(name) is not None:
         reason = f"another registered as {name}"
-        requeued = _left(name, reason, tables, given, lapsed=True).events
+        former = _left(name, reason, tables, given, lapsed=True)
     elif tables.workers.count() >= WORKERS_MAX:
         raise Quota(f"there are {WORKERS_MAX} workers", limit=WORKERS_MAX)
     event = WorkerRegistered(
@@ -750,7 +765,7 @@ def _register(
         given.time_s,
     )
     reply = Registered(worker=name, epoch=event.epoch, lease_s=command.lease_s)
-    return Decision((*requeued, event), reply, tick=True)
+    return Decision((*former.events, event), reply, former.sends, tick=True)
 
 
 def _renew(
@@ -1112,6 +1127,17 @@ def _add(tables: CompletionTables, **more: int) -> None:
     tables.totals.put("all", msgspec.structs.replace(totals, **sums))
 
 
+def _ask_for(tables: CompletionTables, requester: str, *, waiting: int, size: int = 0) -> None:
+    """Add to what a requester has in the queues."""
+    before = tables.asking.get(requester) or Asking()
+    # What was queued before requesters were counted is not missed when it goes.
+    after = Asking(max(0, before.waiting + waiting), max(0, before.open_bytes + size))
+    if after == Asking():
+        tables.asking.delete(requester)
+    else:
+        tables.asking.put(requester, after)
+
+
 def _queued(event: Queued, tables: CompletionTables) -> None:
     request = Request(
         event.session_id,
@@ -1134,6 +1160,7 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
     lane = tables.lanes.get(event.session_id) or Lane()
     _put_lane(tables, event.session_id, lane, _enter(tables, event.request_id, request, lane))
     _add(tables, number=event.number - _totals(tables).number, waiting=1, open_bytes=event.size)
+    _ask_for(tables, event.requester, waiting=1, size=event.size)
 
 
 def _request_noted(request_id: str, tables: CompletionTables) -> None:
@@ -1173,6 +1200,7 @@ def _granted(event: Granted, tables: CompletionTables) -> None:
     _put_lane(tables, event.session_id, lane, after)
     _use_slot(tables, event.worker, 1)
     _add(tables, waiting=-1, active=1)
+    _ask_for(tables, event.requester, waiting=-1)
 
 
 def _progressed(event: Progressed, tables: CompletionTables) -> None:
@@ -1211,6 +1239,7 @@ def _wait_again(tables: CompletionTables, request_id: str, request: Request) -> 
     after = _enter(tables, request_id, waiting, lane)
     _put_lane(tables, request.session_id, lane, msgspec.structs.replace(after, active=""))
     _add(tables, waiting=1)
+    _ask_for(tables, request.requester, waiting=1)
 
 
 def _resumed(event: Resumed, tables: CompletionTables) -> None:
@@ -1240,6 +1269,8 @@ def _ended(event: Ended, tables: CompletionTables) -> None:
     else:
         after = _leave(tables, event.request_id, request, lane)
         _add(tables, waiting=-1)
+    was_waiting = request.status == "queued"
+    _ask_for(tables, request.requester, waiting=-was_waiting, size=-request.size)
     _put_lane(tables, event.session_id, lane, after)
     finished_ms = _whole_ms(event.time_s)
     ended = msgspec.structs.replace(

@@ -776,6 +776,13 @@ class Provider(msgspec.Struct, frozen=True, array_like=True):
     unfit: str = ""
 
 
+class Asking(msgspec.Struct, frozen=True, array_like=True):
+    """What one requester has in all queues; it has a row while there is anything."""
+
+    waiting: int = 0
+    open_bytes: int = 0
+
+
 class Totals(msgspec.Struct, frozen=True, array_like=True):
     """Numbers that were given last, and sums over tables."""
 
@@ -807,3 +814,4 @@ class CompletionTables(SpendingTables):
     providers: Table[Provider]
     closing: Table[bytes]  # sessions that are closed, while they still have requests
     totals: Table[Totals]  # one row, under "all"
+    asking: Table[Asking]  # by requester

@@ -133,6 +133,7 @@ class SessionView(Reply, frozen=True, kw_only=True):
     title: str
     parent: str | None = None
     parent_seq: int | None = None
+    admits: bool | None = None
 
 
 class SessionPage(Reply, frozen=True, kw_only=True):
@@ -395,9 +396,11 @@ class ClosedSession(Message, frozen=True, kw_only=True):
 
 @operation("session:get", owner="sessions", refuses=(NotFound,), example={"session_id": "sess_1"})
 class Get(Query[SessionView], frozen=True, kw_only=True):
-    """Return one session: owner, epoch, how much was said and when."""
+    """Return one session: owner, epoch, how much was said and when; of `agent_id`, whether it is
+    admitted."""
 
     session_id: Id
+    agent_id: Id | None = None
 
 
 @operation("session:list", owner="sessions", example={"limit": 10})
@@ -706,7 +709,7 @@ class Sessions(Owner[SessionTables]):
     def answer(self, query: Any, tables: SessionTables) -> Reply:
         match query:
             case Get():
-                return _view(query.session_id, _known(tables, query.session_id), tables)
+                return _get(query, tables)
             case GetHistory():
                 return _history(query, tables)
             case ListSessions():
@@ -867,15 +870,19 @@ def _require_lock(command: Append | Contribute, sender: Sender, given: Given) ->
 
 
 def _require_admitted(session_id: str, session: Session, name: str, tables: SessionTables) -> None:
-    if session.owner == name or session.admission == "open":
-        return
-    invited = tables.invited.get((session_id, name)) is not None
-    if session.admission == "closed" or not invited:
+    if not _admits(session_id, session, name, tables):
         raise Forbidden(
             f"session {session_id} admits {_ADMITS[session.admission]}, not {name}",
             hint=f"ask its owner, {session.owner}",
             owner=session.owner,
         )
+
+
+def _admits(session_id: str, session: Session, name: str, tables: SessionTables) -> bool:
+    if session.owner == name or session.admission == "open":
+        return True
+    invited = tables.invited.get((session_id, name)) is not None
+    return session.admission == "invited" and invited
 
 
 def _contributed(
@@ -1261,6 +1268,15 @@ def _session_closed(event: SessionClosed, tables: SessionTables) -> None:
         tables.open.delete(key)
     closed = msgspec.structs.replace(session, status="closed", updated_at=event.now)
     tables.sessions.put(event.session_id, closed)
+
+
+def _get(query: Get, tables: SessionTables) -> SessionView:
+    session_id, session = query.session_id, _known(tables, query.session_id)
+    view = _view(session_id, session, tables)
+    if query.agent_id is None:
+        return view
+    admits = _admits(session_id, session, query.agent_id, tables)
+    return msgspec.structs.replace(view, admits=admits)
 
 
 def _view(session_id: str, session: Session, tables: SessionTables) -> SessionView:
