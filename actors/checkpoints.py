@@ -20,12 +20,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from zlib import crc32
 
 import lmdb
@@ -34,7 +35,9 @@ import zmq
 
 from ksi.actors import log
 from ksi.actors.commit import bind, table_types
+from ksi.actors.followers.conversed import cache_path
 from ksi.actors.followers.indexed import index_directory
+from ksi.actors.followers.recorded import event_directory
 from ksi.actors.owner import Owner
 from ksi.actors.owners import OWNERS, load
 from ksi.actors.reading import cursor_path, log_directory, reader_of
@@ -43,9 +46,12 @@ from ksi.storage import checkpoints
 from ksi.storage.atomic import make_directory, sync_directory
 from ksi.storage.boot import this_boot
 from ksi.storage.checkpoints import Checkpoint, File
+from ksi.storage.conversations import ConversationsReader
 from ksi.storage.errors import Corrupt
+from ksi.storage.eventlog import read_synced
 from ksi.storage.files import read_cursor, read_log
-from ksi.storage.index import read_place
+from ksi.storage.former import drop_former
+from ksi.storage.index import Place, read_place
 from ksi.storage.journal import drop_segments
 from ksi.storage.snapshots import Manifest, read_copy
 from ksi.storage.store import Store, copy_view, seal_copy
@@ -56,11 +62,14 @@ from ksi.transport.identity import Directory, KeyRing, run_directory
 from ksi.transport.mailbox import connect, read_monitor
 from ksi.transport.wire import Kind
 
+T = TypeVar("T")
+
 DELIVER_S: Final = 5.0  # An owner that has not made its cut by then fails the checkpoint ...
 COPY_S_MAX: Final = 600.0  # ... and this long it may copy behind it: gigabytes.
 LOOK_S: Final = 0.002  # How often is looked for copies.
 PAGE_LOGS: Final = 1000  # Session files looked up at once.
 READ_BYTES: Final = 1 << 20  # Of a session file at once.
+RESTORING: Final = "RESTORING"  # Stands in `db` from the first step of a restore to its last.
 FAILED: Final = ".failed"  # Beside the place of a copy: why there is none.
 
 _decode_frame = msgspec.msgpack.Decoder(wire.OwnerFrame).decode
@@ -113,8 +122,11 @@ class Cuts:
             thread.join()
 
 
-def run_checkpoint(var: str, checkpoint_id: str, reason: str, keep: str) -> None:
+def run_checkpoint(var: str, checkpoint_id: str, reason: str, keep: str, former_s: str) -> None:
     """Make a checkpoint; with the reason `stop` of owners that do not run any more.
+
+    Behind it goes what is not needed any more: older checkpoints but for `keep`, segments of
+    journals, and what has been left behind for `former_s`.
 
     Once it has begun, only its own failure or SIGKILL ends it. Exits 1 with the reason in
     `run/checkpoint.json` if there is none.
@@ -128,6 +140,7 @@ def run_checkpoint(var: str, checkpoint_id: str, reason: str, keep: str) -> None
         made = make(root, checkpoint_id, reason)
         gone = checkpoints.prune(root_of(root), int(keep))
         dropped = drop_journals(root)
+        former = drop_left_behind(root, float(former_s))
     except Exception as error:
         text = error.text if isinstance(error, KsiError) else f"{error!r}"
         logger.exception("a checkpoint failed", checkpoint=checkpoint_id)
@@ -144,6 +157,7 @@ def run_checkpoint(var: str, checkpoint_id: str, reason: str, keep: str) -> None
         files=made.files,
         removed=gone,
         segments_dropped=dropped,
+        former_dropped=former,
     )
 
 
@@ -164,8 +178,7 @@ def make(var: Path, checkpoint_id: str, reason: str) -> Checkpoint:
     if reason == "stop":
         place = checkpoints.making(root, number)
         place.mkdir(mode=0o700)
-        for owner in OWNERS:
-            copy_view(var / "db" / owner, place / owner)
+        _each(lambda owner: copy_view(var / "db" / owner, place / owner))
     else:
         with Cutting(var) as cutting:
             number = max(number, cutting.greet() + 1)
@@ -173,7 +186,7 @@ def make(var: Path, checkpoint_id: str, reason: str) -> Checkpoint:
             place.mkdir(mode=0o700)
             cutting.cut(number)
             cutting.collect(place)
-    owners = {owner: seal_copy(place / owner) for owner in OWNERS}
+    owners = _each(lambda owner: seal_copy(place / owner))
     files = _files(var, place, owners["sessions"], root, former)
     count, files_bytes, digest = checkpoints.write_files(place, files)
     for owner in OWNERS:
@@ -190,6 +203,12 @@ def make(var: Path, checkpoint_id: str, reason: str) -> Checkpoint:
     )
     checkpoints.publish(place, root, made)
     return made
+
+
+def _each(step: Callable[[str], T]) -> dict[str, T]:
+    """Take a step for every owner: together, for they wait for the disk more than they compute."""
+    with ThreadPoolExecutor(len(OWNERS)) as pool:
+        return dict(zip(OWNERS, pool.map(step, OWNERS), strict=True))
 
 
 class Peer:
@@ -330,7 +349,7 @@ def _crc(
     return crc
 
 
-def _page(owner: Owner[Any], after: str, tables: Any, _txn: Any) -> list[tuple[str, int]]:
+def _page(owner: Owner[Any], after: str, tables: Mapping[str, Any]) -> list[tuple[str, int]]:
     return list(islice(owner.logs(bind(owner.tables, tables), after), PAGE_LOGS))
 
 
@@ -347,11 +366,27 @@ def _logs(copy: Path) -> Iterator[tuple[str, int]]:
         after = page[-1][0]
 
 
+def drop_left_behind(var: Path, unused_s: float) -> list[str]:
+    """Remove former stores of which there is no checkpoint any more, and views set aside.
+
+    Returns:
+        Their names; nothing while a restore is under way.
+    """
+    if (var / "db" / RESTORING).exists():
+        return []
+    made = checkpoints.whole(root_of(var))
+    gone = []
+    for owner in OWNERS:
+        kept = {each.owners[owner].store for each in made if owner in each.owners}
+        gone += drop_former(var / "db" / owner, kept, unused_s)
+    return gone
+
+
 def drop_journals(var: Path) -> int:
     """Remove the journal segments that nobody needs any more; return how many.
 
     Kept is what follows the older of the two newest checkpoints, should one of them be damaged,
-    and what has yet to get into session files, on disk, and the index.
+    and what has yet to get into session files and the event log, on disk, and the index.
     """
     newest = checkpoints.whole(root_of(var))[:2]
     if len(newest) < 2:
@@ -362,18 +397,34 @@ def drop_journals(var: Path) -> int:
         if older is None or older.store != manifest.store:
             continue
         seq = min(manifest.seq, older.seq) + 1
+        seq = min(seq, _logged(var, owner, manifest.store))
         if owner == "sessions":
             seq = min(seq, _followed(var, manifest.store))
         dropped += drop_segments(var / "db" / owner / manifest.store, seq)
     return dropped
 
 
+def _logged(var: Path, owner: str, store: str) -> int:
+    """Return the first number of a journal that the event log still has to be given, on disk."""
+    place = read_synced(event_directory(var))
+    known = place.owners.get(owner) if place is not None else None
+    return known.segment if known is not None and known.store == store else 0
+
+
 def _followed(var: Path, store: str) -> int:
     """Return the first number of the sessions' journal that a follower still has to read."""
     synced = read_cursor(cursor_path(var, "sessions"), this_boot()).synced
-    place = read_place(index_directory(var))
     if synced is None or synced.store != store:
         return 0
-    if place is None or place.store != store:  # It is built again, from the files.
-        return synced.position.segment
-    return min(synced.position.segment, place.position.segment)
+    segments = [synced.position.segment]
+    for place in (read_place(index_directory(var)), _conversations_place(var)):
+        if place is not None and place.store == store:  # Otherwise it is built from the files.
+            segments.append(place.position.segment)
+    return min(segments)
+
+
+def _conversations_place(var: Path) -> Place | None:
+    try:
+        return ConversationsReader(cache_path(var)).place()
+    except KsiError:
+        return None

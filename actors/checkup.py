@@ -47,8 +47,8 @@ from ksi.storage.examination import (
 )
 from ksi.storage.files import log_name, log_size, read_cursor, read_log
 from ksi.storage.format import check_format
-from ksi.storage.index import is_damage
 from ksi.storage.recovery import Mark
+from ksi.storage.sqlite import is_damage
 from ksi.storage.store import set_view_aside
 from ksi.transport.errors import KsiError, NotFound, NotRunning
 from ksi.transport.identity import run_directory

@@ -33,16 +33,17 @@ import msgspec
 from ksi.actors import delivery
 from ksi.actors.delivery import HOST_TABLES, SENT, Answered, Batch, Client, Delivery, Record
 from ksi.actors.owner import (
+    CACHES,
     Announcement,
     Decision,
     Event,
     Given,
-    Index,
     Keyed,
     Log,
     Owner,
     Query,
     Reply,
+    Restored,
     Send,
     Sender,
     Tables,
@@ -146,7 +147,10 @@ class CommitLoop:
     def replay(self, payload: bytes) -> tuple[float, bytes]:
         """Apply one journaled batch to the tables; return the owner time it was made at, and what
         else the store is to keep of it."""
-        batch = self._decode(payload)
+        return self.replay_batch(self._decode(payload))
+
+    def replay_batch(self, batch: Batch[Any]) -> tuple[float, bytes]:
+        """Apply a batch that was journaled, or the beginning of one. Returns: as `replay`."""
         for record in batch.records:
             for event in record.events:
                 self.owner.apply(event, self.tables)
@@ -209,6 +213,25 @@ class CommitLoop:
         if tick:
             _extend(together, self.run((), (), now, time_s, clock_s, tick=True))
         return together
+
+    def run_restored(self, restored: Restored, now: float, time_s: float) -> Outcome:
+        """Commit what the owner decides about a restore of its store, before anything else.
+
+        Raises:
+            StorageFull: there is no room; nothing has changed.
+            UnknownOutcome: the outcome is unknown; end the process.
+        """
+        given = Given(now, time_s, self.ids)
+        self._outcome = outcome = Outcome([], [], [], [])
+        self.store.room()
+        self.store.begin()
+        try:
+            records = self._passed(restored, given)
+            if records:
+                self._commit(records, given)
+        finally:
+            self._undo()
+        return outcome
 
     def _run(
         self,
@@ -447,15 +470,16 @@ class CommitLoop:
             if not (is_due or self._asked_tick):
                 break
             is_due = self._asked_tick = False
-            records += self._tick(given)
+            records += self._passed(Tick(), given)
         return records
 
-    def _tick(self, given: Given) -> list[Record[Any]]:
+    def _passed(self, what: Tick | Restored, given: Given) -> list[Record[Any]]:
+        """Let the owner decide about what nobody has asked for."""
         try:
-            decision = self._apply(Tick(), self._self, given)
+            decision = self._apply(what, self._self, given)
         except Busy:  # The outbox is full: what is due waits for the next tick.
             return []
-        except KsiError as refusal:  # Time cannot be refused.
+        except KsiError as refusal:  # What has passed cannot be refused.
             raise _Fault from refusal
         return self._of_our_own(delivery.TICK, decision, given)
 
@@ -537,22 +561,27 @@ def _hints(declared: type[Tables]) -> dict[str, Any]:
 
 
 def bind(
-    declared: type[Tables],
-    tables: Mapping[str, Any],
-    logs: Log | None = None,
-    index: Index | None = None,
+    declared: type[Tables], tables: Mapping[str, Any], beside: Mapping[Any, Any] | None = None
 ) -> Any:
-    """Return an instance of the declared tables over `tables`, by their names."""
+    """Return an instance of the declared tables over `tables`, by their names.
+
+    `beside` has by its type what lies outside of the store: logs, and caches. The commit loop
+    reads no such thing and has none.
+    """
     bound = declared()
-    beside = {Log: logs, Index: index}
     for name, kind in _hints(declared).items():
-        setattr(bound, name, beside[kind] if kind in beside else tables[name])
+        setattr(bound, name, (beside or {}).get(kind) if is_beside(kind) else tables[name])
     return bound
 
 
-def reads_index(declared: type[Tables]) -> bool:
-    """Return whether there is an index among the declared tables."""
-    return Index in _hints(declared).values()
+def is_beside(kind: Any) -> bool:
+    """Return whether what is declared lies outside of the store."""
+    return kind is Log or kind in CACHES
+
+
+def caches_of(declared: type[Tables]) -> list[Any]:
+    """Return the caches among the declared tables."""
+    return [kind for kind in _hints(declared).values() if kind in CACHES]
 
 
 def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
@@ -560,7 +589,7 @@ def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
     row, the types of a key, and where it says so how many rows to keep decoded."""
     types: dict[str, tuple[Any, ...]] = dict(HOST_TABLES)
     for name, kind in _hints(owner.tables).items():
-        if kind not in (Log, Index):
+        if not is_beside(kind):
             (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
             plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
             types[name] = (get_args(plain)[0], keyed.parts, keyed.cache_rows)

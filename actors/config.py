@@ -23,6 +23,7 @@ from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 import msgspec
 
 from ksi.actors.log import Level
+from ksi.actors.owner import Interrupted
 from ksi.transport.errors import Invalid
 from ksi.transport.limits import HUNG_COMMIT_S, HUNG_TURN_S, SNAPSHOT_JOURNAL_BYTES
 
@@ -126,6 +127,44 @@ class CheckpointSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
         "with 1 there is nothing to fall back to when it is damaged",
         "checkpoints", 1, 10_000,
     )] = 5
+    former_s: Annotated[float, _seconds(
+        "stores that a restore has replaced, and views that recovery has set aside, are removed "
+        "when nothing was written to them for this long and no checkpoint is of them",
+        "what came after the checkpoint that was restored is then only in archive/before-restore-*",
+        0.0, 366 * 86_400,
+    )] = 7 * 86_400.0
+    interrupted: Annotated[Interrupted, msgspec.Meta(extra={
+        "reason": "what becomes of requests that were running in a checkpoint that is restored: "
+        "they wait again in their place, or end as failed with the reason daemon_restart",
+        "danger": "retry calls the model again for what may have been answered since",
+        "unit": "retry or fail",
+    })] = "retry"
+
+
+class CompositionsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where compositions are. Taken up when the library is started."""
+
+    folder: Annotated[str, msgspec.Meta(min_length=1, max_length=4096, extra={
+        "reason": "the folder whose YAML and Markdown files are indexed; a path below var, unless "
+        "it begins with /",
+        "danger": "all of its files can be read by every agent",
+        "unit": "path",
+    })] = "lib/compositions"
+    exclude: Annotated[str, msgspec.Meta(max_length=4096, extra={
+        "reason": "files whose path holds one of these words are left out; hidden ones are, too",
+        "danger": "empty, and examples that are malformed on purpose are reported",
+        "unit": "words",
+    })] = "_archive/tests/ README .git/"
+
+
+class EventsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The event log in var/logs/events. Taken up when the system is started."""
+
+    keep_days: Annotated[int, _key(
+        "days older than this are removed, whole ones, in UTC",
+        "what is removed is gone: sessions keep what was said, journals what is, nothing what was",
+        "days", 1, 1000,
+    )] = 30
 
 
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,6 +184,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     supervisor: SupervisorSection = SupervisorSection()
     transport: TransportSection = TransportSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    compositions: CompositionsSection = CompositionsSection()
+    events: EventsSection = EventsSection()
     log: LogSection = LogSection()
 
 

@@ -26,9 +26,9 @@ the split of generic loop and callbacks: Erlang/OTP gen_server.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -94,6 +94,66 @@ class Index(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Return how far the follower has come and what it does now."""
+
+
+class EventLog(Protocol):
+    """What has happened in all owners, in files that a follower writes.
+
+    `apply` does not write it. Reading gives what the follower has come to.
+    """
+
+    def find(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a page of events, and where the next one begins."""
+
+    def newest(self) -> int:
+        """Return the number of the newest event, 0 where there is none."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how much there is, and how far the follower has come."""
+
+
+class Compositions(Protocol):
+    """What is in a folder of compositions, in a database that a follower writes."""
+
+    def find(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the compositions that are wanted, in the order of their ids."""
+
+    def named(self, name: str, kind: str | None) -> list[dict[str, Any]]:
+        """Return the compositions that a name may mean, with their metadata and content."""
+
+    def problems(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the files that are no compositions, and why not."""
+
+    def state(self) -> dict[str, Any]:
+        """Return how many there are, and what the follower does now."""
+
+
+class Conversations(Protocol):
+    """What was said in sessions and in imported logs, in a database that a follower writes."""
+
+    def find(self, **wanted: Any) -> tuple[list[dict[str, Any]], int]:
+        """Return the conversations that are wanted, and how many there are in all."""
+
+    def named(self, session_id: str, file_path: str | None) -> list[dict[str, Any]]:
+        """Return the conversations that an id may mean."""
+
+    def messages(self, path: str, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Return messages of one conversation, as many as fit into an answer."""
+
+    def search(self, **wanted: Any) -> dict[str, Any]:
+        """Return where words were said."""
+
+    def problems(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Return the lines and files that cannot be read, and why not."""
+
+    def counts(self) -> dict[str, Any]:
+        """Return how much there is in all."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what the follower does now."""
+
+
+CACHES: Final = frozenset({Index, EventLog, Compositions, Conversations})
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +230,21 @@ class Announcement(msgspec.Struct, frozen=True, gc=False):
     sender: str = ""
 
 
+Interrupted = Literal["retry", "fail"]
+
+
 class Tick(Command[None], frozen=True, kw_only=True):
     """Time has passed. Sent by the host to its own owner: a few times a second, and when asked."""
+
+
+class Restored(Command[None], frozen=True, kw_only=True):
+    """The store was restored from a checkpoint: what was told of later is undone.
+
+    Sent by the host to an owner that `recovers`: once, before anything else is carried out.
+    `interrupted` is what is to become of work that was under way: tried again, or failed.
+    """
+
+    interrupted: Interrupted = "retry"
 
 
 class Keyed:
@@ -199,6 +272,8 @@ class Owner(ABC, Generic[T]):
     tables: ClassVar[type[Tables]]
     events: ClassVar[Any]  # the union of this owner's event classes
     domains: ClassVar[tuple[str, ...]] = ()  # first words of the topics it announces
+    routine: ClassVar[tuple[type[Event], ...]] = ()  # signs of life: the event log leaves them out
+    recovers: ClassVar[bool] = False  # whether it decides about `Restored`
 
     @abstractmethod
     def decide(self, command: Any, sender: Sender, tables: T, given: Given) -> Decision:
@@ -257,6 +332,7 @@ class Owner(ABC, Generic[T]):
 
 
 __all__ = [
-    "Announcement", "Command", "Decision", "Event", "Given", "Index", "Key", "Keyed", "Line", "Log",
-    "Owner", "Query", "Reply", "Send", "Sender", "Table", "Tables", "Tick",
+    "CACHES", "Announcement", "Command", "Compositions", "Conversations", "Decision", "Event",
+    "EventLog", "Given", "Index", "Interrupted", "Key", "Keyed", "Line", "Log", "Owner", "Query",
+    "Reply", "Restored", "Send", "Sender", "Table", "Tables", "Tick",
 ]  # fmt: skip

@@ -15,13 +15,13 @@ from typing import Any, Final, TypeVar
 import msgspec
 import zmq
 
-from ksi.actors import log
+from ksi.actors import config, log
 from ksi.actors.checkpoints import Cuts, root_of
 from ksi.actors.commit import CommitLoop, batch_decoder, table_types
 from ksi.actors.delivery import Counter
 from ksi.actors.host import Host, fresh_ids
 from ksi.actors.outbox import Outbox
-from ksi.actors.owner import Owner
+from ksi.actors.owner import Owner, Restored
 from ksi.actors.owners import load, load_all
 from ksi.actors.reading import Facts, reader_of
 from ksi.actors.stat import StatWriter
@@ -66,6 +66,10 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
         store, loop = open_store(owner, root / "db" / name, logger)
         try:
             stat.epoch = _count_start(store)
+            if owner.recovers and store.is_untouched:
+                interrupted = config.load(root).config.checkpoint.interrupted
+                restored = Restored(interrupted=interrupted)
+                loop.run_restored(restored, round(time.time(), 6), store.meta.time_s)
         except BaseException:
             store.close()
             raise

@@ -6,12 +6,14 @@ This is what `Client.read`, a host that answers queries, a follower and `ksi sta
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
-from ksi.actors.commit import batch_decoder, bind, reads_index, table_types
-from ksi.actors.owner import Index, Owner
+from ksi.actors.commit import batch_decoder, bind, caches_of, table_types
+from ksi.actors.delivery import Batch
+from ksi.actors.owner import Compositions, Conversations, EventLog, Index, Log, Owner
 from ksi.actors.owners import load
 from ksi.storage.journal import Batch as StoredBatch
 from ksi.storage.journal import JournalReader, Position
@@ -62,7 +64,8 @@ class OwnerReader:
             lines_of=self.lines_of,
         )
         self._log = CommittedLog(self.reader)
-        self._index = _index_of(var) if reads_index(owner.tables) else None
+        self._beside: dict[Any, Any] = {Log: self._log}
+        self._beside |= {kind: _cache(kind, var) for kind in caches_of(owner.tables)}
         self._bound_to: Any = None
         self._tables: Any = None
 
@@ -70,7 +73,7 @@ class OwnerReader:
         """Return the owner's declared tables over those of a read transaction."""
         if tables is not self._bound_to:
             self._bound_to = tables
-            self._tables = bind(self.owner.tables, tables, self._log, self._index)
+            self._tables = bind(self.owner.tables, tables, self._beside)
         return self._tables
 
     def answer(self, query: Query[R]) -> R:
@@ -84,8 +87,12 @@ class OwnerReader:
 
     def events_of(self, batch: StoredBatch) -> Iterator[Any]:
         """Yield the events of a journaled batch."""
-        for record in self._decode(batch.payload).records:
+        for record in self.decoded(batch).records:
             yield from record.events
+
+    def decoded(self, batch: StoredBatch) -> Batch[Any]:
+        """Return a journaled batch: whose commands, when, and what has happened."""
+        return self._decode(batch.payload)
 
     def lines_of(self, batch: StoredBatch) -> Iterator[tuple[str, int, bytes]]:
         """Yield what a journaled batch adds to the owner's logs: key, offset, bytes."""
@@ -145,10 +152,18 @@ class Facts:
             return refusal if isinstance(refusal, asked.refuses) else None
 
 
-def _index_of(var: Path) -> Index:
-    from ksi.actors.followers.indexed import IndexView  # SQLite, which hardly any reader needs
+# Imported when they are asked for: SQLite, which hardly any reader needs.
+_VIEWS: Final = {
+    Index: "ksi.actors.followers.indexed:IndexView",
+    EventLog: "ksi.actors.followers.recorded:EventLogView",
+    Compositions: "ksi.actors.followers.composed:CompositionsView",
+    Conversations: "ksi.actors.followers.conversed:ConversationsView",
+}
 
-    return IndexView(var)
+
+def _cache(kind: Any, var: Path) -> Any:
+    module, _, name = _VIEWS[kind].partition(":")
+    return getattr(import_module(module), name)(var)
 
 
 def reader_of(owner: Owner[Any] | str, var: Path) -> OwnerReader:

@@ -16,11 +16,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
-from ksi.actors.checkpoints import root_of
+from ksi.actors import config
+from ksi.actors.checkpoints import RESTORING, root_of
+from ksi.actors.commit import bind, table_types
+from ksi.actors.owner import Interrupted
+from ksi.actors.owners import completion
+from ksi.actors.owners.completion import Open
 from ksi.actors.reading import archive_directory, log_directory
 from ksi.actors.supervision import lock
 from ksi.storage import checkpoints
@@ -30,10 +34,10 @@ from ksi.storage.checkpoints import LATEST, Checkpoint
 from ksi.storage.errors import Corrupt
 from ksi.storage.files import log_name
 from ksi.storage.format import check_format
+from ksi.storage.snapshots import read_copy
 from ksi.storage.store import is_as_restored, restore
+from ksi.storage.tables import TableSpec
 from ksi.transport.errors import Conflict, NotFound
-
-RESTORING: Final = "RESTORING"
 
 
 class _Begun(msgspec.Struct, frozen=True):
@@ -53,6 +57,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         shortened: session files that are longer than in the checkpoint.
         removed: session files it does not know. Like those, they are kept in `aside`.
         missing: session files that lack bytes the checkpoint knows of; they stay as they are.
+        queued: how many requests wait in each session: they will go on doing so, in their order.
+        interrupted: requests that were running; the `rule` says what becomes of them: they wait
+            again in their place, or end as failed with the reason `daemon_restart`, once.
     """
 
     id: str
@@ -64,6 +71,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     removed: list[str]
     missing: list[str]
     aside: str
+    queued: dict[str, int]
+    interrupted: list[str]
+    rule: Interrupted
 
     @property
     def is_nothing(self) -> bool:
@@ -95,6 +105,7 @@ def plan(var: Path, checkpoint_id: str = LATEST) -> Plan:
     sizes = {file.key: file.size for file in checkpoints.read_files(root / found.id)}
     present = dict(_present(log_directory(var)))
     archive = Archive(archive_directory(var))
+    waits = Open({}, []) if "completion" in as_it_is else _open_in(root / found.id)
     return Plan(
         id=found.id,
         created_at=found.created_at,
@@ -109,6 +120,9 @@ def plan(var: Path, checkpoint_id: str = LATEST) -> Plan:
             if present.get(key, 0) < size and (archive.size(key) or 0) < size
         ),
         aside=aside,
+        queued=waits.waiting,
+        interrupted=waits.active,
+        rule=config.load(var).config.checkpoint.interrupted,
     )
 
 
@@ -147,13 +161,11 @@ def _carry_out(var: Path, planned: Plan) -> None:
     aside = var / "archive" / planned.aside
     directory = log_directory(var)
     if planned.shortened or planned.removed:
-        make_directory(aside)
-    for key in planned.shortened:
-        _shorten(directory, log_name(key), sizes[key], aside)
-    for key in planned.removed:
-        os.rename(directory / log_name(key), aside / log_name(key))
-    if planned.shortened or planned.removed:
-        sync_directory(aside)
+        _keep(directory, [*planned.shortened, *planned.removed], aside)
+        for key in planned.shortened:
+            _shorten(directory / log_name(key), sizes[key])
+        for key in planned.removed:
+            (directory / log_name(key)).unlink()
         sync_directory(directory)
     for owner in planned.owners:
         restore(var / "db" / owner, root / planned.id / owner)
@@ -161,18 +173,25 @@ def _carry_out(var: Path, planned: Plan) -> None:
     sync_directory(mark.parent)
 
 
-def _shorten(directory: Path, name: str, size: int, aside: Path) -> None:
-    """Keep the whole of a file aside, and let its first bytes take its place."""
-    with suppress(FileExistsError):  # We did, and were cut short.
-        os.link(directory / name, aside / name)
-    temporary = directory / f".{name}.tmp"
-    with open(directory / name, "rb") as whole, open(temporary, "wb") as short:
+def _keep(directory: Path, keys: list[str], aside: Path) -> None:
+    """Keep files aside as they are, durably: only then may anything happen to them."""
+    make_directory(aside)
+    for key in keys:
+        with suppress(FileExistsError):  # We did, and were cut short.
+            os.link(directory / log_name(key), aside / log_name(key))
+    sync_directory(aside)
+
+
+def _shorten(path: Path, size: int) -> None:
+    """Let the first bytes of a file, which is kept aside, take its place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(path, "rb") as whole, open(temporary, "wb") as short:
         shutil.copyfileobj(whole, short)
         short.truncate(size)
         short.flush()
         os.fchmod(short.fileno(), 0o600)
         os.fsync(short.fileno())
-    os.rename(temporary, directory / name)
+    os.rename(temporary, path)
 
 
 def _good(root: Path, checkpoint_id: str) -> tuple[Checkpoint, dict[str, str]]:
@@ -199,6 +218,17 @@ def _newest_first(root: Path) -> list[str]:
     newest = readable[0] if readable else ""
     damaged = [name for name in checkpoints.names(root) if name not in readable and name > newest]
     return [*reversed(damaged), *readable]
+
+
+def _open_in(checkpoint: Path) -> Open:
+    """Return the requests that are open in a checkpoint."""
+    owner = completion.OWNER
+    specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
+    return read_copy(
+        checkpoint / owner.name,
+        specs,
+        lambda tables: completion.open_in(bind(owner.tables, tables)),
+    )
 
 
 def _present(directory: Path) -> Iterator[tuple[str, int]]:

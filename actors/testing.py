@@ -30,20 +30,27 @@ from ksi.actors.commit import CommitLoop, Facts, Outcome, Work, batch_decoder, b
 from ksi.actors.delivery import SENT, Answered, ClientRow, Record
 from ksi.actors.owner import (
     Announcement,
+    Compositions,
+    Conversations,
     Decision,
     Event,
+    EventLog,
     Given,
     Index,
+    Interrupted,
     Line,
+    Log,
     Owner,
     Query,
     Reply,
+    Restored,
     Sender,
 )
 from ksi.storage.tables import Key, MemoryTable, TableSpec
 from ksi.transport import wire
 from ksi.transport.errors import Conflict, Internal, KsiError, StorageFull, from_wire
 from ksi.transport.message import CATALOGUE, Operation, encode
+from ksi.transport.moments import time_range
 
 SEEDS: Final = 50
 STEPS: Final = 40  # Batches, ticks, queries and restarts of one seed.
@@ -213,6 +220,83 @@ class NoIndex:
         return {"days": 0, "rows": 0, "behind_bytes": None, "rebuilt": 0}
 
 
+class NoEventLog:
+    """The event log before its follower has come to anything."""
+
+    def find(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Return nothing."""
+        time_range(wanted.get("since"), wanted.get("until"), now=START)
+        return {"events": [], "next": None, "offset": None, "upto": wanted.get("after") or 0}
+
+    def newest(self) -> int:
+        """Return that there is none."""
+        return 0
+
+    def state(self) -> dict[str, Any]:
+        """Return that there is nothing."""
+        nothing: dict[str, Any] = dict.fromkeys(("events", "dropped", "n", "per_s"), 0)
+        return {**nothing, "days": {}, "oldest": None, "newest": None, "behind": {}}
+
+
+class OneComposition:
+    """Compositions with one among them, whose name is `known`."""
+
+    def find(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def named(self, name: str, kind: str | None) -> list[dict[str, Any]]:
+        """Return the one, if it is meant."""
+        if name != "known":
+            return []
+        texts = ("id", "name", "component_type", "file_path", "file_hash")
+        gaps = ("version", "description", "author", "extends", "loading_strategy", "content")
+        row = {**dict.fromkeys(texts, "known"), **dict.fromkeys(gaps)}
+        return [{**row, "tags": [], "capabilities": [], "size_bytes": 0, "modified_at": 0.0}]
+
+    def problems(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Return that nothing is known of the follower."""
+        return {}
+
+
+class OneConversation:
+    """Conversations with one among them, whose id is `known`, where nothing was said."""
+
+    def find(self, **_wanted: Any) -> tuple[list[dict[str, Any]], int]:
+        """Return nothing."""
+        return [], 0
+
+    def named(self, session_id: str, file_path: str | None) -> list[dict[str, Any]]:
+        """Return the one, if it is meant."""
+        if session_id != "known":
+            return []
+        return [dict.fromkeys(("session_id", "path", "file_path"), "known") | {"message_count": 0}]
+
+    def messages(self, path: str, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def search(self, **_wanted: Any) -> dict[str, Any]:
+        """Return nothing."""
+        return {"conversations": 0, "matches": 0, "results": []}
+
+    def problems(self, **_wanted: Any) -> list[dict[str, Any]]:
+        """Return nothing."""
+        return []
+
+    def counts(self) -> dict[str, Any]:
+        """Return that nothing was counted."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Return that nothing is known of the follower."""
+        return {}
+
+
 class Watched(Owner[Any]):
     """An owner whose decisions and queries are watched: they may not write, and refuse as declared.
 
@@ -299,7 +383,12 @@ class Twin:
         self.store = MemoryStore(owner)
         self.watched = Watched(owner, self.store)
         self.log = MemoryLog()
-        self.index: Index = NoIndex()
+        self.caches: dict[Any, Any] = {
+            Index: NoIndex(),
+            EventLog: NoEventLog(),
+            Compositions: OneComposition(),
+            Conversations: OneConversation(),
+        }
         self.now = START
         self.time_s = 0.0
         self.facts: Facts = lambda _query: None
@@ -329,7 +418,7 @@ class Twin:
         """Answer a query; return the typed reply or raise the refusal."""
         declared = CATALOGUE[operation]
         query = declared.decode(encode(fields))
-        tables = bind(self.owner.tables, self.store.tables, self.log, self.index)
+        tables = bind(self.owner.tables, self.store.tables, {Log: self.log, **self.caches})
         return msgspec.msgpack.decode(
             encode(self.watched.answer(query, tables)), type=declared.reply
         )
@@ -350,7 +439,16 @@ class Twin:
     ) -> Outcome:
         """Carry out a batch, as the host does; monotonic time is owner time here."""
         now, time_s = self.now, self.time_s
-        outcome = self.loop.run(works, ours, now, time_s, time_s, answers=answers, tick=tick)
+        return self._told_of(
+            self.loop.run(works, ours, now, time_s, time_s, answers=answers, tick=tick)
+        )
+
+    def restored(self, interrupted: Interrupted = "retry") -> Outcome:
+        """Let the owner decide about a restore, as the host does before anything else."""
+        restored = Restored(interrupted=interrupted)
+        return self._told_of(self.loop.run_restored(restored, self.now, self.time_s))
+
+    def _told_of(self, outcome: Outcome) -> Outcome:
         self.events += outcome.events
         self.sends += outcome.sends
         for each in outcome.told:
@@ -482,6 +580,8 @@ class _Run:
             self.twin.pass_time(self.chance.choice((0.05, 0.25, 1.0, 5.0, 70.0)))
         elif chance < 0.95:
             self.twin.restart()
+            if self.twin.owner.recovers and self.chance.random() < 0.5:
+                self.twin.restored(self.chance.choice(("retry", "fail")))
         elif chance < 0.97 and type(self.twin.owner).answered is not Owner.answered:
             self.twin.hears = not self.twin.hears
             self.twin.hear()
@@ -496,7 +596,9 @@ class _Run:
         require_alike(rows, replayed.store.rows(), "the journal applied to empty tables")
         _require_numbers(rows, replayed.store.rows())
         self._retry(replayed)
-        sizes = dict(twin.owner.logs(bind(twin.owner.tables, twin.store.tables, twin.log), ""))
+        sizes = dict(
+            twin.owner.logs(bind(twin.owner.tables, twin.store.tables, {Log: twin.log}), "")
+        )
         written = {key: len(content) for key, content in twin.log.content.items()}
         shown = {key: size for key, size in sizes.items() if size}
         assert shown == written, f"`logs` says {shown}, written is {written}"

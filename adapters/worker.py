@@ -4,7 +4,9 @@ A push says what to start or to stop at once. One loop looks after the lease and
 renewal which grants it holds: so it starts what it should be doing, and stops what it should not,
 whatever was lost on the way: pushes, the connection, the owner, its own registration.
 
-- A grant that is over (cancelled, timed out, given to another) has its provider cancelled.
+- A grant that is over (cancelled, timed out, given to another) has its provider cancelled. What it
+  takes to end is not waited for: its session is free at once.
+- A provider is called no more often than its rate, and left alone for as long as it asks.
 - Another worker under its name ends it. A lapsed lease does not: it registers again.
 - Told to stop, it takes no more, finishes within `grace_s` what it has begun, hands back the rest
   and leaves.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -22,7 +25,9 @@ from typing import Any, Final
 
 import msgspec
 
-from ksi.adapters.providers import Grant, Provider
+from ksi.actors.owners.spending import Usage
+from ksi.adapters.providers import Failed, Grant, Opened, Provider
+from ksi.adapters.talk import SessionTalk
 from ksi.transport import AsyncClient
 from ksi.transport.aclient import Subscription
 from ksi.transport.errors import (
@@ -41,15 +46,34 @@ from ksi.transport.errors import (
     TooLarge,
     Unavailable,
 )
-from ksi.transport.limits import WORKER_LEASE_S
+from ksi.transport.limits import RETRY_AFTER_S_MAX, WORKER_LEASE_S
 from ksi.transport.link import Delivery
 
 RETRY_S: Final = 0.2  # How soon to try again where nobody answers.
 GRACE_S: Final = 30.0  # What grants get to finish in, once the worker is to stop.
+ENDING_S: Final = 10.0  # What providers get to end in, once the worker has left.
 RENEWALS: Final = 3  # A lease is renewed that many times before it would lapse.
 # Nothing has come of it now; it will.
 _SILENT: Final = (Unavailable, NotRunning, Expired, Busy, Draining, StorageFull)
 _OVER: Final = (StaleEpoch, NotFound, NotOwner)  # The grant is not ours any more.
+
+
+class Pace:
+    """When a provider may be called next: evenly, and not while it wants to be left alone."""
+
+    def __init__(self, rate_per_s: float) -> None:
+        self._gap_s = 1 / rate_per_s
+        self._next_s = 0.0
+
+    async def turn(self) -> None:
+        """Wait for one's turn."""
+        at_s = max(time.monotonic(), self._next_s)
+        self._next_s = at_s + self._gap_s
+        await asyncio.sleep(at_s - time.monotonic())  # One has to wait for a turn.
+
+    def rest(self, seconds: float) -> None:
+        """Let nobody have a turn for a while."""
+        self._next_s = max(self._next_s, time.monotonic() + min(seconds, RETRY_AFTER_S_MAX))
 
 
 class Worker:
@@ -59,6 +83,7 @@ class Worker:
         name: its identity, enrolled as a worker on first use.
         providers: what answers; their names are what it offers.
         slots: how many grants it holds at a time, of all providers together.
+        rate_per_s: how often each provider is called at the most.
         lease_s: how long it may be silent before its grants go to others.
         grace_s: how long it may take to finish once it is to stop.
     """
@@ -70,6 +95,7 @@ class Worker:
         *,
         var: str | Path | None = None,
         slots: int = 1,
+        rate_per_s: float = math.inf,
         lease_s: float = WORKER_LEASE_S,
         grace_s: float = GRACE_S,
     ) -> None:
@@ -78,12 +104,14 @@ class Worker:
         self.name = name
         self._providers = {each.name: each for each in providers}
         self._usual = providers[0]
+        self._paces = {each.name: Pace(rate_per_s) for each in providers}
         self._slots = slots
         self._lease_s = lease_s
         self._grace_s = grace_s
         self._client = AsyncClient(name, var=var, role="worker")
         self._epoch = 0
         self._tasks: dict[str, tuple[int, asyncio.Task[None]]] = {}  # by request: attempt, work
+        self._ending: set[asyncio.Task[None]] = set()  # cancelled, and not over yet
         self._heard: deque[Delivery] = deque()
         self._news = asyncio.Event()
         self._draining = False  # and the owner knows it
@@ -103,7 +131,11 @@ class Worker:
             StaleEpoch: another worker has registered under this name.
             Forbidden: the key of this name is revoked, or not a worker's.
             NotRunning: there is no system on this var.
+            Invalid: a provider cannot be made ready; the text says why.
         """
+        for provider in self._providers.values():
+            if isinstance(provider, Opened):
+                await asyncio.to_thread(provider.open)
         async with self._client, await self._client.subscribe(f"worker.{self.name}.>") as news:
             listening = asyncio.create_task(self._listen(news))
             try:
@@ -111,7 +143,9 @@ class Worker:
                 await self._serve()
             finally:
                 listening.cancel()
-                await self._cancel(list(self._tasks))
+                self._cancel(list(self._tasks))
+                if self._ending:
+                    await asyncio.wait(self._ending, timeout=ENDING_S)
 
     async def _listen(self, news: Subscription) -> None:
         try:
@@ -133,7 +167,7 @@ class Worker:
             await self._wait(renew_s)
             if self._failed is not None:
                 raise self._failed
-        await self._cancel(list(self._tasks))
+        self._cancel(list(self._tasks))
         with contextlib.suppress(*_SILENT, *_OVER, Restored, Evicted):
             await self._client.ask("worker:leave", epoch=self._epoch)
 
@@ -159,7 +193,7 @@ class Worker:
                 request_id, attempt = delivery.message["request_id"], delivery.message["attempt"]
                 known, _task = self._tasks.get(request_id, (0, None))
                 if known and (known < attempt or (what == "revoked" and known == attempt)):
-                    await self._cancel([request_id])
+                    self._cancel([request_id])
                 if what == "granted" and known < attempt:
                     granted.append(request_id)
         if granted and not look:
@@ -176,13 +210,13 @@ class Worker:
             return
         self._draining = slots == 0
         held = {each["request_id"]: each["attempt"] for each in renewed["grants"]}
-        await self._cancel(
+        self._cancel(
             [each for each, (attempt, _) in self._tasks.items() if held.get(each) != attempt]
         )
         await self._start([each for each in held if each not in self._tasks])
 
     async def _register(self) -> None:
-        await self._cancel(list(self._tasks))
+        self._cancel(list(self._tasks))
         registered = await self._client.ask(
             "worker:register",
             capabilities=list(self._providers),
@@ -206,26 +240,36 @@ class Worker:
             if not page["more"]:
                 return  # What is missing is over already.
 
-    async def _cancel(self, request_ids: Iterable[str]) -> None:
-        tasks = [self._tasks.pop(each)[1] for each in request_ids]
-        for task in tasks:
+    def _cancel(self, request_ids: Iterable[str]) -> None:
+        for each in request_ids:
+            _attempt, task = self._tasks.pop(each)
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            self._ending.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._ending.discard(task)
+        if not task.cancelled():
+            task.exception()  # It was cancelled: nobody waits for what it says.
 
     async def _work(self, grant: Grant) -> None:
         """Answer one grant and report it. Ends early when the grant is over."""
-        ours = {"request_id": grant.request_id, "attempt": grant.attempt}
-
-        async def say(progress: dict[str, Any]) -> None:
-            with contextlib.suppress(*_SILENT, *_OVER):
-                await self._client.ask("worker:progress", ours, progress=progress)
-
         provider = self._providers.get(grant.requires or "", self._usual)
+        pace = self._paces[provider.name]
+        talk = SessionTalk(self._client, grant, provider.name)
         try:
-            outcome: dict[str, Any] = {"result": await provider.complete(grant, say)}
+            await pace.turn()
+            outcome = _outcome(provider.name, await provider.complete(grant, talk))
+        except Failed as failed:
+            outcome = {"error": str(failed), "kind": failed.kind, "usage": failed.usage}
+            if failed.retry_after_s is not None:
+                wait_s = min(failed.retry_after_s, RETRY_AFTER_S_MAX)
+                outcome["retry_after_s"] = wait_s
+                pace.rest(wait_s)
         except Exception as error:
             outcome = {"error": _words(error)}
-        await self._report({**ours, **outcome})
+        ours = {"request_id": grant.request_id, "attempt": grant.attempt}
+        await self._report({**ours, **outcome, "provider": provider.name})
         if self._tasks.get(grant.request_id, (0, None))[1] is asyncio.current_task():
             del self._tasks[grant.request_id]
         if self._stop_s is not None:
@@ -243,9 +287,21 @@ class Worker:
                 if "error" in fields:
                     raise
                 fields = {**fields, "error": _words(error)}
-                del fields["result"]
+                fields.pop("result", None)
             except (*_SILENT, Restored, Evicted):
                 await asyncio.sleep(RETRY_S)  # Nobody answers: not at once again.
+
+
+def _outcome(provider: str, result: Any) -> dict[str, Any]:
+    """Return what is reported of an answer: one that says nothing is none."""
+    if not isinstance(result, dict):
+        raise TypeError(f"provider {provider} has returned {type(result).__name__}, no result")
+    result = {**result, "provider": provider}
+    usage = result.pop("usage", None)
+    taken = msgspec.convert(usage, Usage | None, from_attributes=True)
+    if not str(result.get("response") or "").strip():
+        raise Failed("provider_error", f"provider {provider} answered nothing", usage=taken)
+    return {"result": result, "usage": taken}
 
 
 def _words(error: Exception) -> str:

@@ -138,7 +138,7 @@ def default_words(each: shape.Field) -> str | None:
 def example(operation: Operation, verb: str | None = None) -> str:
     """Return the declared example as a command line."""
     verb = verb or ("read" if operation.kind == "query" else "ask")
-    kinds = {each.name: field_kind(each) for each in fields_of(operation)}
+    kinds = {each.encode_name: field_kind(each) for each in fields_of(operation)}
     words = ["ksi", verb, operation.name]
     for name, value in operation.example.items():
         as_text = isinstance(value, str) and kinds.get(name) in ("text", "choice")
@@ -153,7 +153,7 @@ def reply_rows(operation: Operation) -> list[tuple[str, str]]:
     if not isinstance(declared, shape.StructType):
         return [("-", type_words(declared))]
     return [
-        (each.name, type_words(each.type) + (" or null" if _is_optional(each.type) else ""))
+        (each.encode_name, type_words(each.type) + (" or null" if _is_optional(each.type) else ""))
         for each in declared.fields
     ]
 

@@ -54,18 +54,25 @@ Examples:
     metavar="DIR",
     help="Play the *.jsonl logs in DIR instead of the transcript that comes with KSI.",
 )
+@click.option(
+    "--with-model", is_flag=True, help="Install a small language model first, if it is not here."
+)
 @click.pass_obj
-def demo(options: Options, logs: Path | None) -> int:
+def demo(options: Options, logs: Path | None, with_model: bool) -> int:
     """Show what KSI does, on a system of its own, and prove what it promises.
 
     Four agent processes talk in sessions, over the bus and through the completion queue. A worker
     and an owner are killed with -9 in the middle, and everything acknowledged must be there, once
-    and in order, also in the index. It takes some seconds, uses a temporary
-    directory and leaves nothing behind. Exit codes: 0 all proven, 1 something was not.
+    and in order, also in the index. Requests are answered by the provider echo, and one by a real
+    language model where that is installed. It takes some seconds, uses a temporary directory and
+    leaves nothing behind. Exit codes: 0 all proven, 1 something was not.
     """
+    from ksi.console import demo_model as model
     from ksi.console import demo_stage as stage
     from ksi.console.demo_play import from_logs, shipped
 
+    if with_model:
+        model.install(stage.say)
     begun_s = time.monotonic()
     play = shipped() if logs is None else from_logs(logs)
     with stage.directory() as var:
@@ -86,6 +93,7 @@ def demo(options: Options, logs: Path | None) -> int:
 def _perform(options: Options, var: Path, play: Play) -> tuple[list[Proof], dict[str, Any]]:
     """Play everything on `var`; return the proofs, and the figures that were seen."""
     from ksi.actors.reading import log_directory
+    from ksi.console import demo_model as model
     from ksi.console import demo_proof as prove
     from ksi.console import demo_stage as stage
     from ksi.transport import Client
@@ -115,6 +123,11 @@ def _perform(options: Options, var: Path, play: Play) -> tuple[list[Proof], dict
             prove.answered(told, everything.get(play.desk, ()), missed),
             prove.indexed(report, everything),
         ]
+        if model.is_installed():
+            spoken = model.speak(var, watcher, stage.say)
+        else:
+            spoken = None
+            stage.say("the provider echo spoke, which repeats; ksi demo --with-model has a model")
         ends = _ends_of(started["pid"])
     proofs.append(_gone(ends))
     return proofs, {
@@ -126,6 +139,8 @@ def _perform(options: Options, var: Path, play: Play) -> tuple[list[Proof], dict
         "acknowledged": len(acked),
         "stored": sum(map(len, files.values())),
         "answered": asked // 2,
+        "provider": "echo" if spoken is None else "local",
+        "model": spoken,
         "indexed": report["rows"],
         "recover_ms": round(recovered_s * 1000, 1),
         "files_late_ms": round(late_s * 1000, 1),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ksi.console.options import Failed, Options, command
+from ksi.console.options import Options, command
 from ksi.console.show import show_json
 from ksi.console.start import pair
 from ksi.transport.errors import Conflict, KsiError
@@ -50,11 +50,8 @@ def dev(options: Options, flags: tuple[str, ...]) -> None:
     the restart and lose nothing. The state is kept apart from that of other runs, beside the
     runtime directory: for `var` it is `var-dev`.
     """
-    try:
-        from watchfiles import PythonFilter, watch
-    except ImportError:
-        text, hint = "ksi dev needs the package watchfiles", "pip install 'ksi[dev]'"
-        raise Failed(text, hint=hint) from None
+    from watchfiles import PythonFilter, watch
+
     require_here(options.var, "ksi dev")
     var = development_var(options.var)
     done = threading.Event()

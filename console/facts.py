@@ -21,12 +21,13 @@ from ksi.actors.owners import OWNERS
 from ksi.actors.stat import Stat, read_stat
 from ksi.actors.supervision import checkpointed
 from ksi.actors.supervision.lock import Holder, holder
-from ksi.actors.supervision.reports import Exit, read_children, read_exit, read_index
+from ksi.actors.supervision.reports import Exit, read_children, read_exit, read_follower
 from ksi.actors.supervision.system import CheckpointList, ChildStatus, Phase, State, SystemStatus
 from ksi.transport.errors import KsiError
 from ksi.transport.limits import FREE_BYTES_MIN, FREE_PART_MIN, MAILBOX_REQUESTS_MAX
 
 # A person looks earlier than the supervisor acts: an owner takes a turn every `TICK_S`.
+CACHES: Final = {"index": "index", "compositions": "library", "conversations": "library"}
 SILENT_S_MAX: Final = 2.0
 COMMIT_S_MAX: Final = 5.0
 STARTING_S_MAX: Final = 5.0  # A start that takes longer is worth a sentence.
@@ -42,6 +43,7 @@ COUNTED: Final[Mapping[str, Mapping[str, tuple[str, str | None]]]] = {
         "active": ("grants", None),
         "workers": ("workers", None),
     },
+    "state": {"entities": ("entities", None), "queued": ("items", None)},
 }
 
 
@@ -96,7 +98,7 @@ class System:
     unreadable: Mapping[str, str]  # owner to why its state cannot be read
     free_bytes: int
     disk_bytes: int
-    index: Mapping[str, Any]  # what its follower said last
+    caches: Mapping[str, Mapping[str, Any]]  # by their name, what the follower of each said last
     checkpoints: CheckpointList
 
     def of(self, kind: Literal["owner", "follower", "agent"]) -> list[Child]:
@@ -128,11 +130,14 @@ class System:
             found.append(f"the system is stopping ({ksi} status)")
         for child in self.children:
             found += _problems_of(child, ksi)
-        state, reason = self.index.get("state"), self.index.get("reason")
-        if state == "rebuilding" and not self.index["is_whole"] and self.index["total_bytes"]:
-            found.append(f"the index is being built again: {reason} ({ksi} index status)")
-        elif state == "waiting" and reason:
-            found.append(f"the index waits: {reason} ({ksi} logs index)")
+        for name, said in self.caches.items():
+            state, reason, owner = said.get("state"), said.get("reason"), CACHES[name]
+            if state == "rebuilding" and not said["is_whole"] and said["total_bytes"]:
+                found.append(
+                    f"the cache {name} is being built again: {reason} ({ksi} {name} status)"
+                )
+            elif state == "waiting" and reason:
+                found.append(f"the cache {name} waits: {reason} ({ksi} logs {owner})")
         if self.checkpoints.failed is not None:
             why = self.checkpoints.failed
             found.append(f"the last checkpoint failed: {why} ({ksi} checkpoint create)")
@@ -165,7 +170,7 @@ def look(var: Path) -> System:
         unreadable=unreadable,
         free_bytes=free_bytes,
         disk_bytes=disk_bytes,
-        index=read_index(run),
+        caches={name: read_follower(run, name) for name in CACHES},
         checkpoints=checkpointed.listed(var, run),
     )
 

@@ -61,7 +61,7 @@ def _show_operation(operation: Operation) -> None:
     print(operation.doc.replace("\n    ", "\n"))
     fields = [
         (
-            words.flag(each.name),
+            words.flag(each.encode_name),
             words.default_words(each) or "required",
             words.type_words(each.type),
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ksi.console.options import DURATION, Options, group
+from ksi.console.options import MOMENT, SINCE, Options, group
 from ksi.console.show import instant, show_json, show_table, size
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def status(options: Options) -> None:
 @click.option("--pattern", "pattern_type", metavar="PATTERN", help="Only these, as peer_to_peer.")
 @click.option("--correlation", "correlation_id", metavar="ID", help="Only with this id.")
 @click.option("--conversation", "conversation_id", metavar="ID", help="Only of this conversation.")
-@click.option("--since", type=DURATION, help="Only the latest: 30s, 5m, 2h, 1d.")
+@click.option("--since", type=MOMENT, help=SINCE)
 @click.option("--pending", is_flag=True, help="Only requests that have no response yet.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True)
 @click.pass_obj
@@ -65,7 +65,7 @@ def query(
     """
     fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if since is not None:
-        fields["since"] = time.time() - since
+        fields["since"] = since
     if not pending:
         fields["reverse"] = True
     operation = "index:pending" if pending else "index:query"

@@ -7,15 +7,15 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from ksi.console.options import DURATION, Options, command
+from ksi.console.options import MOMENT, SINCE, Options, command
 from ksi.console.show import print_json, show_json
 from ksi.transport.errors import NotFound, NotRunning
+from ksi.transport.moments import iso
 from ksi.transport.remote import require_here
 
 FOLLOW_S: Final = 0.2  # How often `-f` looks for more: unnoticed by a person, free for a machine.
@@ -28,7 +28,7 @@ Line = dict[str, Any]
 @command("logs")
 @click.argument("name", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
-@click.option("--since", type=DURATION, help="Only the latest: 30s, 5m, 2h, 1d.")
+@click.option("--since", type=MOMENT, help=SINCE)
 @click.option("-n", "--lines", type=click.IntRange(min=0), help="Only so many, the newest.")
 @click.option(
     "--level", type=click.Choice(LEVELS[:4]), default="debug", help="Only this and what is worse."
@@ -53,7 +53,7 @@ def logs(
         _show_output(options, name)
         return
     wanted = _Wanted(
-        since=None if since is None else datetime.fromtimestamp(time.time() - since, UTC),
+        since=since,
         levels=frozenset(LEVELS[LEVELS.index(level) :]),
     )
     files = _Files(options.var, name)
@@ -71,8 +71,8 @@ def logs(
 class _Wanted:
     """Which lines are shown."""
 
-    def __init__(self, since: datetime | None, levels: frozenset[str]) -> None:
-        self._since = "" if since is None else since.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    def __init__(self, since: float | None, levels: frozenset[str]) -> None:
+        self._since = "" if since is None else iso(since)
         self._levels = levels
 
     def of(self, lines: Iterable[Line]) -> Iterator[Line]:

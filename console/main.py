@@ -22,13 +22,15 @@ from ksi.console.options import Failed, Group, Options, group
 from ksi.transport.errors import KsiError
 
 SUBCOMMANDS: Final = (
-    "start", "stop", "restart", "dev", "status", "ps", "logs",
+    "start", "stop", "restart", "dev", "status", "ps", "logs", "events", "observe",
     "ask", "read", "send", "subscribe", "discover", "help",
-    "agents", "sessions", "queue", "worker", "index", "archive",
+    "agents", "sessions", "state", "queue", "worker", "index", "archive", "mcp",
+    "conversations", "import", "compositions",
     "checkpoint", "restore",
     "config", "doctor", "completion", "demo", "version",
 )  # fmt: skip
 ALIASES: Final = {"agent": "agents", "session": "sessions"}
+PLACES: Final = {"import": "imports"}  # What Python has another use for.
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -60,7 +62,8 @@ class Subcommands(Group):
         name = ALIASES.get(cmd_name, cmd_name)
         if name not in SUBCOMMANDS:
             return None
-        found: click.Command = getattr(import_module(f"ksi.console.{name}"), name)
+        place = PLACES.get(name, name)
+        found: click.Command = getattr(import_module(f"ksi.console.{place}"), place)
         return found
 
     def invoke(self, ctx: click.Context) -> Any:

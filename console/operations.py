@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import click
@@ -20,24 +21,36 @@ from ksi.console.declared import (
     holds_text,
     type_words,
 )
-from ksi.console.options import DURATION, Command, Group, Options, nearest
+from ksi.console.options import DURATION, Command, Group, nearest
 from ksi.transport.errors import Invalid
 from ksi.transport.limits import ASK_TIMEOUT_S
 from ksi.transport.message import OWNER, Operation, encode, unknown
 
-Call = Callable[[Options, Operation, dict[str, Any], float], Any]
+Call = Callable[..., Any]
 
 
 class Operations(Group):
     """A sub-command whose sub-commands are operations, with their fields as flags.
 
     `call(options, operation, fields, timeout_s)` does it and prints; `kinds` are what it takes.
+    `more` are flags of single operations beside their fields, passed to `call` by name. With `past`
+    there is a flag `--at` beside those of each.
     """
 
-    def __init__(self, *args: Any, call: Call, kinds: tuple[str, ...], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        call: Call,
+        kinds: tuple[str, ...],
+        more: Mapping[str, click.Option] = MappingProxyType({}),
+        past: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, subcommand_metavar="OPERATION [--FIELD VALUE]...", **kwargs)
         self._call = call
         self._kinds = kinds
+        self._more = more
+        self._past = past
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         ours = (each for each in catalogue().values() if each.kind in self._kinds)
@@ -47,7 +60,10 @@ class Operations(Group):
         found = catalogue().get(cmd_name)
         if found is None or found.kind not in self._kinds:
             return None
-        return as_command(found, self._call)
+        more = self._more.get(cmd_name)
+        if self._past and "at" not in {each.encode_name for each in fields_of(found)}:
+            more = _at_option()  # Else the field means the same, of what the query is about.
+        return as_command(found, self._call, more)
 
     def unknown(self, ctx: click.Context, name: str) -> Exception:
         found = catalogue().get(name)
@@ -72,24 +88,26 @@ class _Fields(Command):
             ) from None
 
 
-def as_command(operation: Operation, call: Call) -> click.Command:
+def as_command(operation: Operation, call: Call, more: click.Option | None = None) -> click.Command:
     """Return the click command of an operation: a flag for each field, and the common ones."""
-    fields = {flag(each.name): each for each in fields_of(operation)}
+    fields = {flag(each.encode_name): each for each in fields_of(operation)}
 
     def carry_out(_fields: str | None, _timeout_s: float, **given: str | None) -> Any:
         values = _more(_fields)
+        beside = {} if more is None or more.name is None else {more.name: given.pop(more.name)}
         for name, text in given.items():
             if text is not None:
                 each = fields["--" + name.replace("_", "-")]
-                values[each.name] = value_of(operation, each, text)
+                values[each.encode_name] = value_of(operation, each, text)
         operation.decode(encode(values))  # the same refusal as the owner's, but at once
-        return call(click.get_current_context().obj, operation, values, _timeout_s)
+        return call(click.get_current_context().obj, operation, values, _timeout_s, **beside)
 
     return _Fields(
         operation.name,
         params=[
             *(_option(name, each) for name, each in fields.items() if name not in _TAKEN),
             *_call_options(),
+            *([more] if more is not None else []),
         ],
         callback=carry_out,
         help=operation.doc,
@@ -99,6 +117,11 @@ def as_command(operation: Operation, call: Call) -> click.Command:
 
 
 _TAKEN: Final = frozenset({"--var", "--as", "--json", "--timeout", "--fields", "--help"})
+
+
+def _at_option() -> click.Option:
+    words = "The state as it was: at a number of its owner's journal, at a time, or so long ago."
+    return click.Option(["--at", "at"], metavar="SEQ|TIME", help=words)
 
 
 def _call_options() -> list[click.Parameter]:
@@ -149,7 +172,7 @@ def value_of(operation: Operation, each: shape.Field, text: str) -> Any:
             return text
         words = type_words(each.type)
         raise Invalid(
-            f"{flag(each.name)} takes JSON ({words}), and {text[:100]!r} is none: {error}",
+            f"{flag(each.encode_name)} takes JSON ({words}), and {text[:100]!r} is none: {error}",
             hint=operation.hint,
         ) from None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ksi.transport.errors import NotRunning
+from ksi.transport.errors import Invalid, NotRunning
+from ksi.transport.moments import moment, span_s
 from ksi.transport.remote import is_remote
 
 if TYPE_CHECKING:
     from ksi.transport.client import Client
 
 OPERATOR: Final = "operator"  # who speaks unless --as or KSI_AGENT says otherwise
-_UNITS: Final = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
 def _usual_var() -> Path:
@@ -82,13 +82,27 @@ class Duration(click.ParamType[float]):
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         if isinstance(value, float):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|)", str(value))
-        if found is None:
+        seconds = span_s(str(value))
+        if seconds is None:
             self.fail(f"{value!r} is no duration (300ms, 5s, 10m, 2h, 1d)", param, ctx)
-        return float(found[1]) * _UNITS[found[2]]
+        return seconds
+
+
+class Moment(click.ParamType[float]):
+    """Seconds since the epoch; as text so long ago, or an ISO date or time."""
+
+    name = "moment"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            return moment(value, now=time.time())
+        except Invalid as refusal:
+            self.fail(f"{value!r} is no time ({refusal.hint})", param, ctx)
 
 
 DURATION: Final = Duration()
+MOMENT: Final = Moment()
+SINCE: Final = "Only the latest: 30s, 5m, 2h, 1d; or from a date or time on."
 
 
 def _keep(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:

@@ -45,7 +45,7 @@ def _section(operation: Operation) -> Iterator[str]:
     yield ""
     yield from (line.strip() for line in operation.doc.splitlines())
     rows = [
-        (each.name, default_words(each) or "-", type_words(each.type))
+        (each.encode_name, default_words(each) or "-", type_words(each.type))
         for each in fields_of(operation)
     ]
     yield from _markdown_table(("field", "default", "type"), rows)

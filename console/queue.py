@@ -10,16 +10,16 @@ import click
 
 from ksi.console.options import DURATION, Options, group
 from ksi.console.show import clean, duration, instant, print_json, show_json, show_table
-from ksi.transport.limits import ASK_TIMEOUT_S
+from ksi.transport.limits import ASK_TIMEOUT_S, DEAD_MAX
 
-STATUSES: Final = ("queued", "active", "finished")
+STATUSES: Final = ("queued", "active", "finished", "dead")
 TEXT_CHARS: Final = 60  # Of a reason in a table.
 
 
 @group("queue", invoke_without_command=True)
 @click.pass_context
 def queue(ctx: click.Context) -> None:
-    """Look at requests and workers of the completion queue, and cancel."""
+    """Look at requests, workers and providers of the completion queue; cancel and retry."""
     if ctx.invoked_subcommand is None:
         ctx.invoke(list_requests)
 
@@ -120,6 +120,83 @@ def cancel(options: Options, request_id: str, reason: str, timeout: float) -> No
         print(f"{request_id} is cancelled")
 
 
+@queue.command("retry")
+@click.argument("request_ids", nargs=-1, metavar="[REQUEST_ID]...")
+@click.option("--all", "every", is_flag=True, help="All that have failed for good.")
+@click.option(
+    "--timeout", type=DURATION, default=ASK_TIMEOUT_S, help="How long to wait for each. [5s]"
+)
+@click.pass_obj
+def retry(options: Options, request_ids: tuple[str, ...], every: bool, timeout: float) -> None:
+    """Ask once more what has failed for good: each as another request of the same requester."""
+    if bool(request_ids) == every:
+        raise click.UsageError("name requests, or say --all")
+    options.require_running()
+    again = {}
+    with options.client() as client:
+        if every:
+            from ksi.console.reads import Reads
+
+            pages = Reads(options.var).pages("completion", "completion:list", "requests", DEAD_MAX)
+            request_ids = tuple(each["request_id"] for each in pages(status="dead")[0])
+        for request_id in request_ids:
+            reply = client.ask("completion:retry", request_id=request_id, timeout_s=timeout)
+            again[request_id] = reply["request_id"]
+            if not options.json:
+                print(f"{request_id} is asked once more as {reply['request_id']}")
+    if options.json:
+        show_json("queue.retry", {"retried": again})
+
+
+@queue.command("usage")
+@click.option("--agent", "agent_id", metavar="NAME", help="Only what NAME has asked for.")
+@click.option("--model", help="Only of one model.")
+@click.option("--last", type=DURATION, metavar="TIME", help="Only lately: 24h. [a month]")
+@click.pass_obj
+def usage(options: Options, agent_id: str | None, model: str | None, last: float | None) -> None:
+    """Show how many tokens were taken, by agent and model, and what providers say they cost."""
+    from ksi.console.reads import Reads
+
+    since = 0.0 if last is None else max(0.0, time.time() - last)
+    wanted = {"agent_id": agent_id, "model": model, "since": since, "limit": 1000}
+    page = Reads(options.var)("completion", "completion:token_usage", **wanted)
+    if options.json:
+        show_json("queue.usage", page)
+        return
+    rows = [(*each.values(),) for each in page["usage"]]
+    show_table(("AGENT", "MODEL", "ATTEMPTS", "INPUT", "OUTPUT", "CACHED", "USD"), rows)
+    print(
+        f"{page['input_tokens']} tokens in | {page['output_tokens']} out | "
+        f"{page['cost_usd']:.4f} USD"
+    )
+
+
+@queue.command("providers")
+@click.pass_obj
+def providers(options: Options) -> None:
+    """Show who offers what, how requests have fared with it, and what cannot answer."""
+    from ksi.console.reads import Reads
+
+    page = Reads(options.var)("completion", "completion:provider_status")
+    if options.json:
+        show_json("queue.providers", page)
+        return
+    rows = [
+        (
+            each["provider"],
+            each["workers"],
+            f"{each['used']}/{each['slots']}",
+            each["completed"],
+            each["failed"],
+            each["retried"],
+            (each["unfit"] or each["reason"] or "")[:TEXT_CHARS] or None,
+        )
+        for each in page["providers"]
+    ]
+    headers = ("PROVIDER", "WORKERS", "SLOTS", "COMPLETED", "FAILED", "RETRIED", "WHY")
+    show_table(headers, rows)
+
+
 @queue.command("watch")
 @click.option("--requester", metavar="NAME", help="Only what NAME has asked for.")
 @click.pass_obj
@@ -138,6 +215,8 @@ def watch(options: Options, requester: str | None) -> None:
             if not delivery.topic:
                 continue
             what = delivery.topic.rpartition(".")[2]
+            if what == "tokens":
+                continue
             if options.json:
                 print_json({"topic": delivery.topic, "what": what, **delivery.message})
             else:

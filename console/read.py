@@ -11,17 +11,26 @@ from ksi.transport.message import Operation
 
 
 def _read(
-    options: Options, operation: Operation, fields: dict[str, Any], _timeout_s: float
+    options: Options,
+    operation: Operation,
+    fields: dict[str, Any],
+    _timeout_s: float,
+    at: str | None = None,
 ) -> None:
     from ksi.console.reads import Reads
 
     read = Reads(options.var, options.identity)
-    print_reply(options, "read", read(operation.owner, operation.name, **fields))
+    if at is None:
+        reply = read(operation.owner, operation.name, **fields)
+    else:
+        reply = read.past(at, operation.owner, operation.name, fields)
+    print_reply(options, "read", reply)
 
 
-@group("read", cls=Operations, call=_read, kinds=("query",))
+@group("read", cls=Operations, call=_read, kinds=("query",), past=True)
 def read() -> None:
     """Answer a query in place, from what is committed.
 
-    No message is sent: it works while the owner is busy, stopped or dead.
+    No message is sent: it works while the owner is busy, stopped or dead. With --at, from the state
+    as it was then, as far back as checkpoints and journal go.
     """

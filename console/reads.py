@@ -15,7 +15,7 @@ from ksi.actors.owners import OWNERS, load
 from ksi.actors.reading import reader_of
 from ksi.transport.errors import Invalid
 from ksi.transport.message import CATALOGUE, encode
-from ksi.transport.remote import is_remote
+from ksi.transport.remote import is_remote, require_here
 
 if TYPE_CHECKING:
     from ksi.actors.reading import OwnerReader
@@ -33,7 +33,7 @@ class Reads:
         self._client: Client | None = None
         self._readers: dict[str, OwnerReader] = {}
 
-    def __call__(self, owner: str, query: str, **fields: Any) -> dict[str, Any]:
+    def __call__(self, owner: str, query: str, /, **fields: Any) -> dict[str, Any]:
         """Return the reply to `query` of `owner`, as plain values.
 
         Raises:
@@ -43,15 +43,32 @@ class Reads:
         """
         if is_remote(self._var):
             return self._ask(query, fields)
-        if owner not in OWNERS:
-            text = f"{query} is a query of the {owner}, which keeps nothing on disk"
-            raise Invalid(text, hint=f"ksi ask {query}")
+        self._require_kept(owner, query)
         reader = self._readers.get(owner)
         if reader is None:
             reader = self._readers[owner] = reader_of(load(owner), self._var)
         message: Any = CATALOGUE[query].decode(encode(fields))
         reply: dict[str, Any] = msgspec.to_builtins(reader.answer(message))
         return reply
+
+    def past(self, at: str, owner: str, query: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the reply to `query` from the state as it was `at` a number or a time.
+
+        Raises: as a call of this, and as `actors.past.as_of`.
+        """
+        from ksi.actors.past import as_of
+
+        require_here(self._var, "ksi read --at")
+        self._require_kept(owner, query)
+        message: Any = CATALOGUE[query].decode(encode(fields))
+        with as_of(load(owner), self._var, int(at) if at.isdecimal() else at) as answer:
+            reply: dict[str, Any] = msgspec.to_builtins(answer(message))
+        return reply
+
+    def _require_kept(self, owner: str, query: str) -> None:
+        if owner not in OWNERS:
+            text = f"{query} is a query of the {owner}, which keeps nothing on disk"
+            raise Invalid(text, hint=f"ksi ask {query}")
 
     def _ask(self, query: str, fields: dict[str, Any]) -> dict[str, Any]:
         from ksi.transport.client import Client

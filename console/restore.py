@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Final
 
 import click
 import msgspec
@@ -10,6 +11,8 @@ import msgspec
 from ksi.console.options import Options, command
 from ksi.console.show import instant, show_json
 from ksi.transport.remote import require_here
+
+SHOWN: Final = 5  # Sessions named; --json names all.
 
 
 @command("restore")
@@ -43,5 +46,16 @@ def restore(options: Options, checkpoint_id: str, dry_run: bool) -> None:
         print(f"  {aside} session files {would}kept in archive/{done.aside}")
     if done.missing:
         print(f"  {len(done.missing)} session files lack what the checkpoint knows of")
+    if done.queued:
+        print(f"  {sum(done.queued.values())} requests wait on, in order: {_some(done.queued)}")
+    if done.interrupted:
+        fate = "wait again" if done.rule == "retry" else "fail with the reason daemon_restart"
+        print(f"  {len(done.interrupted)} were running and will {fate} at the next start")
     if not dry_run:
         print(f"  ksi{options.words()} start", file=sys.stderr)
+
+
+def _some(waiting: dict[str, int]) -> str:
+    """Return the first sessions in which requests wait, in words."""
+    shown = [f"{session_id} {count}" for session_id, count in [*waiting.items()][:SHOWN]]
+    return ", ".join(shown) + (", ..." if len(waiting) > SHOWN else "")

@@ -28,17 +28,44 @@ from ksi.console.show import show_json
     metavar="FILE",
     help="Another settings file than ksi.toml in the runtime directory.",
 )
+@click.option(
+    "--worker",
+    "lines",
+    multiple=True,
+    metavar="PROVIDER",
+    help="Run a worker, too: local, or with options, 'openai --model M --slots 4'.",
+)
 @click.pass_obj
 def start(
-    options: Options, foreground: bool, flags: tuple[str, ...], settings: Path | None
+    options: Options,
+    foreground: bool,
+    flags: tuple[str, ...],
+    settings: Path | None,
+    lines: tuple[str, ...],
 ) -> None:
-    """Start the system and return when every owner answers."""
-    from ksi.actors.supervision.launch import run_foreground
+    """Start the system and return when every owner answers.
 
+    With `--worker`, where it runs already, only the worker is started.
+    """
+    from ksi.actors.supervision.launch import run_foreground
+    from ksi.actors.supervision.lock import holder
+    from ksi.console.worker import require_fit, spawn
+
+    if foreground and lines:
+        raise click.UsageError("--worker needs a system in the background: leave --foreground out")
+    wanted = [require_fit(line) for line in lines]
     pairs = dict(map(pair, flags))
     if foreground:
         run_foreground(options.var, pairs, settings=settings)
-    started = start_and_tell(options, pairs, settings)
+    held = holder(options.var) if lines else None
+    if held is None:
+        started = start_and_tell(options, pairs, settings)
+    else:
+        started = {"ready": True, "pid": held.pid, "seconds": 0.0, "children": []}
+    for name, words in wanted:
+        spawn(options, name, words)
+        print(f"  {name} takes part", file=sys.stderr, flush=True)
+    started |= {"workers": [name for name, _ in wanted]} if wanted else {}
     if options.json:
         show_json("start", started)
     else:

@@ -61,6 +61,7 @@ def as_fields(system: System, problems: list[str]) -> dict[str, Any]:
         "sessions": system.counts["sessions"],
         "agents": system.counts["agents"],
         "queue": {name: system.counts[name] for name in ("waiting", "active", "workers")},
+        "state": {name: system.counts[name] for name in ("entities", "queued")},
         "checkpoint": _checkpoint_fields(system),
         "disk": {"free_bytes": system.free_bytes, "total_bytes": system.disk_bytes},
         "problems": problems,

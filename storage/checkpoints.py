@@ -106,7 +106,7 @@ def read(path: Path) -> Checkpoint:
         raise NotFound(f"there is no checkpoint {path.name}", hint="ksi checkpoint list")
     try:
         found = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Checkpoint)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise Corrupt(f"checkpoint {path}: {error}", file=str(path / MANIFEST)) from error
     if found.format != CHECKPOINT_FORMAT or found.id != path.name:
         raise Corrupt(f"checkpoint {path} is of format {found.format} and says it is {found.id}")
@@ -145,7 +145,7 @@ def read_files(path: Path) -> Iterator[File]:
         with open(path / FILES, "rb") as lines:
             for line in lines:
                 yield msgspec.json.decode(line, type=File)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise Corrupt(f"checkpoint {path}: {error}", file=str(path / FILES)) from error
 
 
@@ -184,11 +184,11 @@ def prune(root: Path, keep: int) -> list[str]:
         return []
     gone = [name for name in names(root) if name not in kept]
     for name in gone:
-        hidden = root / f".gone-{name}"
-        os.rename(root / name, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        os.rename(root / name, root / f".gone-{name}")
     if gone:
-        sync_directory(root)
+        sync_directory(root)  # Else a power cut might leave the name, and not all that is in it.
+    for name in gone:
+        shutil.rmtree(root / f".gone-{name}", ignore_errors=True)
     return gone
 
 

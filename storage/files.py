@@ -79,7 +79,7 @@ class LogWriter:
         self._open: OrderedDict[str, _File] = OrderedDict()  # least recently used first
         self._unsynced: set[str] = set()  # none of them when there are too many
         self._many_unsynced = False
-        self._created = False
+        self._entries_unsynced = False
 
     def write(self, key: str, offset: int, content: bytes) -> None:
         """Put `content` at `offset`. Repeating it changes nothing; it is not synced yet.
@@ -90,10 +90,9 @@ class LogWriter:
             Invalid: `key` is no id.
             OSError: one of `BLOCKED`, or the disk fails.
         """
-        file = self._opened(key, create=True)
-        assert file is not None
-        if offset > file.size:
-            raise LogGap(key, file.size, offset)
+        file = self._opened(key, create=offset == 0)  # An empty one would hide what is archived.
+        if file is None or offset > file.size:
+            raise LogGap(key, 0 if file is None else file.size, offset)
         self._note_unsynced(key)
         try:
             write_all(file.fd, content, offset)
@@ -112,15 +111,15 @@ class LogWriter:
         """
         if self._many_unsynced:
             _sync_file_system(self._directory)
-            self._many_unsynced = self._created = False
+            self._many_unsynced = self._entries_unsynced = False
         for key in list(self._unsynced):
             file = self._opened(key, create=False)
             if file is not None:
                 os.fdatasync(file.fd)
             self._unsynced.discard(key)
-        if self._created:
+        if self._entries_unsynced:
             os.fsync(self._directory)
-            self._created = False
+            self._entries_unsynced = False
 
     def size(self, key: str) -> int:
         """Return how long the log is, 0 where there is none."""
@@ -143,6 +142,7 @@ class LogWriter:
         self._unsynced.discard(key)
         with suppress(FileNotFoundError):
             os.unlink(log_name(key), dir_fd=self._directory)
+            self._entries_unsynced = True
 
     def close(self) -> None:
         """Sync and close all files."""
@@ -174,7 +174,7 @@ class LogWriter:
             if not create:
                 return None
             fd = os.open(name, _OPEN | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._directory)
-            self._created = True
+            self._entries_unsynced = True
         while len(self._open) >= self._open_files_max:
             os.close(self._open.popitem(last=False)[1].fd)
         file = self._open[key] = _File(fd)

@@ -21,7 +21,7 @@ def check_format(var: Path) -> None:
     """
     path = var / "FORMAT"
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except FileNotFoundError:
         make_directory(var)
         _explain(var / "README.md")

@@ -13,29 +13,26 @@ Invariants:
 - nothing is synced: an index that was in use when the machine went down is not trusted;
 - a day is created whole under its name, and replaced whole by `install`.
 
-Source: "KSI Dynamic Storage Architecture", SQL Index Schema. Readers beside a writer: SQLite's WAL.
+Source: "KSI Dynamic Storage Architecture", SQL Index Schema.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from zlib import crc32
 
+from ksi.storage import sqlite
 from ksi.storage.atomic import make_directory, sync_directory
 from ksi.storage.boot import this_boot
-from ksi.storage.errors import Corrupt
 from ksi.storage.journal import Position
-from ksi.transport.errors import Busy
-from ksi.transport.limits import INDEX_DAYS_OPEN_MAX, INDEX_QUERY_S_MAX, INDEX_WAIT_S
+from ksi.transport.limits import INDEX_DAYS_OPEN_MAX
 
 # The table and its indexes are the documented ones, to the word.
 TABLES: Final = """
@@ -104,16 +101,6 @@ CREATE TABLE answers (
 """
 CURSOR: Final = "cursor.db"
 DAILY: Final = "daily"
-_NEW: Final = ".new"
-_BESIDE: Final = ("-wal", "-shm", "-journal")  # What SQLite keeps beside a database.
-# Not the database is at fault but its surroundings: the same may go well a little later.
-_WAITING: Final = frozenset(
-    {
-        sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM,
-        sqlite3.SQLITE_INTERRUPT,
-    }
-)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -196,14 +183,6 @@ def day_of(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d")
 
 
-def is_damage(error: sqlite3.Error) -> bool:
-    """Return whether an error says that a database is not what was written, and not: no room."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return isinstance(error, sqlite3.DatabaseError) and (
-        code is None or code & 0xFF not in _WAITING
-    )
-
-
 class IndexWriter:
     """Writes the index in a directory; one thread of one process at a time does.
 
@@ -225,8 +204,8 @@ class IndexWriter:
         self._unsettled = 0
         path = directory / CURSOR
         if not path.exists():
-            _create(path, _CURSOR_TABLES)
-        self._cursor = _connect(path)
+            sqlite.create(path, _CURSOR_TABLES)
+        self._cursor = sqlite.connect(path)
         self._inode = path.stat().st_ino
         try:
             self.place = _read_place(self._cursor, self._boot_id)
@@ -284,21 +263,21 @@ class IndexWriter:
 
         A file that has changed by itself is checked; a change that does no harm is accepted.
         """
-        if _inode(self._directory / CURSOR) != self._inode:
+        if sqlite.inode_of(self._directory / CURSOR) != self._inode:
             return f"{CURSOR} was deleted or replaced"
         known = self._cursor.execute(
             "SELECT day, rows, inode, size_bytes, changed_ns FROM days"
         ).fetchall()
         for day, rows, *signature in known:
             path = self._path(day)
-            found = _signature(path)
+            found = sqlite.signature_of(path)
             if found is None:
                 return f"{path.name} was deleted"
             if list(found) == signature:
                 continue
             if day in self._open and found[0] != signature[0]:
                 return f"{path.name} was replaced"
-            if wrong := _check(path, rows):
+            if wrong := sqlite.damage(path, "SELECT count(*) FROM ksi_index", rows):
                 return f"{path.name} is damaged: {wrong}"
             self._remember(day)
         return None
@@ -321,13 +300,13 @@ class IndexWriter:
         for database in self._open.values():
             database.close()
         for path in sorted((self._directory / DAILY).glob("*.db")):
-            _sync(path)
+            sqlite.sync(path)
             self._remember(path.stem)
         sync_directory(self._directory / DAILY)
         self._cursor.execute("UPDATE place SET clean = 1")
         self._cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._cursor.close()
-        _sync(self._directory / CURSOR)
+        sqlite.sync(self._directory / CURSOR)
         return None
 
     def abandon(self) -> None:
@@ -349,11 +328,11 @@ class IndexWriter:
                 self._remember(oldest)
             path = self._path(day)
             if not path.exists():
-                _create(path, TABLES if self._bulk else TABLES + INDEXES, wal=not self._bulk)
+                sqlite.create(path, TABLES if self._bulk else TABLES + INDEXES, wal=not self._bulk)
             self._cursor.execute(
-                "INSERT OR IGNORE INTO days VALUES (?,0,?,?,?)", (day, *_status(path))
+                "INSERT OR IGNORE INTO days VALUES (?,0,?,?,?)", (day, *sqlite.status(path))
             )
-            database = self._open[day] = _connect(path, bulk=self._bulk)
+            database = self._open[day] = sqlite.connect(path, bulk=self._bulk)
         self._open.move_to_end(day)
         if not database.in_transaction:
             database.execute("BEGIN")
@@ -366,7 +345,7 @@ class IndexWriter:
         """Take the file of a day as it is now for as it should be."""
         self._cursor.execute(
             "UPDATE days SET inode = ?, size_bytes = ?, changed_ns = ? WHERE day = ?",
-            (*_status(self._path(day)), day),
+            (*sqlite.status(self._path(day)), day),
         )
 
     def _put_place(self, place: Place) -> None:
@@ -476,18 +455,12 @@ def install(made: Path, directory: Path) -> None:
     make_directory(directory / DAILY)
     new = sorted((made / DAILY).glob("*.db"))
     for path in new:
-        _replace(path, directory / DAILY / path.name)
+        sqlite.replace(path, directory / DAILY / path.name)
     gone = {path.name for path in (directory / DAILY).glob("*.db")} - {path.name for path in new}
     for name in gone:
-        remove(directory / DAILY / name)
-    _replace(made / CURSOR, directory / CURSOR)
+        sqlite.remove(directory / DAILY / name)
+    sqlite.replace(made / CURSOR, directory / CURSOR)
     shutil.rmtree(made)
-
-
-def remove(path: Path) -> None:
-    """Remove a database with what lies beside it."""
-    for suffix in (*_BESIDE, ""):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 class IndexReader:
@@ -591,28 +564,7 @@ class IndexReader:
         return days[::-1] if reverse else days
 
     def _query(self, path: Path, sql: str, parameters: Sequence[Any]) -> list[Any]:
-        for _ in range(3):
-            inode = _inode(path)
-            if inode is None:
-                return []
-            try:
-                rows = _read(path, sql, parameters)
-            except sqlite3.Error as error:
-                if _inode(path) != inode:
-                    continue
-                code = getattr(error, "sqlite_errorcode", None) or 0
-                if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
-                    raise Busy(
-                        f"the index was read for {INDEX_QUERY_S_MAX:.0f} s and is not through",
-                        hint="ask for less: a session, an agent, a shorter time",
-                    ) from error
-                raise Corrupt(
-                    f"{path.name} of the index cannot be read: {error}",
-                    hint="it is built again when that is noticed: ksi index status",
-                ) from error
-            if _inode(path) == inode:  # Otherwise it may have been read half from its successor.
-                return rows
-        raise Busy(f"{path.name} of the index is being replaced again and again")
+        return sqlite.ask(path, sql, parameters, of="index", look="index status")
 
 
 def known_of(cursor: sqlite3.Connection, session_id: str) -> Known:
@@ -623,74 +575,13 @@ def known_of(cursor: sqlite3.Connection, session_id: str) -> Known:
     return Known(*row) if row else Known(0, 0, 0)
 
 
-def _connect(path: Path, *, bulk: bool = False) -> sqlite3.Connection:
-    """Open a database to write: without syncs, and without checkpoints but those we make."""
-    database = sqlite3.connect(path, isolation_level=None, timeout=INDEX_WAIT_S)
-    try:
-        database.execute("PRAGMA synchronous=OFF")
-        database.execute(f"PRAGMA journal_mode={'OFF' if bulk else 'WAL'}")
-        database.execute("PRAGMA wal_autocheckpoint=0")
-        if bulk:
-            database.execute("PRAGMA locking_mode=EXCLUSIVE")
-    except sqlite3.Error:
-        database.close()
-        raise
-    return database
-
-
-def _create(path: Path, tables: str, *, wal: bool = True) -> None:
-    """Create a database that is there with its tables or not at all."""
-    new = path.with_name(path.name + _NEW)
-    remove(new)
-    with closing(sqlite3.connect(new, isolation_level=None)) as database:
-        database.execute("PRAGMA synchronous=OFF")
-        if wal:
-            database.execute("PRAGMA journal_mode=WAL")
-        database.executescript(tables)
-    new.chmod(0o600)
-    _replace(new, path)
-
-
-def _replace(new: Path, path: Path) -> None:
-    """Rename a closed database to its place; what lay beside the former goes before it.
-
-    A log of the former that was found beside the new one would be played into it.
-    """
-    for suffix in _BESIDE:
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-    new.replace(path)
-
-
-def _read(path: Path, sql: str, parameters: Sequence[Any]) -> list[Any]:
-    until_s = time.monotonic() + INDEX_QUERY_S_MAX
-    uri = f"{path.absolute().as_uri()}?mode=ro"
-    with closing(sqlite3.connect(uri, uri=True, timeout=INDEX_WAIT_S)) as database:
-        database.set_progress_handler(lambda: int(time.monotonic() > until_s), 100_000)
-        return database.execute(sql, parameters).fetchall()
-
-
-def _check(path: Path, rows: int) -> str | None:
-    """Return what is wrong with a database that should hold so many rows."""
-    try:
-        with closing(sqlite3.connect(path, timeout=INDEX_WAIT_S)) as database:
-            (said,) = database.execute("PRAGMA quick_check(1)").fetchone()
-            if said != "ok":
-                return str(said)
-            (found,) = database.execute("SELECT count(*) FROM ksi_index").fetchone()
-    except sqlite3.DatabaseError as error:
-        if not is_damage(error):
-            raise
-        return str(error)
-    return None if found >= rows else f"it holds {found} rows in place of {rows}"
-
-
 def read_place(directory: Path) -> Place | None:
     """Return how far the index in a directory has come; None where there is none that can be read.
 
     It may be written meanwhile.
     """
     try:
-        ((store, segment, offset, _boot, _clean, rebuilt),) = _read(
+        ((store, segment, offset, _boot, _clean, rebuilt),) = sqlite.read(
             directory / CURSOR, "SELECT * FROM place", ()
         )
     except (sqlite3.Error, ValueError):
@@ -711,30 +602,3 @@ def _place(row: Sequence[Any], boot_id: str) -> Place:
 def _day_within(timestamp: float) -> str:
     """Return the day of any number, at either end of the calendar if it lies beyond."""
     return day_of(min(max(timestamp, 0.0), 253_402_300_799.0))
-
-
-def _signature(path: Path) -> tuple[int, int, int] | None:
-    try:
-        return _status(path)
-    except FileNotFoundError:
-        return None
-
-
-def _status(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return os.stat(path).st_ino
-    except FileNotFoundError:
-        return None
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fdatasync(fd)
-    finally:
-        os.close(fd)

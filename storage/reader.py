@@ -9,8 +9,10 @@ so; and CURRENT is looked at every second, for a var directory that was deleted 
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -33,6 +35,7 @@ Lines = Callable[[Batch], Iterable[tuple[str, int, bytes]]]
 
 _RECHECK_S: Final = 1.0  # How long a deleted or rebuilt store may still be read.
 _TRIES: Final = 4
+_STEP_BYTES: Final = 1 << 18  # Of a log: what is read in vain, at most, before a page of it.
 
 
 class _Stale(Exception):
@@ -53,6 +56,48 @@ class _Opened:
             name: ReadTable[Any](name, spec, environment.database(name), self.instant)
             for name, spec in specs.items()
         }
+
+
+class _Trail:
+    """Where the lines of one log lie in a journal, as far as somebody has looked: a step a while.
+
+    What lies at the offset of a step, or behind it, is in the journal at its position or behind it:
+    so a log that is read in pages is looked for once, not from the beginning for each.
+    """
+
+    def __init__(self, store: str, key: str) -> None:
+        self.store = store
+        self.key = key
+        self._lock = threading.Lock()
+        self._offsets: list[int] = []
+        self._positions: list[Position] = []
+        self._without = START, START  # Between these there is no line of the log.
+
+    def begin(self, place: Position, offset: int) -> Position:
+        """Return from where on to look for lines at `offset` or behind it: `place` or later."""
+        without_from, without_until = self._without
+        if place >= without_from:
+            place = max(place, without_until)
+        count = bisect_right(self._offsets, offset)
+        return max(place, self._positions[count - 1]) if count else place
+
+    def watch(self, place: Position, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches from `place` on; remember how far no line of the log has come up."""
+        for batch in batches:
+            yield batch
+            if not self._offsets:
+                without_from, without_until = self._without
+                begun = without_from if without_from <= place <= without_until else place
+                self._without = begun, batch.end
+
+    def note(self, offset: int, position: Position) -> None:
+        """Remember where a line is, if it is a step beyond the last."""
+        if self._offsets and offset < self._offsets[-1] + _STEP_BYTES:
+            return
+        with self._lock:
+            if not self._offsets or offset >= self._offsets[-1] + _STEP_BYTES:
+                self._positions.append(position)
+                self._offsets.append(offset)
 
 
 class Reader:
@@ -90,6 +135,7 @@ class Reader:
         self._idle: list[_Opened] = []
         self._identity: tuple[int, int] | None = None
         self._recheck_s = 0.0
+        self._trail = _Trail("", "")
 
     def read(self, fn: Callable[[Mapping[str, ReadTable[Any]], Meta], T]) -> T:
         """Return `fn(tables, meta)`, called on one committed state.
@@ -143,10 +189,13 @@ class Reader:
             else:
                 place = START
             journal = JournalReader(store)
+            trail = self._trail_of(store.name, key)
             if place == START or not tries_left:  # A file cut by hand is short despite its mark.
                 place = journal.start()
+            found_from = trail.begin(place, start) if tries_left else place
+            batches = trail.watch(place, journal.read(found_from, committed))
             try:
-                complete = self._overlay(journal.read(place, committed), key, start, stop, content)
+                complete = self._overlay(batches, trail, start, stop, content)
             except NotFound:  # The follower went on and the segment was dropped: look again.
                 continue
             if complete is not None:
@@ -159,8 +208,13 @@ class Reader:
             stop=stop,
         )
 
+    def _trail_of(self, store: str, key: str) -> _Trail:
+        if (self._trail.store, self._trail.key) != (store, key):
+            self._trail = _Trail(store, key)
+        return self._trail
+
     def _overlay(
-        self, batches: Iterable[Batch], key: str, start: int, stop: int, content: bytes
+        self, batches: Iterable[Batch], trail: _Trail, start: int, stop: int, content: bytes
     ) -> bytes | None:
         """Return what the file has, overlaid with the lines of the journal, None if incomplete.
 
@@ -171,14 +225,18 @@ class Reader:
         found = bytearray(content.ljust(stop - start, b"\0"))
         covered = start + len(content)
         for batch in batches:
-            for line_key, offset, line in self._lines_of(batch):
-                end = offset + len(line)
-                if line_key != key or end <= start or offset >= stop:
+            for key, offset, line in self._lines_of(batch):
+                if key != trail.key:
                     continue
-                low, high = max(offset, start), min(end, stop)
-                found[low - start : high - start] = line[low - offset : high - offset]
-                if low <= covered:
-                    covered = max(covered, high)
+                trail.note(offset, batch.start)
+                end = offset + len(line)
+                if end > start and offset < stop:
+                    low, high = max(offset, start), min(end, stop)
+                    found[low - start : high - start] = line[low - offset : high - offset]
+                    if low <= covered:
+                        covered = max(covered, high)
+                if end >= stop:  # What follows begins there, or behind it.
+                    return bytes(found) if covered >= stop else None
         return bytes(found) if covered >= stop else None
 
     def committed(self) -> tuple[Path, Position]:

@@ -156,9 +156,9 @@ def is_whole(path: Path, manifest: Manifest) -> bool:
 def read_copy(
     path: Path,
     specs: Mapping[str, TableSpec],
-    read: Callable[[Mapping[str, ReadTable[Any]], lmdb.Transaction[bytes]], T],
+    read: Callable[[Mapping[str, ReadTable[Any]]], T],
 ) -> T:
-    """Return `read(tables, transaction)` of the copy in the directory `path`.
+    """Return `read(tables)` of the copy in the directory `path`.
 
     Raises:
         Corrupt: it is damaged, or lacks a table.
@@ -174,7 +174,7 @@ def read_copy(
         }
         with environment.begin() as txn:
             instant.txn = txn
-            return read(tables, txn)
+            return read(tables)
     except lmdb.Error as error:
         raise Corrupt(f"snapshot {path}: {error}", file=str(path)) from error
     finally:
@@ -206,7 +206,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise Corrupt(f"snapshot {path}: {error}", file=str(path / "manifest.json")) from error
     if manifest.format != MANIFEST_FORMAT:
         raise Corrupt(f"snapshot {path} is of format {manifest.format}, not {MANIFEST_FORMAT}")

@@ -222,6 +222,11 @@ class Store:
         self._put(meta)
         self._commit(meta)
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether it was restored from a snapshot and nothing has been committed since."""
+        return bool(self.meta.origin) and self.meta.position == Position(self.meta.seq + 1, 0)
+
     def abort(self) -> None:
         """Undo the batch, if one is open."""
         if self._txn is not None:
@@ -445,7 +450,7 @@ def set_view_aside(
 def read_current(directory: Path) -> str | None:
     """Return the id of the store in use, None where there is none."""
     try:
-        store_id = (directory / "CURRENT").read_text().strip()
+        store_id = (directory / "CURRENT").read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
     if not (store_id.isalnum() and (directory / store_id).is_dir()):
@@ -461,7 +466,7 @@ def read_mark(directory: Path, boot_id: str) -> Mark:
     """Return what STATE says about the view of the store in `directory`."""
     try:
         state = msgspec.json.decode((directory / "STATE").read_bytes(), type=_State)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError):
         return Mark.OTHER_BOOT
     if state.clean:
         return Mark.CLEAN

@@ -7,8 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import mutants
 import pytest
+from left_behind import Left, left_behind
 from system import System
+
+mutants.apply()
 
 
 @pytest.fixture
@@ -25,3 +29,10 @@ def in_memory() -> Iterator[Path]:
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=shared, prefix="ksi-test-") as name:
         yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def left() -> Iterator[Left]:
+    """What a system that was killed has left to be done. Whoever uses it puts it back first."""
+    with left_behind() as found:
+        yield found

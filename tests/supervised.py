@@ -39,7 +39,8 @@ def tree() -> Tree:
         }
         return tuple(_spec(var, limits | child) for child in described["children"])
 
-    return Tree(specs, described.get("strategy", "one_for_one"))
+    by_phase = described.get("by_phase", False)
+    return Tree(specs, described.get("strategy", "one_for_one"), by_phase=by_phase)
 
 
 def _spec(var: Path, child: dict[str, Any]) -> ChildSpec:

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ksi.actors.supervision.launch import start_background
+import mutants
+
+from ksi.actors.supervision.launch import MODULES, start_background
 from ksi.actors.supervision.lock import holder
 from ksi.actors.supervision.reports import read_children
 from ksi.transport import Client
@@ -23,13 +25,15 @@ PATIENT = {"supervisor.intensity": 1_000_000, "supervisor.backoff_max_s": 0.05}
 class System:
     """A running supervisor and its owners on `var`."""
 
-    def __init__(self, var: Path, **flags: Any) -> None:
+    def __init__(self, var: Path, modules: tuple[str, ...] = (), **flags: Any) -> None:
+        """Start it; `modules` of the tests are loaded, or called, in all its children."""
         self.var = var
+        self._modules = (*MODULES, *mutants.modules(), *modules)
         self._flags = {**PATIENT, **flags}
         self.start()
 
     def start(self) -> None:
-        start_background(self.var, self._flags)
+        start_background(self.var, self._flags, modules=self._modules)
 
     def stop(self) -> None:
         """Stop the system in order, and wait until it is gone."""

@@ -20,6 +20,7 @@ COMMANDS = sorted(
 ROWS = {
     "append": ["64 callers, appends/s", "16 callers", "1 caller", "processes", "appends a sync"],
     "ask": ["raw echo over CURVE, p50", "Client.ask, p50", "AsyncClient.ask, p99"],
+    "checkpoint": ["the longest append meanwhile, ms", "until it is whole, s"],
     "completion": ["empty queue, p50 us", "100 waiting, p99 us", "granted and reported/s"],
     "dev": ["edit to first answer, s", "the slowest of them, s"],
     "growth": ["append, 64 callers, 100 sessions", "append, 1 caller", "ask", "read", "restart"],
@@ -29,11 +30,18 @@ ROWS = {
         "built again",
         "verified, lines/s",
     ],
+    "library": [
+        "import of",
+        "search, a rare word: 2 matches, p50 ms",
+        "from an edit to the answer",
+        "64 callers, appends/s",
+    ],
     "memory": ["supervisor", "sessions", "the idle system, MB", "a client over its imports"],
     "publish": ["1 subscriber, messages/s", "10 subscribers", "100 subscribers", "silently lost"],
     "read": ["decoded, p50 us", "typed, owner stopped, p50 us"],
     "restart": ["kills, p50 ms", "kills, p99 ms"],
     "start_stop": ["start, cold", "start, warm", "stop, warm"],
+    "state": ["create, 100 entities", "query by value", "walk of two steps", "count by type"],
     "status": ["ksi status --json, ms"],
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,20 @@ from typing import Any
 import pytest
 from checkpointing import made
 from system import System
+from trouble import until
 
 from ksi.actors import checkpoints as actors_checkpoints
 from ksi.actors.checkpoints import root_of
+from ksi.actors.config import CheckpointSection
+from ksi.actors.supervision import checkpointing
+from ksi.actors.supervision.checkpointing import Checkpoints
+from ksi.actors.supervision.child import ChildSpec
 from ksi.console.main import main
 from ksi.storage import checkpoints
 from ksi.storage.checkpoints import Checkpoint, File
 from ksi.storage.errors import Corrupt
 from ksi.storage.journal import Position, bytes_after, create_segment, drop_segments, segments_in
-from ksi.transport.errors import NotFound
+from ksi.transport.errors import Conflict, NotFound
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
@@ -63,7 +70,20 @@ def test_checkpoints_are_made_shown_verified_removed_and_restored_by_command(
     removed = shown(capsys, *var, "checkpoint", "prune", "--keep", "1")["removed"]
     assert removed == [first["id"]]
     with system.client("operator", role="operator") as operator:
-        assert operator.ask("dev:checkpoint")["id"] > second["id"]
+        third = operator.ask("dev:checkpoint")["id"]
+        assert third > second["id"]
+        until(lambda: operator.ask("dev:checkpoint", action="status")["id"] == third)
+        assert operator.ask("checkpoint:verify") == {"id": third, "good": True, "reason": None}
+        for refused in ({"action": "clear_all"}, {"action": "remove_request", "request_id": "r"}):
+            with pytest.raises(Conflict):
+                operator.ask("dev:checkpoint", refused)
+        with pytest.raises(Conflict, match="while the system runs"):
+            operator.ask("dev:restore", id=second["id"])
+        manifest = system.var / "checkpoints" / third / "bus" / "manifest.json"
+        manifest.write_text("{}")
+        assert operator.ask("checkpoint:verify", id=third)["good"] is False
+        with pytest.raises(NotFound):
+            operator.ask("checkpoint:verify", id="none")
     system.stop()
 
     planned = shown(capsys, *var, "restore", second["id"], "--dry-run")
@@ -116,6 +136,63 @@ def test_a_list_of_files_that_was_changed_is_found(tmp_path: Path) -> None:
     (tmp_path / made.id / checkpoints.FILES).write_text('["a", 5, 8]\n')
     with pytest.raises(Corrupt):
         checkpoints.verify(tmp_path / made.id)
+
+
+class Spawned:
+    """What a supervisor starts, without a process."""
+
+    def __init__(self) -> None:
+        self.specs: list[ChildSpec] = []
+        self.signals: list[int] = []
+        self.started_s = time.monotonic()
+
+    def spawn(self, spec: ChildSpec, _has_ended: Any) -> Any:
+        self.specs.append(spec)
+        return self
+
+    def signal(self, number: int) -> None:
+        self.signals.append(number)
+
+
+@pytest.fixture
+def spawned() -> Spawned:
+    return Spawned()
+
+
+def checkpoints_of(var: Path, spawned: Spawned) -> Checkpoints:
+    return Checkpoints(var, var / "run", spawned.spawn, lambda _: None, None)
+
+
+def test_one_is_made_by_time_if_something_has_changed(tmp_path: Path, spawned: Spawned) -> None:
+    store = tmp_path / "db" / "sessions" / "store"
+    store.mkdir(parents=True)
+    (store.parent / "CURRENT").write_text("store\n")
+    hourly, never = CheckpointSection(every_s=3600.0), CheckpointSection(every_s=0.0)
+    later_s = time.monotonic() + 60
+    made = made_of_nothing(tmp_path / "checkpoints", 1)  # long ago
+    checkpoints_of(tmp_path, spawned).turn(hourly, later_s)
+    assert spawned.specs == []
+    with open(create_segment(store, 1), "wb") as file:
+        file.write(b"x" * 100)
+    checkpoints_of(tmp_path, spawned).turn(never, later_s)
+    assert spawned.specs == []
+    making = checkpoints_of(tmp_path, spawned)
+    making.turn(hourly, later_s)
+    assert spawned.specs[0].arguments[2] == "time"
+    assert making.making is not None
+    assert made.created_at == 0.0
+
+
+def test_a_last_one_that_hangs_is_ended(
+    tmp_path: Path, spawned: Spawned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making = checkpoints_of(tmp_path, spawned)
+    for _ in range(3):
+        assert not making.is_last_taken(CheckpointSection())
+    assert (len(spawned.specs), spawned.signals) == (1, [])
+    monkeypatch.setattr(checkpointing, "LAST_S_MAX", -1.0)
+    assert not making.is_last_taken(CheckpointSection())
+    assert spawned.signals == [signal.SIGKILL]
 
 
 def test_segments_are_counted_and_dropped_but_for_the_last(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ksi.transport.errors import (
     Conflict,
     Forbidden,
     Internal,
+    Invalid,
     KsiError,
     NotFound,
     NotOwner,
@@ -25,7 +26,14 @@ from ksi.transport.errors import (
     StaleEpoch,
     TooLarge,
 )
-from ksi.transport.limits import AGEING_S, ENTRY_BYTES_MAX, FINISHED_S, ITEMS_MAX, LAPSES_MAX
+from ksi.transport.limits import (
+    AGEING_S,
+    DEAD_S,
+    ENTRY_BYTES_MAX,
+    FINISHED_S,
+    ITEMS_MAX,
+    LAPSES_MAX,
+)
 
 OPERATOR = Sender("op", "operator")
 SESSIONS = Sender("sessions", "owner")
@@ -36,26 +44,41 @@ LEASE_S = 15.0
 def choose(chance: random.Random) -> Asked:
     """Draw what a few agents and workers ask about a few sessions."""
     agent = OPERATOR if chance.random() < 0.1 else Sender(chance.choice(("alice", "bob")), "agent")
-    worker = chance.choice((W1, W2))
+    worker = chance.choice((W1, W1, W1, W2))
     session = {"session_id": chance.choice(("s1", "s2", "s3"))}
-    request = {"request_id": f"r{chance.randint(1, 12)}"}
+    request = {"request_id": f"r{chance.randint(1, 6)}"}
     held = {**request, "attempt": chance.choice((1, 1, 1, 1, 2, 3))}
     priority, requires = {"priority": chance.choice((1, 5, 9))}, chance.choice((None, "gpu"))
     prompt = {"prompt": chance.choice(("hi", "\u2028 \x85")), "requires": requires}
     lease = {"lease_s": chance.choice((1.0, 20.0)), "slots": chance.choice((0, 1, 3))}
     epoch = {"epoch": chance.randint(1, 8)}
     offers = {"capabilities": chance.choice(([], ["gpu"], ["gpu", "gpu", "cpu"]))}
-    status, after = chance.choice(("queued", "active", "finished")), chance.choice((None, "x/1/2"))
-    timeout = {"run_s": chance.choice((0.2, 300.0))}
+    status = chance.choice(("queued", "active", "finished", "dead"))
+    after = chance.choice((None, "x/1/2"))
+    timeout = {"run_s": chance.choice((0.2, 300.0)), "retry_s": chance.choice((0.1, 2.0))}
+    kind, provider = chance.choice((None, "timeout", "authentication")), {"provider": "gpu"}
+    usage = {"usage": {"input_tokens": 30, "output_tokens": 10, "cost_usd": 0.5}}
+    budget = chance.choice(({"tokens": 200}, {"cost_usd": 9.0, "restart": True}, {}, {}, {}))
     choices: list[Asked] = [
         *[Asked(agent, "completion:async", {**session, **prompt, **priority, **timeout})] * 3,
-        *[Asked(agent, "completion:async", {**session, **prompt, **request})] * 8,
-        *[Asked(worker, "worker:report", {**held, "result": {"response": "x"}})] * 8,
-        Asked(worker, "worker:report", {**held, "error": "it broke"}),
-        *[Asked(worker, "worker:progress", {**held, "progress": {"tokens": 3}})] * 4,
-        *[Asked(worker, "worker:register", {**offers, **lease})] * 3,
-        *[Asked(worker, "worker:renew", {**epoch, "slots": chance.choice((None, 2))})] * 3,
-        Asked(worker, "worker:leave", epoch),
+        *[Asked(agent, "completion:async", {**session, **prompt, **request})] * 24,
+        *[Asked(worker, "worker:report", {**held, "result": {"response": "x"}})] * 10,
+        *[Asked(worker, "worker:report", {**held, "error": "it broke", "kind": kind})] * 3,
+        Asked(worker, "worker:report", {**held, "error": "no", **provider, **usage}),
+        Asked(worker, "worker:report", {**held, **provider, **usage}),
+        Asked(worker, "worker:unfit", {**provider, "reason": "no key"}),
+        *[Asked(OPERATOR, "completion:retry", {**request, **chance.choice(({}, session))})] * 8,
+        Asked(OPERATOR, "completion:budget", {"agent_id": "alice", **budget}),
+        Asked(OPERATOR, "completion:budget", {**session, **budget}),
+        *[Asked(worker, "worker:tokens", {**held, "start": 0, "text": "An"})] * 12,
+        Asked(agent, "completion:retry_status", {}),
+        Asked(agent, "completion:provider_status", {}),
+        Asked(agent, "completion:token_usage", {}),
+        Asked(agent, "completion:budgets", {}),
+        *[Asked(worker, "worker:progress", {**held, "progress": {"tokens": 3}})] * 12,
+        *[Asked(worker, "worker:register", {**offers, **lease})] * 10,
+        *[Asked(worker, "worker:renew", {**epoch, "slots": chance.choice((None, 2))})] * 5,
+        *[Asked(worker, "worker:leave", epoch)] * 3,
         Asked(agent, "completion:cancel", {**request, **chance.choice(({}, session))}),
         Asked(OPERATOR, "completion:limit", {"limit": chance.choice((0, 1, 2, 256))}),
         Asked(agent, "completion:status", request),
@@ -361,7 +384,7 @@ def test_who_may_cancel_is_the_requester_an_operator_and_the_owner_of_the_sessio
 
 def test_an_attempt_that_takes_too_long_fails_and_frees_its_session(twin: Twin) -> None:
     register(twin, lease_s=3600.0)
-    slow, following = submit(twin, run_s=60.0), submit(twin)
+    slow, following = submit(twin, run_s=60.0, attempts_max=1), submit(twin)
     twin.pass_time(59.0)
     assert status(twin, slow).status == "active"
     twin.pass_time(2.0)
@@ -468,6 +491,49 @@ def test_a_request_over_which_workers_vanish_again_and_again_is_given_up(twin: T
         "given up: 5 workers vanished over it, at last w1",
     )
     assert ended.attempt == 2 * LAPSES_MAX
+
+
+def test_what_a_restore_interrupts_waits_again_in_its_place_and_no_former_name_holds(
+    twin: Twin,
+) -> None:
+    first, second, third = (submit(twin) for _ in range(3))
+    other = submit(twin, "s2")
+    epoch = register(twin, slots=2)
+    assert held(twin) == {first: 1, other: 1}
+
+    twin.restored("retry")
+    assert [status(twin, each).status for each in (first, other)] == ["queued"] * 2
+    assert told(twin, first)[-1] == "requeued"
+    with pytest.raises(NotFound):
+        twin.ask(W1, "worker:renew", epoch=epoch)
+    with pytest.raises(StaleEpoch):
+        report(twin, first)
+    register(twin)
+    assert drain(twin) == [first, second, third, other]
+    assert status(twin, first).attempt == 2
+
+
+def test_what_a_restore_interrupts_ends_once_where_that_is_the_rule(twin: Twin) -> None:
+    first, second = submit(twin), submit(twin)
+    register(twin)
+    for _ in range(2):
+        twin.restored("fail")
+        ended = status(twin, first)
+        assert (ended.status, ended.reason) == ("failed", "daemon_restart")
+        assert status(twin, second).status == "queued"
+    assert recorded(twin).count(("completion:failed", first)) == 1
+    assert told(twin, first).count("failed") == 1
+    register(twin)
+    assert drain(twin) == [second]
+
+
+def test_a_request_that_restores_interrupt_again_and_again_is_given_up(twin: Twin) -> None:
+    request_id = submit(twin)
+    for _ in range(LAPSES_MAX):
+        register(twin)
+        assert status(twin, request_id).status == "active"
+        twin.restored("retry")
+    assert status(twin, request_id).reason == "daemon_restart"
 
 
 def test_there_is_a_bound_to_workers(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -722,3 +788,235 @@ def test_lists_come_in_pages_that_hold_each_request_once(twin: Twin) -> None:
     queue = twin.read("completion:session_status", session_id="s1")
     assert (queue.waiting, queue.active.status, len(queue.next)) == (1, "active", 1)
     assert twin.read("completion:session_status", session_id="none").active is None
+
+
+# What fails, and what may pass.
+
+
+def fail(twin: Twin, request_id: str, attempt: int = 1, **more: Any) -> Any:
+    fields = {"error": "429", "kind": "api_rate_limit", "provider": "gpu", **more}
+    return report(twin, request_id, attempt, **fields)
+
+
+def test_what_may_pass_is_tried_again_after_waits_that_double_and_then_is_dead(twin: Twin) -> None:
+    register(twin, slots=4, lease_s=3600.0)
+    request_id, behind = submit(twin, attempts_max=4), submit(twin)
+    waits = []
+    for attempt in (1, 2, 3):
+        deferred = fail(twin, request_id, attempt)
+        assert (deferred.status, deferred.failures) == ("queued", attempt)
+        assert held(twin) == {}, "its session waits with it"
+        waits.append(deferred.retry_at - twin.now)
+        twin.pass_time(waits[-1] - 0.3)
+        assert held(twin) == {}
+        twin.pass_time(0.6)
+        assert held(twin) == {request_id: attempt + 1}
+    for wait_s, least_s in zip(waits, (2, 4, 8), strict=True):
+        assert least_s <= wait_s < least_s * 1.26
+    assert len({wait_s % 2 for wait_s in waits}) == 3, "they are drawn"
+    ended = fail(twin, request_id, 4)
+    assert (ended.status, ended.kind, ended.reason) == ("failed", "api_rate_limit", "429")
+    assert told(twin, request_id).count("retry") == 3
+    assert recorded(twin)[-1] == ("completion:failed", request_id)
+    assert list(held(twin)) == [behind]
+    (provider,) = twin.read("completion:provider_status", provider="gpu").providers
+    assert (provider.retried, provider.failed, provider.kind) == (3, 1, "api_rate_limit")
+
+
+def test_what_fails_at_once_is_not_tried_at_once_again(twin: Twin) -> None:
+    register(twin, slots=8)
+    asked = [submit(twin, f"s{n}") for n in range(8)]
+    assert len({fail(twin, each).retry_at for each in asked}) == 8
+
+
+@pytest.mark.parametrize("kind", ["authentication", "invalid_request", "model_not_found", None])
+def test_what_will_not_pass_fails_at_once(twin: Twin, kind: str | None) -> None:
+    register(twin)
+    assert fail(twin, submit(twin), kind=kind).status == "failed"
+
+
+def test_a_provider_that_asks_to_be_left_alone_is_for_that_long(twin: Twin) -> None:
+    register(twin, lease_s=3600.0)
+    request_id = submit(twin)
+    assert fail(twin, request_id, retry_after_s=100.0).retry_at == twin.now + 100
+    assert [each.request_id for each in twin.read("completion:retry_status").requests] == [
+        request_id
+    ]
+    twin.pass_time(99)
+    assert held(twin) == {}
+    twin.pass_time(1.1)
+    assert held(twin) == {request_id: 2}
+    assert twin.read("completion:retry_status").waiting == 0
+
+
+def test_what_waits_for_its_next_attempt_lets_more_urgent_requests_through(twin: Twin) -> None:
+    register(twin)
+    waiting = submit(twin)
+    fail(twin, waiting)
+    urgent = submit(twin, priority=1)
+    assert list(held(twin)) == [urgent]
+    report(twin, urgent)
+    twin.pass_time(3)
+    assert list(held(twin)) == [waiting]
+
+
+def test_what_waits_for_its_next_attempt_can_be_cancelled_and_its_session_goes_on(
+    twin: Twin,
+) -> None:
+    register(twin)
+    waiting, behind = submit(twin), submit(twin)
+    fail(twin, waiting)
+    twin.ask("alice", "completion:cancel", request_id=waiting)
+    assert list(held(twin)) == [behind]
+    assert twin.read("completion:retry_status").waiting == 0
+    twin.pass_time(10)
+    assert status(twin, waiting).status == "cancelled"
+
+
+def test_what_takes_too_long_is_tried_again_and_its_worker_told(twin: Twin) -> None:
+    register(twin, lease_s=3600.0)
+    request_id = submit(twin, run_s=1.0, attempts_max=2, retry_s=0.1)
+    twin.pass_time(1.1)
+    assert (status(twin, request_id).status, status(twin, request_id).kind) == ("queued", "timeout")
+    assert "worker.w1.revoked" in [each.topic for each in twin.told]
+    with pytest.raises(StaleEpoch):
+        report(twin, request_id)
+    twin.pass_time(0.3)
+    twin.pass_time(1.1)
+    ended = status(twin, request_id)
+    assert (ended.status, ended.attempt, ended.kind) == ("failed", 2, "timeout")
+
+
+def test_a_dead_letter_is_listed_and_retried_once_as_another_request(twin: Twin) -> None:
+    register(twin)
+    request_id = submit(twin, prompt="again?", options={"t": 1}, data={"pattern": "team"})
+    fail(twin, request_id, kind="authentication")
+    (dead,) = twin.read("completion:list", status="dead").requests
+    assert dead.request_id == request_id
+    with pytest.raises(Forbidden):
+        twin.ask("bob", "completion:retry", request_id=request_id)
+    again = twin.ask(OPERATOR, "completion:retry", request_id=request_id).request_id
+    (grant,) = twin.read("worker:grants", worker="w1").grants
+    assert (grant.request_id, grant.prompt, grant.requester) == (again, "again?", "alice")
+    assert (grant.options, grant.data) == ({"t": 1}, {"pattern": "team"})
+    assert twin.read("completion:list", status="dead").requests == []
+    with pytest.raises(Conflict, match=f"was retried as {again}"):
+        twin.ask(OPERATOR, "completion:retry", request_id=request_id)
+    report(twin, again)
+    assert status(twin, again).retry_of == request_id
+    with pytest.raises(Conflict, match="completed"):
+        twin.ask("alice", "completion:retry", request_id=again)
+
+
+def test_dead_letters_outlive_the_outcomes_of_others(twin: Twin) -> None:
+    register(twin, lease_s=3600.0)
+    dead, done = submit(twin), submit(twin)
+    fail(twin, dead, kind="authentication")
+    report(twin, done)
+    twin.pass_time(FINISHED_S + 1)
+    twin.pass_time(1)
+    with pytest.raises(NotFound):
+        status(twin, done)
+    assert status(twin, dead).status == "failed"
+    twin.pass_time(DEAD_S)
+    twin.pass_time(1)
+    with pytest.raises(NotFound):
+        status(twin, dead)
+    assert [*twin.store.tables["prompts"].range()] == []
+    totals = twin.store.tables["totals"].get("all")
+    assert (totals.dead_bytes, totals.finished_bytes, totals.open_bytes) == (0, 0, 0)
+
+
+def test_a_grant_names_what_was_answered_last_in_its_session(twin: Twin) -> None:
+    register(twin)
+    first, second = submit(twin), submit(twin)
+    report(twin, first)
+    twin.ask(W1, "worker:progress", request_id=second, attempt=1, progress={"tokens": 3})
+    (grant,) = twin.read("worker:grants", worker="w1").grants
+    assert (grant.request_id, grant.follows) == (second, first)
+
+
+def test_an_answer_is_heard_as_it_grows_and_kept_nowhere(twin: Twin) -> None:
+    register(twin)
+    request_id = submit(twin)
+    batches = len(twin.store.journal)
+    growing = {"request_id": request_id, "attempt": 1, "start": 3, "text": "epoch"}
+    twin.ask(W1, "worker:tokens", **growing)
+    assert twin.told[-1].topic == f"completion.alice.{request_id}.tokens"
+    assert (twin.told[-1].message["start"], twin.told[-1].message["text"]) == (3, "epoch")
+    assert len(twin.store.journal) == batches
+    with pytest.raises(StaleEpoch):
+        twin.ask(W1, "worker:tokens", **{**growing, "attempt": 2})
+
+
+def test_who_requires_what_nobody_can_offer_is_told_why(twin: Twin) -> None:
+    twin.ask(W1, "worker:unfit", provider="openai", reason="OPENAI_API_KEY is not set")
+    with pytest.raises(NotFound, match="OPENAI_API_KEY is not set"):
+        submit(twin, requires="openai")
+    submit(twin, requires="other")
+    register(twin, W2, capabilities=["openai"])
+    submit(twin, "s2", requires="openai")
+    (provider,) = twin.read("completion:provider_status", provider="openai").providers
+    assert (provider.unfit, provider.workers, provider.used) == (None, 1, 1)
+
+
+# What it takes.
+
+TOOK = {"input_tokens": 30, "output_tokens": 12, "cost_usd": 0.25}
+
+
+def test_tokens_and_cost_are_summed_up_by_agent_and_model_also_of_failures(twin: Twin) -> None:
+    register(twin, slots=4)
+    for n, (who, model) in enumerate([("alice", "m1"), ("alice", "m1"), ("bob", "m2")]):
+        fields = {"result": {"model": model}} if n else {"error": "no"}
+        request_id = submit(twin, f"s{n}", who, model=model)
+        report(twin, request_id, usage=TOOK, **fields)
+    page = twin.read("completion:token_usage")
+    assert [(each.agent_id, each.model, each.input_tokens) for each in page.usage] == [
+        ("alice", "m1", 60),
+        ("bob", "m2", 30),
+    ]
+    assert (page.input_tokens, page.output_tokens, page.cost_usd) == (90, 36, 0.75)
+    assert twin.read("completion:token_usage", model="m2").output_tokens == 12
+    assert twin.read("completion:token_usage", agent_id="carol").usage == []
+    assert twin.read("completion:token_usage", since=twin.now + 7200).usage == []
+
+
+def test_the_result_says_what_it_took(twin: Twin) -> None:
+    register(twin)
+    request_id = submit(twin)
+    report(twin, request_id, result={"response": "done"}, usage=TOOK)
+    assert status(twin, request_id).result["usage"] == {**TOOK, "cached_tokens": 0}
+
+
+@pytest.mark.parametrize("bound", [{"tokens": 84}, {"cost_usd": 0.5}])
+@pytest.mark.parametrize("holder", [{"agent_id": "alice"}, {"session_id": "s1"}])
+def test_over_its_budget_nothing_is_accepted_and_nothing_begun(
+    twin: Twin, bound: dict[str, Any], holder: dict[str, str]
+) -> None:
+    twin.ask(OPERATOR, "completion:budget", **bound, **holder)
+    register(twin)
+    first, second, third = (submit(twin) for _ in range(3))
+    for request_id in (first, second):
+        report(twin, request_id, result={"response": "done"}, usage=TOOK)
+    ended = status(twin, third)
+    assert (ended.status, ended.kind, ended.attempt) == ("failed", "budget", 0)
+    last = msgspec.msgpack.decode(twin.sends[-1][3])
+    assert (last["event"], last["agent_id"]) == ("completion:failed", "alice")
+    with pytest.raises(Quota, match="the budget is used up"):
+        submit(twin)
+    submit(twin, "s2", "bob")
+    twin.ask(OPERATOR, "completion:budget", tokens=1000, **holder)
+    again = twin.ask("alice", "completion:retry", request_id=third).request_id
+    assert status(twin, again).status in ("queued", "active")
+    (budget,) = twin.read("completion:budgets", **holder).budgets
+    assert (budget.taken_tokens, budget.taken_usd) == (84, 0.5)
+    assert twin.ask(OPERATOR, "completion:budget", **holder).budgets == []
+    assert twin.read("completion:budgets").budgets == []
+
+
+def test_a_budget_is_of_one_agent_or_one_session_and_set_by_an_operator(twin: Twin) -> None:
+    with pytest.raises(Invalid):
+        twin.ask(OPERATOR, "completion:budget", tokens=1)
+    with pytest.raises(Invalid):
+        twin.ask(OPERATOR, "completion:budget", tokens=1, agent_id="a", session_id="s")

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trouble import until
 
 from ksi.actors.owners import OWNERS, load_all
 from ksi.console.declared import catalogue, example, summary
+from ksi.console.events import _write as write_event
 from ksi.console.main import SUBCOMMANDS, main
 from ksi.transport.message import encode
 
@@ -159,6 +161,7 @@ def test_every_subcommand_explains_itself_and_knows_json(
         (["index", "rebuild"], 3, "not_running: no supervisor runs on"),
         (["index", "verify"], 3, "not_running: "),
         (["index", "query"], 3, "not_running: "),
+        (["events", "--since", "soon"], 2, "usage: Invalid value for '--since'"),
         (["ps"], 3, "not_running: no supervisor runs on"),
         (["stop"], 3, "not_running: no supervisor runs on"),
         (["restart", "sessions"], 3, "not_running: no supervisor runs on"),
@@ -313,7 +316,7 @@ def test_config_says_where_a_value_comes_from(nothing: Shell) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("ksi sta", {"start", "status"}),
+        ("ksi sta", {"start", "state", "status"}),
         ("ksi ask session:ap", {"append", "append_many"}),
         ("ksi ask session:append --se", {"--session-id"}),
         ("ksi ask session:create --admission ", {"open", "invited", "closed"}),
@@ -454,6 +457,43 @@ def test_refusals_have_their_exit_codes(
     done = system(*words)
     assert done.code == code
     assert says in the_error(done, error)
+
+
+def test_the_state_is_set_read_listed_asked_and_watched(system: Shell) -> None:
+    made = system("state", "set", "config/model", '{"name": "opus", "n": 1e300}', "--json").json
+    watched = subprocess.Popen(
+        [*KSI, "state", "watch", "config/", "--after", str(made["revision"] - 1), "-n", "3",
+         "--json"],
+        env=system.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert json.loads(system("state", "get", "config/model").out) == {"name": "opus", "n": 1e300}
+    stale = system("state", "set", "config/model", "1", "--revision", "0")
+    assert stale.code == 5
+    assert f"has the revision {made['revision']}" in the_error(stale, "conflict")
+    assert system("state", "set", "config/text", "plain words").code == 0
+    assert system("state", "set", "config/digits", "12", "--text").code == 0
+    assert [json.loads(system("state", "get", f"config/{key}").out) for key in ("text", "digits")] \
+        == ["plain words", "12"]  # fmt: skip
+    listed = system("state", "list", "config/", "--limit", "2", "--json").json
+    assert (list(listed["keys"]), listed["more"]) == (["config/digits", "config/model"], True)
+    out, _ = watched.communicate(timeout=30)
+    changes = [json.loads(line) for line in out.splitlines()]
+    assert [each["id"] for each in changes] == ["config/model", "config/text", "config/digits"]
+    assert system("state", "delete", "config/text", "--yes").code == 0
+    assert system("state", "get", "config/text").code == 6
+
+    system("ask", "state:entity:create", "--type", "task", "--id", "t1", "--properties", '{"n": 3}')
+    system("ask", "state:relationship:create", "--from", "t1", "--to", "t1", "--type", "follows")
+    only = ("--type", "task", "--where", '{"n": {"$gt": 2}}')
+    assert [e["id"] for e in system("state", "query", *only, "--json").json["entities"]] == ["t1"]
+    assert "t1 follows t1" in system("state", "show", "t1").out
+    assert system("state", "query", "--where", "{").code == 2
+    assert '{"n": 3}' in system("state", "query", *only).out
+    pushed = ("--namespace", "jobs", "--key", "todo", "--data", "[1]")
+    system("ask", "async_state:push", *pushed)
+    assert "todo" in system("state", "queues").out
+    assert re.search(r"relationship +follows +1", system("state").out)
+    assert system("status", "--json").json["state"] == {"entities": 3, "queued": 1}
 
 
 def test_the_index_is_asked_built_again_and_verified(system: Shell) -> None:
@@ -779,3 +819,63 @@ def test_a_newer_layout_is_refused_untouched(nothing: Shell) -> None:
     assert done.code != 0
     assert done.err.startswith("ksi: ")
     assert [path.name for path in nothing.var.iterdir()] == ["FORMAT"]
+
+
+def test_what_has_happened_is_shown_found_and_exported(system: Shell, tmp_path: Path) -> None:
+    who = ("--as", "watched")
+    system(*who, "ask", "session:create", "--session-id", "happens")
+    for _ in range(3):
+        system(*who, "ask", "session:append", "--session-id", "happens", "--event", "note")
+    only = ("--session", "happens")
+
+    def logged() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = system("events", *only, "--json").json["events"]
+        return found
+
+    until(lambda: len(logged()) == 4)
+    found = logged()
+    assert [each["event"] for each in found] == ["session:created"] + ["session:appended"] * 3
+    shown = system("events", *only, "--match", "session:app*", "--since", "10m", "--limit", "2")
+    assert shown.out.count("session:appended  watched  happens") == 2
+    assert "there are more" in shown.err
+    rest = system("events", *only, "--after", str(found[1]["n"]), "--json").json
+    assert [each["n"] for each in rest["events"]] == [each["n"] for each in found[2:]]
+    assert "session:appended" not in system("events", "--until", "1h").out
+
+    exported = system("events", "export", str(tmp_path / "out"), *only, "--resolve", "--json")
+    assert exported.code == 0, exported.err
+    assert exported.json["events"] == 4
+    (day,) = (tmp_path / "out").iterdir()
+    files = sorted(day.iterdir())
+    assert len(files) == 4
+    for path in files:
+        event = json.loads(path.read_text())
+        stem = f"evt_{event['timestamp']:.6f}_{event['event'].replace(':', '_')}"
+        assert re.fullmatch(rf"{re.escape(stem)}(_\d+)?\.json", path.name)
+    assert json.loads(files[-1].read_text())["data"]["line"]["event"] == "note"
+    assert "not empty" in system("events", "export", str(tmp_path / "out")).err
+    assert "dropped" in system("events", "stats").out
+
+
+def test_events_are_followed_as_they_come(system: Shell) -> None:
+    system("ask", "session:create", "--session-id", "followed")
+    words = [*KSI, "events", "-f", "--session", "followed", "--match", "*:appended", "--json"]
+    following = subprocess.Popen(words, env=system.environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        for number in range(3):
+            system("ask", "session:append", "--session-id", "followed", "--event", "note")
+            assert following.stdout is not None
+            assert json.loads(following.stdout.readline())["data"]["seq"] == number + 1
+    finally:
+        following.kill()
+        following.communicate()
+
+
+def test_a_thousand_events_of_one_moment_have_files_of_their_own(tmp_path: Path) -> None:
+    event = {"timestamp": 1_777_896_000.123, "event": "agent:spawned"}
+    used: dict[str, int] = {}
+    for number in range(1000):
+        write_event(event, tmp_path, {} if number == 7 else used)
+    names = {path.name for path in (tmp_path / "2026-05-04").iterdir()}
+    assert len(names) == 1000
+    assert "evt_1777896000.123000_agent_spawned.json" in names

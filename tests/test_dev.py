@@ -21,7 +21,6 @@ from trouble import until
 
 from ksi.actors.supervision.lock import holder
 from ksi.console.dev import development_var
-from ksi.console.main import main
 from ksi.transport import Client
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -215,12 +214,3 @@ def test_a_directory_is_developed_on_by_one_at_a_time(dev: Dev) -> None:
     assert second.returncode == 5
     assert err.startswith("ksi: conflict: ")
     assert "ready" not in [json.loads(line).get("event") for line in out.splitlines()]
-
-
-def test_without_watchfiles_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "watchfiles", None)
-
-    assert main(["dev"]) == 1
-    assert "pip install 'ksi[dev]'" in capsys.readouterr().err

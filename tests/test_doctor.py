@@ -23,17 +23,27 @@ from ksi.console.main import main
 from ksi.storage.examination import examine, lock_holder
 from ksi.storage.journal import segment_path
 from ksi.storage.store import read_current
+from ksi.transport import Client
+from ksi.transport.errors import KsiError
 
 
 @pytest.fixture
 def said(system: System) -> System:
-    """A system in which something was said in two sessions."""
+    """A system in which something was said in two sessions, and the index knows of it."""
     with system.client("alice") as alice:
         for session_id in ("plan", "talk"):
             alice.ask("session:create", session_id=session_id)
             for number in range(20):
                 alice.ask("session:append", session_id=session_id, event="note", data={"n": number})
+        until(lambda: has_indexed(alice))
     return system
+
+
+def has_indexed(client: Client) -> bool:
+    try:
+        return len(client.read("index:query", event_type="note")["entries"]) == 40
+    except KsiError:  # There is nothing to read from yet.
+        return False
 
 
 @pytest.fixture
@@ -202,15 +212,14 @@ def test_a_reader_that_was_killed_is_found_and_its_slot_freed(stopped: System) -
         "wait = lambda *_: (print('in', flush=True), input());"
         "reader_of('sessions', Path(sys.argv[1])).reader.read(wait)"
     )
-    reader = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code, str(stopped.var)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert reader.stdout is not None
-    assert reader.stdout.readline() == b"in\n"
-    assert wrong(stopped) == {}
-    reader.kill()
-    reader.communicate()
+    ) as reader:  # fmt: skip
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"in\n"
+        assert wrong(stopped) == {}
+        reader.kill()
     assert wrong(stopped)["readers"] == f"process {reader.pid} was killed while it read sessions"
 
     assert checked(stopped, repair=True)["readers"].state == "repaired"

@@ -43,6 +43,7 @@ def test_a_write_that_would_leave_a_hole_is_refused(tmp_path: Path) -> None:
         writer.write("new", 1, b"x")
 
     assert (caught.value.key, caught.value.size, caught.value.offset) == ("a", 3, 4)
+    assert os.listdir(tmp_path) == ["a.jsonl"], "an empty file would hide one in the archive"
     assert read_log(tmp_path, "a", 0, 100) == b"123"
     writer.close()
 

@@ -42,8 +42,10 @@ def test_a_newer_format_is_refused_and_nothing_is_touched(tmp_path: Path) -> Non
     assert caught.value.details == {"found": 2, "known": FORMAT}
 
 
-@pytest.mark.parametrize("text", ["", "ksi", "ksi one", "elephants 1", "ksi -1", "\x00" * 8])
+@pytest.mark.parametrize(
+    "text", ["", "ksi", "ksi one", "elephants 1", "ksi -1", "\x00" * 8, "\xff"]
+)
 def test_a_file_that_names_no_version_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "FORMAT").write_text(text)
+    (tmp_path / "FORMAT").write_text(text, encoding="latin-1")
     with pytest.raises(Corrupt):
         check_format(tmp_path)

@@ -16,6 +16,7 @@ import pytest
 import zmq
 import zmq.auth
 
+from ksi.actors.owners import OWNERS
 from ksi.transport.errors import Forbidden, Invalid, NotRunning
 from ksi.transport.identity import (
     RESERVED,
@@ -180,7 +181,7 @@ def test_the_name_of_an_owner_is_for_owners_only(keys: KeyRing, name: str) -> No
 
 
 def test_owners_and_the_supervisor_have_reserved_names() -> None:
-    assert {"registry", "sessions", "completion", "bus", "index", "supervisor"} <= RESERVED
+    assert {*OWNERS, "supervisor"} <= RESERVED
 
 
 def test_the_public_file_says_which_role_a_name_has(var: Path, keys: KeyRing) -> None:

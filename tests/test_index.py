@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ksi.actors.followers.indexed import Describer, IndexView, Verification, index_directory
-from ksi.actors.owner import Sender
+from ksi.actors.owner import Index, Sender
 from ksi.actors.owners.index import OWNER
 from ksi.actors.owners.sessions import OWNER as SESSIONS
 from ksi.actors.reading import log_directory
@@ -163,7 +163,7 @@ class Told:
     def read(self, operation: str, **fields: Any) -> Any:
         """Answer a query of the index's owner."""
         twin = Twin(OWNER)
-        twin.index = IndexView(self.var)
+        twin.caches[Index] = IndexView(self.var)
         return twin.read(operation, **fields)
 
     def verify(self) -> Verification:

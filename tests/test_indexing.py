@@ -306,11 +306,11 @@ def test_a_verification_that_is_ordered_tells_of_a_file_that_was_edited(index: I
 def test_what_stands_in_the_way_of_a_database_is_said_and_waited_for(index: Index) -> None:
     index.say(random.Random(3), 50)
     index.dump()
-    failed = len(index.logged("indexing failed"))
+    failed = len(index.logged("the index cannot be written"))
     day = index.day()
     day.unlink()
     day.mkdir()
-    until(lambda: len(index.logged("indexing failed")) > failed, 20.0)
+    until(lambda: len(index.logged("the index cannot be written")) > failed, 20.0)
     assert index.system.pid_of("index") is not None
     day.rmdir()
     index.dump()

@@ -1202,9 +1202,15 @@ def test_an_interrupt_without_a_handler_stops_the_actor(
         place.mailbox.wake_on_signals()
         place.mailbox.timeout_s = PATIENCE_S
         started: queue.Queue[pykka.ActorRef[Any]] = queue.Queue()
-        timer = in_a_moment(lambda: os.kill(os.getpid(), signal.SIGINT))
+
+        def interrupt() -> None:
+            started.get(timeout=PATIENCE_S)  # Before that it would be the test that is interrupted.
+            in_a_moment(lambda: os.kill(os.getpid(), signal.SIGINT)).join()
+
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
         ref = Echo.start(place.mailbox, started)
-        timer.join()
+        interrupter.join()
     finally:
         signal.signal(signal.SIGINT, former)
 

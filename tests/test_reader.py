@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from crashing import fork_to, in_child, kill
 from small_store import SPECS, Added, State, add, check, leave, lines_of, open_store, state_of
 from trouble import until
 
+from ksi.storage import reader as reading
 from ksi.storage.errors import Corrupt
 from ksi.storage.files import Cursor, LogWriter
-from ksi.storage.journal import START
+from ksi.storage.journal import START, Batch
 from ksi.storage.reader import Reader
 from ksi.storage.store import Meta, Store, restore
 from ksi.storage.tables import TableSpec
@@ -396,13 +397,13 @@ def test_a_range_that_is_kept_holds_no_state_once_its_read_is_over(tmp_path: Pat
     store.close()
 
 
-def log_reader(directory: Path, **more: Any) -> Reader:
+def log_reader(directory: Path, *, counted: Any = lines_of, **more: Any) -> Reader:
     return Reader(
         directory / "owner",
         SPECS,
         logs=directory / "logs",
         cursor=directory / "cursor",
-        lines_of=lines_of,
+        lines_of=counted,
         **more,
     )
 
@@ -503,6 +504,51 @@ def test_after_a_crash_of_the_machine_the_journal_has_the_last_word(tmp_path: Pa
     again.follow()
     assert path.read_bytes() == expected
     again.close()
+    store.close()
+
+
+def test_pages_of_a_log_whose_follower_is_behind_are_looked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_STEP_BYTES", 64)
+    store = open_store(tmp_path / "owner", boot_id="one", segment_bytes=4000)
+    for number in range(100):
+        add(store, "a", f"early-{number}")
+    follower = Follower(tmp_path, store, boot_id="one")
+    follower.follow()
+    follower.sync()
+    for number in range(100):
+        add(store, f"between-{number}")
+    for number in range(100):
+        add(store, "a", f"late-{number}")
+    add(store, "quiet")
+    follower.follow()
+    expected = {key: expected_log(store, key) for key in ("a", "early-3", "late-99")}
+    follower.close()
+    leave(store)
+    store = open_store(tmp_path / "owner", boot_id="two", segment_bytes=4000)
+    looked_at = []
+
+    def counted(batch: Batch) -> Iterator[tuple[str, int, bytes]]:
+        looked_at.append(batch.first_seq)
+        return lines_of(batch)
+
+    reader = log_reader(tmp_path, boot_id="two", counted=counted)
+    pages = range(0, len(expected["a"]), 20)
+    for turn in (list(pages), list(reversed(pages))):
+        looked_at.clear()
+        for start in turn:
+            stop = min(start + 20, len(expected["a"]))
+            assert reader.log("a", start, stop) == expected["a"][start:stop]
+        assert len(looked_at) < 202 + 12 * len(turn)
+    for key in ("early-3", "late-99"):
+        whole = expected[key]
+        looked_at.clear()
+        for start in range(len(whole)):
+            assert reader.log(key, start, len(whole)) == whole[start:]
+        assert len(looked_at) <= 202 + 2 * len(whole)
+        add(store, key)
+        assert reader.log(key, 0, len(expected_log(store, key))) == expected_log(store, key)
     store.close()
 
 

@@ -82,13 +82,24 @@ class System:
         self.progress: list[dict[str, Any]] = []
         monkeypatch.setenv("PYTHONPATH", str(HERE))
 
-    def describe(self, *children: dict[str, Any], strategy: str = "one_for_one") -> None:
-        described = {"strategy": strategy, "children": list(children)}
+    def describe(
+        self,
+        *children: dict[str, Any],
+        strategy: str = "one_for_one",
+        by_phase: bool = False,
+    ) -> None:
+        described = {"strategy": strategy, "by_phase": by_phase, "children": list(children)}
         self._patch.setenv("SUPERVISED", json.dumps(described))
 
-    def start(self, *children: dict[str, Any], strategy: str = "one_for_one", **flags: Any) -> None:
+    def start(
+        self,
+        *children: dict[str, Any],
+        strategy: str = "one_for_one",
+        by_phase: bool = False,
+        **flags: Any,
+    ) -> None:
         """Start it; flags are settings of the section `supervisor`."""
-        self.describe(*children, strategy=strategy)
+        self.describe(*children, strategy=strategy, by_phase=by_phase)
         settings = {f"supervisor.{key}": value for key, value in flags.items()}
         ready = launch.start_background(
             self.var,
@@ -277,6 +288,35 @@ def test_the_phase_is_that_of_the_first_child_that_does_not_answer(system: Syste
     until(lambda: is_in("ready"))
     system.stop()
     assert look(system.var).phase is None
+
+
+def test_where_the_tree_goes_by_phase_those_of_one_start_and_stop_together(
+    system: System,
+) -> None:
+    together = ({"name": "b", "role": "gated"}, {"name": "c", "role": "gated"})
+    children = (
+        {"name": "a", "phase": "infrastructure"},
+        *together,
+        {"name": "d", "phase": "context"},
+    )
+    with ThreadPoolExecutor() as pool:
+        starting = pool.submit(system.start, *children, by_phase=True)
+        try:
+            until(lambda: {("start", "b"), ("start", "c")} <= set(system.trace()))
+            assert system.trace()[:2] == [("start", "a"), ("ready", "a")]
+            (system.var / "c.go").touch()
+            until(lambda: ("ready", "c") in system.trace())
+            assert ("start", "d") not in system.trace()
+        finally:
+            for name in ("b", "c"):
+                (system.var / f"{name}.go").touch()
+        starting.result()
+    system.stop()
+
+    words = system.trace()
+    assert words.index(("ready", "b")) < words.index(("start", "d"))
+    stops = [name for word, name in words if word == "stop"]
+    assert (stops[0], {*stops[1:3]}, stops[3]) == ("d", {"b", "c"}, "a")
 
 
 def test_the_phases_of_the_system_follow_one_another(tmp_path: Path) -> None:
@@ -550,6 +590,28 @@ def test_a_death_of_the_fork_server_takes_its_children_and_all_come_back(system:
     system.signal(signal.SIGKILL)
     pids = [system.pid_of(name) for name in ("a", "b")]
     until(lambda: not any(map(is_alive, pids)), wait_s=1.0)
+
+
+def test_a_child_that_was_forked_ahead_takes_the_place_of_another_and_is_no_loss(
+    system: System,
+) -> None:
+    system.start({"name": "a"})
+    server = psutil.Process(psutil.Process(system.pid_of("a")).ppid())
+
+    def spare() -> psutil.Process | None:
+        known = system.pid_of("a")
+        return next((each for each in server.children() if each.pid != known), None)
+
+    ahead = until(spare).pid
+    os.kill(system.pid_of("a"), signal.SIGKILL)
+    system.until_again("a", 2)
+    assert system.pid_of("a") == ahead
+    lost = until(spare)
+    lost.kill()
+    until(lambda: not is_alive(lost.pid))
+    os.kill(ahead, signal.SIGKILL)
+    system.until_again("a", 3)
+    assert system.pid_of("a") not in (ahead, lost.pid)
 
 
 def test_a_second_start_is_refused_at_once_and_names_the_holder(system: System) -> None:
@@ -941,8 +1003,11 @@ def test_the_fork_server_has_one_thread_and_children_share_nothing_with_the_supe
     assert server.num_threads() == 1
 
     def opened(pid: int) -> set[str]:
-        directory = f"/proc/{pid}/fd"
-        return {os.readlink(f"{directory}/{number}") for number in os.listdir(directory)}
+        paths = set()
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed just now
+                paths.add(os.readlink(f"/proc/{pid}/fd/{number}"))
+        return paths
 
     shared = opened(system.pid) & opened(child.pid)
     assert not [path for path in shared if path.startswith(str(system.var))]

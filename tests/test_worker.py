@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import click
 import pytest
 from system import System
 
-from ksi.adapters.providers import PROVIDERS, Echo, Grant, Provider, Say
-from ksi.adapters.worker import Worker
-from ksi.console.worker import PROVIDER_NAMES
+from ksi.actors.owners.spending import Usage
+from ksi.adapters.providers import PROVIDERS, Echo, Failed, Grant, Provider, Talk
+from ksi.adapters.worker import Pace, Worker
+from ksi.console.worker import PROVIDER_NAMES, require_fit
 from ksi.transport import AsyncClient
-from ksi.transport.errors import Invalid
+from ksi.transport.errors import Invalid, Unanswered, Unavailable
 
 
 class Obliging:
@@ -23,7 +26,7 @@ class Obliging:
     name = "obliging"
     cancelled = 0
 
-    async def complete(self, grant: Grant, say: Say) -> Any:
+    async def complete(self, grant: Grant, talk: Talk) -> Any:
         match grant.prompt:
             case "raise":
                 raise RuntimeError("no model today")
@@ -36,13 +39,39 @@ class Obliging:
             case "none":
                 return None
             case "wait":
-                await say({"tokens": 1})
+                await talk.say({"tokens": 1})
                 try:
                     await asyncio.sleep(60)  # until it is cancelled
                 except asyncio.CancelledError:
                     self.cancelled += 1
                     raise
         return {"response": "well", "model": "obliging"}
+
+
+class Speaking:
+    """Answers word by word."""
+
+    name = "speaking"
+
+    async def complete(self, grant: Grant, talk: Talk) -> Any:
+        for word in ("one", " two", " three"):
+            await talk.tokens(word)
+            await asyncio.sleep(0.12)  # longer than tokens are held back
+        return {"response": "one two three", "model": "speaking"}
+
+
+class Flaky:
+    """Fails twice in a way that may pass; each attempt takes more."""
+
+    name = "flaky"
+    calls = 0
+
+    async def complete(self, grant: Grant, talk: Talk) -> Any:
+        self.calls += 1
+        usage = Usage(output_tokens=self.calls)
+        if self.calls < 3:
+            raise Failed("provider_error", "not yet", usage=usage)
+        return {"response": "now", "model": "flaky", "usage": usage}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +106,7 @@ async def outcome(alice: AsyncClient, prompt: str, **more: Any) -> dict[str, Any
         ("large", "the result is"),
         ("odd", "is not a number JSON can hold"),
         ("object", "cannot be encoded"),
-        ("none", "Expected `object`"),
+        ("none", "has returned NoneType, no result"),
     ],
 )
 def test_what_a_provider_cannot_answer_fails_with_words_and_its_worker_goes_on(
@@ -109,7 +138,7 @@ def test_a_provider_is_cancelled_when_its_grant_is_over(system: System) -> None:
     async def check() -> None:
         provider = Obliging()
         async with serving(system, provider) as alice:
-            slow = await outcome(alice, "wait", run_s=0.3)
+            slow = await outcome(alice, "wait", run_s=0.3, attempts_max=1)
             assert slow["reason"] == "it took longer than 0.3 s"
             accepted = await alice.ask("completion:async", session_id="s", prompt="wait")
             request_id = accepted["request_id"]
@@ -145,6 +174,42 @@ def test_one_worker_answers_as_many_sessions_at_a_time_as_it_has_slots(system: S
     asyncio.run(check())
 
 
+def test_an_answer_is_waited_for_and_a_failure_raised(system: System) -> None:
+    async def check() -> None:
+        async with serving(system, Obliging(), Speaking()) as alice:
+            heard: list[tuple[int, str]] = []
+            answered = await alice.complete(
+                "s", "say", requires="speaking", on_tokens=lambda *piece: heard.append(piece)
+            )
+            assert answered["result"]["response"] == "one two three"
+            assert heard[0] == (0, "one")
+            assert "".join(text for _, text in heard) in "one two three"
+            with pytest.raises(Unanswered, match="no model today") as failed:
+                await alice.complete("s", "raise")
+            assert failed.value.details["status"] == "failed"
+            with pytest.raises(Unavailable, match="it goes on"):
+                await alice.complete("s", "wait", timeout_s=0.3, request_id="slow")
+            await alice.ask("completion:cancel", request_id="slow")
+
+    asyncio.run(check())
+
+
+def test_what_a_provider_says_of_its_failure_decides_whether_it_is_asked_again(
+    system: System,
+) -> None:
+    async def check() -> None:
+        flaky = Flaky()
+        async with serving(system, flaky) as alice:
+            answered = await alice.complete("s", "x", retry_s=0.1)
+            assert (answered["attempt"], answered["failures"]) == (3, 2)
+            assert answered["result"]["usage"]["output_tokens"] == 3
+            taken = await alice.read("completion:token_usage", model="flaky")
+            assert taken["output_tokens"] == 1 + 2 + 3
+        assert flaky.calls == 3
+
+    asyncio.run(check())
+
+
 def test_an_echo_says_that_it_is_one_and_takes_no_nonsense(system: System) -> None:
     async def check() -> None:
         async with serving(system, Echo()) as alice:
@@ -162,3 +227,46 @@ def test_a_worker_without_a_provider_is_none_and_the_console_knows_all(system: S
     with pytest.raises(Invalid):
         Worker("none", [], var=system.var)
     assert set(PROVIDER_NAMES) == set(PROVIDERS)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("nonsense", "'nonsense' is not one of"),
+        ("echo --slots 0", "0 is not in the range"),
+        ("echo --rate often", "is no rate"),
+        ("echo 'unbalanced", "No closing quotation"),
+        ("echo --unknown 3", "No such option"),
+        ("command --command no-such-program", "finds no program 'no-such-program'"),
+        ("command", "needs a command line"),
+        ("echo --offers 'two words'", "--offers takes one word"),
+        ("openai --key-file no-such-file", "cannot be read"),
+    ],
+)
+def test_a_worker_that_cannot_answer_is_refused_before_it_is_started(line: str, words: str) -> None:
+    with pytest.raises((Invalid, click.UsageError)) as refused:
+        require_fit(line)
+    shown = refused.value
+    assert words in (shown.format_message() if isinstance(shown, click.UsageError) else str(shown))
+
+
+def test_the_name_of_a_supervised_worker_says_what_it_offers() -> None:
+    assert require_fit("echo --offers parrot --slots 2") == (
+        "worker-parrot",
+        ["--provider", "echo", "--offers", "parrot", "--slots", "2"],
+    )
+
+
+def test_a_provider_rests_as_long_as_it_asks_and_is_called_evenly() -> None:
+    async def check() -> list[float]:
+        pace = Pace(20.0)
+        begun_s = time.monotonic()
+        await asyncio.gather(pace.turn(), pace.turn(), pace.turn())
+        apart_s = time.monotonic() - begun_s
+        pace.rest(0.2)
+        await pace.turn()
+        return [apart_s, time.monotonic() - begun_s]
+
+    three_s, rested_s = asyncio.run(check())
+    assert three_s >= 0.1
+    assert rested_s >= 0.3

@@ -7,31 +7,44 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from system import System
 from trouble import until
 
 from ksi.actors.commit import batch_decoder
 from ksi.actors.owners import completion
-from ksi.actors.owners.completion import Ended, Granted, Queued, Requeued
+from ksi.actors.owners.completion_declared import Deferred, Ended, Granted, Queued, Requeued
 from ksi.actors.reading import reader_of
 from ksi.transport.errors import KsiError
 
+READY_S: Final = 60.0  # Some load the packages of their providers first.
+ECHO: Final = ("--provider", "echo")
+
 
 class WorkerProcess:
-    """`ksi worker --provider echo` under a name of its own."""
+    """`ksi worker` under a name of its own, with `provider` and its options; `env` is added."""
 
-    def __init__(self, var: Path, name: str, *, slots: int = 1, lease: str = "1s") -> None:
+    def __init__(
+        self,
+        var: Path,
+        name: str,
+        *,
+        slots: int = 1,
+        lease: str = "1s",
+        provider: Sequence[str] = ECHO,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
-        words = ["--var", str(var), "--as", name, "worker", "--provider", "echo"]
+        words = ["--var", str(var), "--as", name, "worker", *provider]
         words += ["--slots", str(slots), "--lease", lease]
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "ksi.console", *words],
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, **(env or {})},
         )
 
     def send(self, number: signal.Signals) -> None:
@@ -55,7 +68,7 @@ def working(system: System, *names: str, **more: Any) -> Iterator[list[WorkerPro
     workers = [WorkerProcess(system.var, name, **more) for name in names]
     try:
         with system.client("looker") as looker:
-            until(lambda: {*names} <= set(registered(looker)))
+            until(lambda: {*names} <= set(registered(looker)), READY_S)
         yield workers
     finally:
         for worker in workers:
@@ -108,7 +121,7 @@ def require_one_at_a_time(events: list[Any]) -> list[str]:
                 assert event.session_id not in active, f"two grants at once: {event}"
                 assert event.request_id not in ended, f"granted after its end: {event}"
                 active[event.session_id] = event.request_id, event.attempt
-            case Requeued():
+            case Requeued() | Deferred():
                 assert active.pop(event.session_id) == (event.request_id, event.attempt)
             case Ended():
                 assert event.request_id not in ended, f"ended twice: {event}"

@@ -41,7 +41,7 @@ from ksi.transport.message import (
     operation_of,
     unknown,
 )
-from ksi.transport.remote import is_remote
+from ksi.transport.remote import is_remote, require_here
 from ksi.transport.window import Cut, Pending
 
 if TYPE_CHECKING:
@@ -308,6 +308,30 @@ class Caller:
         self, what: str | Message, fields: Mapping[str, Any] | None, named: dict[str, Any]
     ) -> Any:
         """Run a query here, on the owner's committed state. No message is sent."""
+        declared, query = self._query(what, fields, named)
+        reply = self._reader(declared.owner).answer(query)
+        return reply if query is what else msgspec.to_builtins(reply)
+
+    def read_past(
+        self,
+        at: int | str,
+        what: str | Message,
+        fields: Mapping[str, Any] | None,
+        named: dict[str, Any],
+    ) -> Any:
+        """Run a query here, on the owner's state as it was. No message is sent."""
+        from ksi.actors.past import as_of
+
+        require_here(self.var, "reading a past state")
+        declared, query = self._query(what, fields, named)
+        with as_of(self._reader(declared.owner).owner, self.var, at) as answer:
+            reply = answer(query)
+        return reply if query is what else msgspec.to_builtins(reply)
+
+    def _query(
+        self, what: str | Message, fields: Mapping[str, Any] | None, named: dict[str, Any]
+    ) -> tuple[Operation, Query[Any]]:
+        """Return a query and its declaration; one that is given is the very same."""
         if isinstance(what, Message):
             declared = operation_of(what)
         else:
@@ -315,10 +339,9 @@ class Caller:
         if declared.changes:
             name = declared.name
             raise Invalid(f"{name} is a {declared.kind}", hint=f"ask it: client.ask({name!r}, ...)")
-        reader = self._reader(declared.owner)
         if isinstance(what, Message):
             self._require_may_read(declared, what)
-            return reader.answer(cast("Query[Any]", what))
+            return declared, cast("Query[Any]", what)
         if fields is not None:
             named = {**fields, **named}
         try:
@@ -326,7 +349,7 @@ class Caller:
         except msgspec.ValidationError as error:
             raise Invalid(f"{what}: {error}", hint=declared.hint) from None
         self._require_may_read(declared, query)
-        return msgspec.to_builtins(reader.answer(query))
+        return declared, query
 
     def _require_may_read(self, declared: Operation, query: Message) -> None:
         """Refuse what the owner would refuse. A courtesy: who reads here can read the files."""

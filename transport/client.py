@@ -14,9 +14,10 @@ import math
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar, overload
+from typing import Any, Final, Generic, Protocol, Self, TypeVar, overload
 
 import zmq
 
@@ -27,9 +28,11 @@ from ksi.transport.errors import KsiError, NotFound, Restored, Unavailable
 from ksi.transport.limits import ASK_TIMEOUT_S, OUTCOME_TIMEOUT_S
 from ksi.transport.link import CREDIT, Delivery, Link, Subscribed
 from ksi.transport.message import Command, Message, Query, Role
+from ksi.transport.watching import Watched, require_store
 from ksi.transport.window import Pending
 
 R = TypeVar("R")
+D = TypeVar("D")
 
 KEEPER_S: Final = 0.02  # How often the keeper looks, while there is anything to look after.
 _CLOSE_S: Final = 5.0
@@ -185,6 +188,26 @@ class Client:
             return self.ask(what, {**(fields or {}), **named})  # type: ignore[arg-type]  # no overload takes both
         return self._caller.read_local(what, fields, named)
 
+    def read_at(
+        self,
+        at: int | str,
+        what: str | Message,
+        fields: Mapping[str, Any] | None = None,
+        /,
+        **named: Any,
+    ) -> Any:
+        """Answer a query from the owner's state as it was, here: no message is sent.
+
+        Args:
+            at: a number of the owner's journal; or a time, as `2026-05-04T09:00:00Z` or `10m` ago.
+
+        Raises:
+            NotFound: there is nothing of then yet, or not any more: it reaches back as far as
+                checkpoints and journal, and to the last restore.
+            Invalid: `at` is no time, or the owner answers from what has no past.
+        """
+        return self._caller.read_past(at, what, fields, named)
+
     def settle(self, ticket: Ticket, timeout_s: float = ASK_TIMEOUT_S) -> dict[str, Any]:
         """Return the reply to a command whose `ask` ended in `Unavailable`.
 
@@ -259,15 +282,88 @@ class Client:
         """
         deadline_s = self._caller.deadline_s(timeout_s)
         with self.subscribe(outcomes.topic(self.name, request_id)) as news:
-            while (left_s := deadline_s - time.monotonic()) > 0:
-                status = self.ask("completion:status", request_id=request_id, timeout_s=left_s)
-                if outcomes.has_ended(status):
-                    return status
-                left_s = deadline_s - time.monotonic()
-                with contextlib.suppress(TimeoutError):
-                    while not outcomes.may_have_ended(news.next(min(left_s, outcomes.RECHECK_S))):
-                        pass
+            return self._ended(request_id, news, deadline_s, timeout_s, None)
+
+    def complete(
+        self,
+        session_id: str,
+        prompt: str,
+        *,
+        timeout_s: float = OUTCOME_TIMEOUT_S,
+        on_tokens: Callable[[int, str], None] | None = None,
+        **fields: Any,
+    ) -> dict[str, Any]:
+        """Queue a prompt on a session and wait for its answer: `["result"]["response"]`.
+
+        Args:
+            on_tokens: called with pieces of the answer as it grows, where its provider streams:
+                behind how many characters a piece comes, and the piece. One may be missed, and
+                another attempt begins at 0.
+            fields: those of `completion:async`.
+
+        Returns:
+            What `completion:status` says: `result` with `response`, `model` and `usage`.
+
+        Raises:
+            Unanswered: it has failed or was cancelled.
+            Unavailable: it has not ended in time; it goes on. Refusals of `completion:async`.
+        """
+        request_id = fields.pop("request_id", None) or outcomes.fresh_id()
+        deadline_s = self._caller.deadline_s(timeout_s)
+        asked = {**fields, "session_id": session_id, "prompt": prompt, "request_id": request_id}
+        with self.subscribe(outcomes.topic(self.name, request_id)) as news:
+            self.ask("completion:async", asked, timeout_s=timeout_s)
+            status = self._ended(request_id, news, deadline_s, timeout_s, on_tokens)
+        return outcomes.require_completed(status)
+
+    def _ended(
+        self,
+        request_id: str,
+        news: Subscription,
+        deadline_s: float,
+        timeout_s: float,
+        on_tokens: Callable[[int, str], None] | None,
+    ) -> dict[str, Any]:
+        """Wait until a request has ended, and pass on what is heard of its answer."""
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            status = self.ask("completion:status", request_id=request_id, timeout_s=left_s)
+            if outcomes.has_ended(status):
+                return status
+            again_s = min(deadline_s, time.monotonic() + outcomes.RECHECK_S)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    delivery = news.next(max(0.0, again_s - time.monotonic()))
+                    if outcomes.may_have_ended(delivery):
+                        break
+                    outcomes.hear(delivery, on_tokens)
         raise outcomes.still_open(request_id, timeout_s)
+
+    def watch(
+        self,
+        prefix: str | None = None,
+        *,
+        id: str | None = None,
+        after: int | None = None,
+        store: str | None = None,
+    ) -> Watch:
+        """Follow what changes in the state: all of it, ids that begin with `prefix`, or one `id`.
+
+        It begins behind the revision `after`, else now, and leaves out nothing and repeats nothing.
+        `store` says which store `after` is of, where it may have been restored since.
+
+        Raises:
+            NotFound: changes behind `after` are not kept any more.
+            Conflict: there is no such revision yet.
+            Restored: the state has another store now.
+        """
+        wanted = {"id": id, "prefix": prefix}
+        page = self.ask("state:changes", {**wanted, "after": after, "limit": 1})
+        present = self._caller.store_of("state")
+        require_store(store or present, present)
+        bell = self.subscribe(page["topic"], credit=1)
+        return Watch(
+            self, bell, Watched(wanted, page["revision"] if after is None else after, present)
+        )
 
     def inbox(self) -> DurableSubscription:
         """Read what others send to this agent: direct messages, broadcasts and tasks."""
@@ -480,7 +576,62 @@ class Subscription:
             self._link.unsubscribe(self._subscribed)
 
 
-class DurableSubscription:
+class _Page(Protocol[D]):
+    """What was fetched and is not taken yet, and whether there may be more."""
+
+    page: deque[D]
+    look: bool
+
+
+class _Fetched(Generic[D]):
+    """What is fetched page by page, whenever a bell says that there is more."""
+
+    def __init__(self, client: Client, bell: Subscription, place: _Page[D], what: str) -> None:
+        self._client = client
+        self._bell = bell
+        self._page = place
+        self._what = what
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[D]:
+        while True:
+            yield self.next()
+
+    def next(self, timeout_s: float | None = None) -> D:
+        """Return the next of them.
+
+        Raises:
+            TimeoutError: none came in time.
+            NotFound: what is read from is not there any more.
+            Unavailable: its owner does not answer, or the client is closed.
+        """
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not self._page.page:
+            if self._page.look:
+                self._fetch()
+                continue
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError(f"nothing waits in {self._what} after {timeout_s} s")
+            with contextlib.suppress(TimeoutError):
+                self._bell.next(min(left_s, LOOK_S))
+            self._page.look = True
+        return self._page.page.popleft()
+
+    def close(self) -> None:
+        """Stop reading. What comes is kept where it is read from."""
+        self._bell.close()
+
+    def _fetch(self) -> None:
+        raise NotImplementedError
+
+
+class DurableSubscription(_Fetched[DurableDelivery]):
     """What waits under a name, in order, until it is acknowledged: as `Subscription`.
 
     Each message comes once to each of these objects; what was not acknowledged comes again to the
@@ -489,45 +640,9 @@ class DurableSubscription:
     """
 
     def __init__(self, client: Client, durable: str, bell: Subscription) -> None:
-        self._client = client
         self._durable = durable
-        self._bell = bell
         self._place = Place(client.name, durable)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[DurableDelivery]:
-        while True:
-            yield self.next()
-
-    def next(self, timeout_s: float | None = None) -> DurableDelivery:
-        """Return the next message that waits.
-
-        Raises:
-            TimeoutError: none came in time.
-            NotFound: the subscription was ended.
-            Unavailable: the bus does not answer, or the client is closed.
-        """
-        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        while not self._place.page:
-            if self._place.look:
-                self._fetch()
-                continue
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise TimeoutError(f"nothing waits in {self._durable} after {timeout_s} s")
-            with contextlib.suppress(TimeoutError):
-                self._bell.next(min(left_s, LOOK_S))
-            self._place.look = True
-        return self._place.page.popleft()
-
-    def close(self) -> None:
-        """Stop reading. The subscription stays, and what comes waits in it."""
-        self._bell.close()
+        super().__init__(client, bell, self._place, durable)
 
     def _fetch(self) -> None:
         ask, durable, place = self._client.ask, self._durable, self._place
@@ -543,3 +658,30 @@ class DurableSubscription:
     def _settle(self, number: int, store: str) -> None:
         self._client._caller.require_store("bus", store)
         self._client.tell("message:ack", durable=self._durable, message_ids=[number])
+
+
+class Watch(_Fetched[dict[str, Any]]):
+    """Changes of the state in order, each once: `with client.watch("config/") as changes:`.
+
+    They are as `state:changes` returns them. Whoever goes on later, or elsewhere, does so from
+    `revision`, or from that of the last change it has dealt with, and from the same `store`. After
+    a restore of the state `next` raises `Restored`.
+    """
+
+    def __init__(self, client: Client, bell: Subscription, place: Watched) -> None:
+        self._place = place
+        super().__init__(client, bell, place, "what is watched")
+
+    @property
+    def revision(self) -> int:
+        """All that is watched and has changed up to here was returned."""
+        return self._place.revision
+
+    @property
+    def store(self) -> str:
+        """The store that the revisions are of."""
+        return self._place.store
+
+    def _fetch(self) -> None:
+        page = self._client.ask("state:changes", self._place.question())
+        self._place.take_in(page, self._client._caller.store_of("state"))

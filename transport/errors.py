@@ -155,6 +155,12 @@ class Restored(KsiError):
     code = "restored"
 
 
+class Unanswered(KsiError):
+    """A completion has failed or was cancelled; the details are its outcome."""
+
+    code = "unanswered"
+
+
 class Evicted(KsiError):
     """The owner has forgotten this client; whether the command happened is unknown."""
 

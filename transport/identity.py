@@ -41,7 +41,7 @@ from ksi.transport.remote import REMOTE_NAME, is_remote
 
 RESERVED: Final = frozenset(
     {"archive", "bus", "completion", "events", "files", "index", "registry", "sessions"}
-    | {"supervisor"}
+    | {"state", "supervisor"}
 )
 BELL_SUFFIX: Final = ".bell"  # The doorbell of an owner is beside its socket.
 
@@ -272,7 +272,7 @@ class Directory(msgspec.Struct, frozen=True):
             return msgspec.json.decode(_read(path, closed_to=0o022), type=cls)
         except FileNotFoundError:
             raise NotRunning(f"nothing runs on {var}", hint="ksi start") from None
-        except msgspec.MsgspecError as error:
+        except ValueError as error:
             text = f"{path} is unreadable: {error}"
             if is_remote(var):
                 hint = "on the machine of the system: ksi agents enroll NAME --to DIR"

@@ -54,12 +54,51 @@ LAPSES_MAX: Final = (
     5  # Workers that may vanish over one request before it is given up: it may be why.
 )
 AGEING_S: Final = 30.0  # Waiting this long is worth one step of priority: nothing starves.
+ATTEMPTS_USUAL: Final = 3  # Attempts that may fail before a request has, where it does not say ...
+ATTEMPTS_MAX: Final = 10  # ... and at the most: more is a loop, and each may cost money.
+RETRY_S: Final = 2.0  # The wait before the second attempt, then ever doubled ...
+RETRY_S_MAX: Final = 60.0  # ... up to this: whoever is overloaded for longer will be anyway.
+RETRY_AFTER_S_MAX: Final = 3600.0  # What a provider may ask to be left alone; its session waits.
+DEAD_MAX: Final = 1000  # Requests that failed for good, kept with their prompts to be retried ...
+DEAD_BYTES_MAX: Final = 64 << 20  # ... so many bytes of them ...
+DEAD_S: Final = 30 * 86_400.0  # ... and so long: whoever comes back from a holiday finds them.
+PROVIDERS_MAX: Final = 256  # Providers whose fate is counted: a row each, for names reports give.
+BUDGETS_MAX: Final = 10_000  # Agents and sessions that have one: a row each.
+USAGE_ROWS_MAX: Final = 20_000  # Sums of tokens, by hour, agent and model; the oldest go first.
+USAGE_S: Final = 31 * 86_400.0  # The same: bills are monthly.
+MODEL_CHARS_MAX: Final = 64  # Of a model's name in a key, which holds 511 bytes in all.
+HISTORY_TURNS_MAX: Final = 100  # What a provider is told of a session: the newest turns ...
+HISTORY_BYTES_MAX: Final = 256 << 10  # ... as far as they fit here: models hold little more.
+OUTPUT_BYTES_MAX: Final = 4 << 20  # What a program may print for one answer: its events as well.
 FINISHED_MAX: Final = 10_000  # Outcomes kept for those who ask; the record is the session's file.
 FINISHED_BYTES_MAX: Final = 256 << 20  # The same, for large results.
 FINISHED_S: Final = 86_400.0  # The same: nobody asks after a day.
 ENDED_MAX: Final = 250  # Requests of a closed session ended in one decision: it is felt.
 
+# Tools
+TOOLS_MAX: Final = 1024  # Of one catalogue, and counted in one conversation: ten times the present.
+TOOL_SESSIONS_MAX: Final = (
+    10_000  # Conversations whose catalogue is known: a few MB; the oldest go.
+)
+TOOL_SESSION_S: Final = (
+    86_400.0  # Unused for this long one is forgotten: to be told again is cheap.
+)
+
 ARCHIVE_MAX: Final = 100  # Sessions archived by one command: some seconds of one follower.
+
+# Compositions and conversations
+COMPOSITION_BYTES_MAX: Final = 512 << 10  # A file of prose and settings; it fits into an answer.
+IMPORTS_MAX: Final = 1000  # Files and folders of logs that are indexed in place, each watched.
+LOG_LINE_BYTES_MAX: Final = 16 << 20  # A line of an imported log: more is another kind of file.
+BAD_LINES_MAX: Final = 1000  # Told one by one of each file; the rest is counted.
+CONTENT_BYTES_MAX: Final = (
+    128 << 10
+)  # Characters shown of one message: four bytes each fit a frame.
+LOCK_S: Final = 300.0  # How long a conversation is locked where the request does not say.
+LOCKS_MAX: Final = 100_000  # Conversations locked at a time; beyond it the answer is `busy`.
+LOCK_QUEUE_MAX: Final = 1000  # Requests that wait for one lock: who came last waits for days.
+LOCK_EXPIRED_S: Final = 3600.0  # How long it is known of a lock that it has expired.
+FORKS_MAX: Final = 100_000  # Forks of conversations that are remembered; 100 bytes each.
 
 # Disk
 RECORD_BYTES_MAX: Final = 4 * BATCH_BYTES_MAX  # Of the journal: events may outgrow their commands.
@@ -77,11 +116,15 @@ FREE_BYTES_MIN: Final = 64 << 20  # Free disk below which new work is refused ..
 FREE_PART_MIN: Final = 0.05  # ... or below this part of the disk, whichever is smaller.
 ROOM_CHECK_S: Final = 0.1  # How old an answer to "is there room" may be.
 LOCK_WAIT_S: Final = 30.0  # A killed predecessor may still be inside a sync of a slow disk.
+VERIFY_BYTES_MAX: Final = 32 << 20  # Of a checkpoint that is verified while everybody waits: 0.3 s.
 OPEN_FILES_MAX: Final = 256  # Session files a follower keeps open.
 INDEX_DAYS_OPEN_MAX: Final = 64  # Databases of the index kept open: a rebuild meets days at random.
 INDEX_QUERY_S_MAX: Final = 2.0  # One look into a database: its owner answers nobody else meanwhile.
 INDEX_WAIT_S: Final = 2.0  # What a database of the index is waited for while others use it.
 FILE_SYNCS_MAX: Final = 128  # With more files to sync, one sync of the file system takes less time.
+EVENT_PAYLOAD_BYTES: Final = 5120  # A larger value of an event is kept beside the log, as in KSI.
+EVENT_SCAN_BYTES_MAX: Final = 64 << 20  # Of the log looked at for one answer: 200,000 events.
+EVENTS_UNSYNCED_MAX: Final = 1 << 20  # Logged and not on disk: what numbers skip after a crash.
 SOCKET_PATH_BYTES_MAX: Final = 107  # `sun_path` less its NUL.
 RUN_NAME_BYTES_MAX: Final = 24  # Of a socket in `run/`, so that the path is known to fit or not.
 

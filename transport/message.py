@@ -32,6 +32,10 @@ M = TypeVar("M", bound="type[Message]")
 
 Id = Annotated[str, msgspec.Meta(pattern=ID_PATTERN, description="an id")]
 Text = Annotated[str, msgspec.Meta(max_length=TEXT_CHARS_MAX)]
+Moment = Annotated[  # `moments.py` reads it
+    float | str,
+    msgspec.Meta(description="seconds since the epoch, an ISO date or time, or so long ago: 10m"),
+]
 Plain = dict[str, Any]  # free-form fields: str keys, JSON values, checked by `require_plain`
 
 Role = Literal["operator", "agent", "worker", "owner"]

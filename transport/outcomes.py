@@ -6,10 +6,11 @@ announcement that is lost, with a connection or an owner, costs time and nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from ksi.transport.errors import Unavailable
+from ksi.transport.errors import Unanswered, Unavailable
 from ksi.transport.link import Delivery
 
 RECHECK_S: Final = 1.0  # How long a lost announcement may go unnoticed.
@@ -30,6 +31,30 @@ def has_ended(status: Mapping[str, Any]) -> bool:
 def may_have_ended(delivery: Delivery) -> bool:
     """Whether there is reason to ask again."""
     return delivery.gap > 0 or delivery.topic.rpartition(".")[2] in _ENDS
+
+
+def fresh_id() -> str:
+    """Return an id for a request: known before it is submitted, it can be listened for."""
+    return f"req_{uuid.uuid4()}"
+
+
+def hear(delivery: Delivery, on_tokens: Callable[[int, str], None] | None) -> None:
+    """Pass on what a delivery says of an answer that grows."""
+    if on_tokens is not None and delivery.topic.endswith(".tokens"):
+        on_tokens(delivery.message["start"], delivery.message["text"])
+
+
+def require_completed(status: dict[str, Any]) -> dict[str, Any]:
+    """Return an outcome, or raise it as `Unanswered`."""
+    if status["status"] == "completed":
+        return status
+    request_id = status["request_id"]
+    raise Unanswered(
+        f"request {request_id} is {status['status']}: {status['reason']}",
+        hint=f"ksi queue show {request_id}"
+        + ("; ksi queue retry asks it once more" if status["status"] == "failed" else ""),
+        **{name: status[name] for name in ("request_id", "session_id", "status", "kind")},
+    )
 
 
 def still_open(request_id: str, timeout_s: float) -> Unavailable:

@@ -289,12 +289,19 @@ def run_files(var: str) -> None:
     os.nice(5)  # Owners go first: clients wait for them, and for this one nobody does.
     raise_file_limit()
     stopping: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _frame: stopping.append(number))
+    woken = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def stop(number: int, _frame: Any) -> None:
+        stopping.append(number)
+        os.eventfd_write(woken, 1)  # A signal alone does not end the wait for a bell.
+
+    signal.signal(signal.SIGTERM, stop)
 
     def alive() -> None:
         stat.begin_turn(time.monotonic())  # To compress a long log is not to hang.
 
     bells = zmq.Poller()
+    bells.register(woken, zmq.POLLIN)
     context = zmq.Context()
     for owner in ("sessions", "registry"):
         bells.register(listen(context, bell_endpoint(root, owner)), zmq.POLLIN)
@@ -310,9 +317,10 @@ def run_files(var: str) -> None:
         stat.end_turn(time.monotonic())
         if not more and not busy:
             for bell, _event in bells.poll(int(TICK_S * 1000)):
-                bell.recv(zmq.DONTWAIT)
+                if bell != woken:
+                    bell.recv(zmq.DONTWAIT)
                 busy = True
-        if busy:
+        if busy and not stopping:
             time.sleep(GROUP_S)  # What comes meanwhile goes with it.
     stat.state = "draining"
     _try(page.turn)

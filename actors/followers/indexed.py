@@ -17,7 +17,7 @@ import msgspec
 
 from ksi.actors.owners.sessions import detect_role
 from ksi.actors.reading import archive_directory, log_directory
-from ksi.actors.supervision.reports import read_index
+from ksi.actors.supervision.reports import read_follower
 from ksi.storage.archive import Archive
 from ksi.storage.files import read_lines
 from ksi.storage.index import Indexed, IndexReader, Known, Row, day_of
@@ -191,7 +191,7 @@ class IndexView:
             "rows": rows,
             "behind_bytes": self._behind_bytes(),
             "rebuilt": place.rebuilt if place else 0,
-            **read_index(run_directory(self._var)),
+            **read_follower(run_directory(self._var), "index"),
         }
 
     def _behind_bytes(self) -> int | None:

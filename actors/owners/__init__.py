@@ -8,7 +8,9 @@ from typing import Any, Final
 from ksi.actors.owner import Owner
 
 # In the order they start.
-OWNERS: Final = ("registry", "sessions", "completion", "bus", "index")
+OWNERS: Final = (
+    "registry", "sessions", "completion", "bus", "state", "mcp", "index", "library", "events",
+)  # fmt: skip
 
 
 def load(name: str) -> Owner[Any]:

@@ -10,6 +10,8 @@ Owns the queue of every session, the grants that workers hold, and the outcomes.
 - A grant is a row that a worker reads; pushing it is a hint. It is named by request and attempt:
   when the worker is gone the request waits again, in its old place, and the next grant has a higher
   attempt. What a former attempt reports is refused.
+- What fails and may pass is tried again after a while, in its old place: until then its session
+  waits. What has failed for good is a dead letter and may be queued again, as another request.
 - A request ends once: completed, failed or cancelled. Its outcome is kept for a while; the record
   is the session's file, which the owner of sessions writes. That owner also has the last word on
   who may speak: nothing is granted before its request is recorded, and what it refuses ends here
@@ -17,6 +19,8 @@ Owns the queue of every session, the grants that workers hold, and the outcomes.
 
 Grants are decided once a commit, in the tick that follows, over heads of queues and free workers
 only: the cost depends on neither how many requests wait nor how many sessions there are.
+
+What is said, and the rows, are in `completion_declared.py`; what it costs is in `spending.py`.
 
 Source: "KSI State Management Analysis" 4, completion service: a queue a session against forks.
 Leases with fencing tokens: Chubby's sequencers; redelivery after a lease: NATS JetStream's AckWait.
@@ -27,29 +31,101 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from ksi.actors.owner import (
     Announcement,
-    Command,
     Decision,
     Event,
     Given,
-    Keyed,
+    Interrupted,
     Owner,
     Query,
     Reply,
+    Restored,
     Send,
     Sender,
     Table,
-    Tables,
     Tick,
 )
-from ksi.actors.owners import sessions
+from ksi.actors.owners import sessions, spending
+from ksi.actors.owners.completion_declared import (
+    ANYTHING,
+    FINAL,
+    PAGE_REQUESTS_MAX,
+    PASSING,
+    Accepted,
+    Asking,
+    Async,
+    Buried,
+    Cancel,
+    CompletionTables,
+    Deferred,
+    Ended,
+    Forgotten,
+    FoundUnfit,
+    GetGrants,
+    GetProviderStatus,
+    GetRetryStatus,
+    GetSessionStatus,
+    GetStatus,
+    Grant,
+    Granted,
+    Grants,
+    GrantView,
+    Head,
+    Held,
+    Kind,
+    Lane,
+    LeaveWorker,
+    Limits,
+    LimitSet,
+    ListRequests,
+    ListWorkers,
+    Outcome,
+    Progress,
+    Progressed,
+    Prompt,
+    Provider,
+    ProviderPage,
+    ProviderView,
+    QueueClosed,
+    Queued,
+    Recorded,
+    Registered,
+    RegisterWorker,
+    Renewed,
+    RenewWorker,
+    Report,
+    ReportUnfit,
+    Request,
+    RequestPage,
+    RequestView,
+    Requeued,
+    Resumed,
+    Retried,
+    Retry,
+    RetryPage,
+    SessionClosed,
+    SessionQueue,
+    SetLimit,
+    Status,
+    Totals,
+    Unrecorded,
+    Waiting,
+    Worker,
+    WorkerLeft,
+    WorkerPage,
+    WorkerRegistered,
+    WorkerRenewed,
+    WorkerView,
+)
 from ksi.transport.errors import (
     Busy,
     Conflict,
@@ -63,8 +139,10 @@ from ksi.transport.errors import (
 )
 from ksi.transport.limits import (
     ACTIVE_MAX,
-    ACTIVE_USUAL,
     AGEING_S,
+    DEAD_BYTES_MAX,
+    DEAD_MAX,
+    DEAD_S,
     ENDED_MAX,
     ENTRY_BYTES_MAX,
     FINISHED_BYTES_MAX,
@@ -73,581 +151,24 @@ from ksi.transport.limits import (
     FRAME_BYTES_MAX,
     ITEMS_MAX,
     LAPSES_MAX,
-    OFFERS_MAX,
     PROGRESS_BYTES_MAX,
-    REQUEST_RUN_S,
-    SLOTS_MAX,
+    PROVIDERS_MAX,
+    RETRY_S_MAX,
     WAITING_AGENT_BYTES_MAX,
     WAITING_AGENT_MAX,
     WAITING_BYTES_MAX,
     WAITING_MAX,
     WAITING_SESSION_MAX,
-    WORKER_LEASE_S,
     WORKERS_MAX,
 )
-from ksi.transport.message import OPERATOR, Id, Plain, Role, Text, operation
-from ksi.transport.message import OWNER as OWNERS_ONLY
 
 PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # What grants in one reply may say.
-PAGE_REQUESTS_MAX: Final = 1000  # Requests in one reply.
 DUE_MAX: Final = 32  # Leases that lapse, and outcomes forgotten, in one decision.
+JITTER: Final = 0.25  # Of a wait, at the most, so that what failed at once is not tried at once.
 RETRY_AFTER_S: Final = 0.5  # What a requester is asked to wait where the queue is full.
-ANYTHING: Final = "*"  # What a request requires that any worker may take; every worker offers it.
-
-Status = Literal["queued", "active", "completed", "failed", "cancelled"]
+DAEMON_RESTART: Final = "daemon_restart"  # Why a request ended, where a restore interrupted it.
 UNRECORDED: Final = "unrecorded"  # Why an outcome is not in the file, in the place of what it says.
 OURS: Final = "completion"  # Who ends what took too long, or too many workers.
-FINAL: Final = frozenset({"completed", "failed", "cancelled"})
-WORKERS: Final[frozenset[Role]] = frozenset({"worker", "operator"})
-
-Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}$(?!\n)")]
-Offers = Annotated[list[Word], msgspec.Meta(max_length=OFFERS_MAX)]
-Priority = Annotated[int, msgspec.Meta(ge=1, le=9)]
-Epoch = Annotated[int, msgspec.Meta(ge=1)]
-Attempt = Annotated[int, msgspec.Meta(ge=1)]
-Slots = Annotated[int, msgspec.Meta(ge=0, le=SLOTS_MAX)]
-Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_REQUESTS_MAX)]
-LeaseSeconds = Annotated[float, msgspec.Meta(ge=0.5, le=3600.0)]
-RunSeconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400.0)]
-Cursor = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._/-]{0,300}$(?!\n)")]
-
-
-class Accepted(Reply, frozen=True, kw_only=True):
-    """The request is on disk; `queue_depth` requests wait in its session, it among them."""
-
-    request_id: str
-    session_id: str
-    status: Status
-    queue_depth: int
-    session_active: bool
-    priority: int
-
-
-class RequestView(Reply, frozen=True, kw_only=True):
-    """One request: times in seconds since the epoch. `reason` says why it was not completed, or
-    its outcome is not in the session's file.
-
-    `result` and `progress`, what its worker last said, are only in `completion:status`.
-    """
-
-    request_id: str
-    session_id: str
-    requester: str
-    status: Status
-    priority: int
-    requires: str | None
-    attempt: int
-    worker: str | None
-    queued_at: float
-    granted_at: float | None
-    finished_at: float | None
-    reason: str | None
-    result: dict[str, Any] | None = None
-    progress: dict[str, Any] | None = None
-
-
-class RequestPage(Reply, frozen=True, kw_only=True):
-    """Requests, and how many there are in all; `next` continues, None at the end."""
-
-    requests: list[RequestView]
-    waiting: int
-    active: int
-    finished: int
-    limit: int
-    next: str | None
-
-
-class SessionQueue(Reply, frozen=True, kw_only=True):
-    """What runs and waits in one session: `next` are the first that wait, in order."""
-
-    session_id: str
-    waiting: int
-    active: RequestView | None
-    next: list[RequestView]
-
-
-class Registered(Reply, frozen=True, kw_only=True):
-    """The worker is registered. Its `epoch` names this registration; a later one ends it."""
-
-    worker: str
-    epoch: int
-    lease_s: float
-
-
-class Held(msgspec.Struct, frozen=True, kw_only=True):
-    """A grant by its name."""
-
-    request_id: str
-    attempt: int
-
-
-class Renewed(Reply, frozen=True, kw_only=True):
-    """The lease runs from now; these are all the grants the worker holds."""
-
-    worker: str
-    epoch: int
-    lease_s: float
-    grants: list[Held]
-
-
-class GrantView(Reply, frozen=True, kw_only=True):
-    """What a worker is to do: answer `prompt`, and report as `attempt`."""
-
-    request_id: str
-    attempt: int
-    session_id: str
-    requester: str
-    prompt: str
-    model: str | None
-    data: dict[str, Any]
-    options: dict[str, Any]
-    requires: str | None
-    run_s: float
-
-
-class Grants(Reply, frozen=True, kw_only=True):
-    """The grants a worker holds; with `more` there are others: ask for them by their ids."""
-
-    worker: str
-    grants: list[GrantView]
-    more: bool
-
-
-class WorkerView(Reply, frozen=True, kw_only=True):
-    """One worker; `used` of its slots hold a grant."""
-
-    worker: str
-    epoch: int
-    capabilities: list[str]
-    slots: int
-    used: int
-    lease_s: float
-    registered_at: float
-
-
-class WorkerPage(Reply, frozen=True, kw_only=True):
-    """Workers in the order of their names."""
-
-    workers: list[WorkerView]
-
-
-class Limits(Reply, frozen=True, kw_only=True):
-    """How many grants there may be at a time, in all sessions together, and how many there are."""
-
-    limit: int
-    active: int
-
-
-@operation(
-    "completion:async",
-    owner="completion",
-    refuses=(NotFound, Conflict, Forbidden, TooLarge, Busy),
-    example={"session_id": "sess_1", "prompt": "What is an epoch?", "requires": "echo"},
-)
-class Async(Command[Accepted], frozen=True, kw_only=True):
-    """Queue a request on a session that the sender owns or that admits it.
-
-    A worker that offers `requires` is granted it when it stands first and nothing else runs in the
-    session. Lower `priority` goes first; waiting makes up for it. `data` goes into the session's
-    entry beside the prompt (`pattern`, `to_agent`, ...), `options` only to the worker. One attempt
-    may run for `run_s`. The outcome: subscribe to `completion.SENDER.REQUEST.>`, or ask
-    `completion:status`; `client.outcome(request_id)` does both.
-    """
-
-    session_id: Id
-    prompt: str
-    model: Text | None = None
-    requires: Word | None = None
-    priority: Priority = 5
-    data: Plain = {}
-    options: Plain = {}
-    run_s: RunSeconds = REQUEST_RUN_S
-    request_id: Id | None = None
-
-
-@operation(
-    "completion:cancel",
-    owner="completion",
-    refuses=(NotFound, Forbidden, Conflict),
-    example={"request_id": "req_1"},
-)
-class Cancel(Command[RequestView], frozen=True, kw_only=True):
-    """Cancel a request that waits or runs: its session is free at once.
-
-    For whoever made it and operators, and the owner of its session, who names that in `session_id`.
-    """
-
-    request_id: Id
-    session_id: Id | None = None
-    reason: Text = ""
-
-
-@operation("completion:limit", owner="completion", roles=OPERATOR, example={"limit": ACTIVE_USUAL})
-class SetLimit(Command[Limits], frozen=True, kw_only=True):
-    """Set how many grants there may be at a time. What runs beyond it goes on."""
-
-    limit: Annotated[int, msgspec.Meta(ge=0, le=ACTIVE_MAX)]
-
-
-@operation(
-    "completion:session_closed",
-    owner="completion",
-    roles=OWNERS_ONLY,
-    example={"session_id": "sess_1"},
-)
-class SessionClosed(Command[None], frozen=True, kw_only=True):
-    """A session with open requests was closed: they end. Sent by the owner of sessions."""
-
-    session_id: Id
-
-
-@operation(
-    "completion:status",
-    owner="completion",
-    refuses=(NotFound,),
-    example={"request_id": "req_1"},
-)
-class GetStatus(Query[RequestView], frozen=True, kw_only=True):
-    """Return how a request stands, or its outcome."""
-
-    request_id: Id
-
-
-@operation("completion:session_status", owner="completion", example={"session_id": "sess_1"})
-class GetSessionStatus(Query[SessionQueue], frozen=True, kw_only=True):
-    """Return what runs and waits in a session."""
-
-    session_id: Id
-    limit: Limit = 10
-
-
-@operation("completion:list", owner="completion", example={"status": "queued", "limit": 10})
-class ListRequests(Query[RequestPage], frozen=True, kw_only=True):
-    """List requests: those that wait, by session in their order; those that run, by worker; or
-    those that are finished, the latest first."""
-
-    status: Literal["queued", "active", "finished"] = "queued"
-    limit: Limit = 100
-    after: Cursor | None = None
-
-
-@operation(
-    "worker:register",
-    owner="completion",
-    roles=WORKERS,
-    refuses=(Quota,),
-    example={"capabilities": ["echo"], "slots": 4},
-)
-class RegisterWorker(Command[Registered], frozen=True, kw_only=True):
-    """Take part as a worker, under the name of the sender's key.
-
-    A former registration of that name ends: its grants wait again.
-    """
-
-    capabilities: Offers = []
-    slots: Slots = 1
-    lease_s: LeaseSeconds = WORKER_LEASE_S
-
-
-@operation(
-    "worker:renew",
-    owner="completion",
-    roles=WORKERS,
-    refuses=(NotFound, StaleEpoch),
-    example={"epoch": 1},
-)
-class RenewWorker(Command[Renewed], frozen=True, kw_only=True):
-    """Renew the lease of the sender, and learn what it holds. With `slots` 0 it drains."""
-
-    epoch: Epoch
-    slots: Slots | None = None
-
-
-@operation(
-    "worker:progress",
-    owner="completion",
-    roles=WORKERS,
-    refuses=(NotFound, NotOwner, StaleEpoch, TooLarge),
-    example={"request_id": "req_1", "attempt": 1, "progress": {"tokens": 12}},
-)
-class Progress(Command[None], frozen=True, kw_only=True):
-    """Say how a granted request gets on."""
-
-    request_id: Id
-    attempt: Attempt
-    progress: Plain
-
-
-@operation(
-    "worker:report",
-    owner="completion",
-    roles=WORKERS,
-    refuses=(NotFound, NotOwner, StaleEpoch, TooLarge),
-    example={"request_id": "req_1", "attempt": 1, "result": {"response": "..."}},
-)
-class Report(Command[RequestView], frozen=True, kw_only=True):
-    """End a granted request: completed with `result`, or failed because of `error`."""
-
-    request_id: Id
-    attempt: Attempt
-    result: Plain = {}
-    error: Text | None = None
-
-
-@operation(
-    "worker:leave",
-    owner="completion",
-    roles=WORKERS,
-    refuses=(NotFound, StaleEpoch),
-    example={"epoch": 1},
-)
-class LeaveWorker(Command[None], frozen=True, kw_only=True):
-    """Take part no longer. Grants that are still held wait again, for another."""
-
-    epoch: Epoch
-
-
-@operation(
-    "worker:grants",
-    owner="completion",
-    roles=WORKERS,
-    own="worker",
-    example={"worker": "gpu-1"},
-)
-class GetGrants(Query[Grants], frozen=True, kw_only=True):
-    """Return the grants a worker holds with all it needs for them, or those of them named."""
-
-    worker: Id
-    request_ids: Annotated[list[Id], msgspec.Meta(max_length=SLOTS_MAX)] | None = None
-
-
-@operation("worker:list", owner="completion", example={"limit": 10})
-class ListWorkers(Query[WorkerPage], frozen=True, kw_only=True):
-    """List workers."""
-
-    limit: Limit = PAGE_REQUESTS_MAX
-
-
-class Queued(Event, frozen=True, array_like=True, tag="queued"):
-    request_id: str
-    session_id: str
-    requester: str
-    requires: str
-    priority: int
-    rank: int
-    number: int
-    prompt: str
-    model: str | None
-    data: dict[str, Any]
-    options: dict[str, Any]
-    run_s: float
-    size: int
-    now: float
-    recorded: bool = True  # False: it waits for the owner of sessions to write it
-
-
-class Recorded(Event, frozen=True, array_like=True, tag="recorded"):
-    request_id: str
-
-
-class Unrecorded(Event, frozen=True, array_like=True, tag="unrecorded"):
-    request_id: str
-    session_id: str
-    requester: str
-    reason: str
-
-
-class Granted(Event, frozen=True, array_like=True, tag="granted"):
-    request_id: str
-    session_id: str
-    requester: str
-    worker: str
-    attempt: int
-    now: float
-    time_s: float
-
-
-class Progressed(Event, frozen=True, array_like=True, tag="progress"):
-    request_id: str
-    session_id: str
-    requester: str
-    worker: str
-    attempt: int
-    progress: dict[str, Any]
-
-
-class Requeued(Event, frozen=True, array_like=True, tag="requeued"):
-    request_id: str
-    session_id: str
-    requester: str
-    worker: str
-    attempt: int
-    lapsed: bool
-    reason: str
-
-
-class Ended(Event, frozen=True, array_like=True, tag="ended"):
-    request_id: str
-    session_id: str
-    requester: str
-    status: Status
-    worker: str
-    attempt: int
-    reason: str | None
-    result: dict[str, Any] | None
-    size: int
-    by: str
-    now: float
-    time_s: float
-
-
-class Forgotten(Event, frozen=True, array_like=True, tag="forgotten"):
-    finished_ms: int
-    request_id: str
-
-
-class QueueClosed(Event, frozen=True, array_like=True, tag="closed"):
-    session_id: str
-
-
-class LimitSet(Event, frozen=True, array_like=True, tag="limit"):
-    limit: int
-
-
-class WorkerRegistered(Event, frozen=True, array_like=True, tag="worker"):
-    worker: str
-    epoch: int
-    capabilities: list[str]
-    slots: int
-    lease_s: float
-    now: float
-    time_s: float
-
-
-class WorkerRenewed(Event, frozen=True, array_like=True, tag="renewed"):
-    worker: str
-    slots: int
-    time_s: float
-
-
-class WorkerLeft(Event, frozen=True, array_like=True, tag="left"):
-    worker: str
-    epoch: int
-    reason: str
-
-
-class Request(msgspec.Struct, frozen=True, array_like=True):
-    """The row of a request. Small: what it says is in `prompts` while it is open."""
-
-    session_id: str
-    requester: str
-    requires: str
-    priority: int
-    rank: int
-    number: int
-    run_s: float
-    size: int
-    queued_at: float
-    status: Status = "queued"
-    attempt: int = 0
-    lapses: int = 0
-    worker: str = ""
-    granted_at: float | None = None
-    timeout_ms: int = 0
-    finished_at: float | None = None
-    reason: str | None = None
-    recorded: bool = True  # in the session's file
-
-
-class Prompt(msgspec.Struct, frozen=True, array_like=True):
-    prompt: str
-    model: str | None
-    data: dict[str, Any]
-    options: dict[str, Any]
-
-
-class Outcome(msgspec.Struct, frozen=True, array_like=True):
-    result: dict[str, Any] | None
-    size: int
-
-
-class Waiting(msgspec.Struct, frozen=True, array_like=True):
-    request_id: str
-    requires: str
-
-
-class Head(msgspec.Struct, frozen=True, array_like=True):
-    """Which request stands first in a session."""
-
-    rank: int
-    number: int
-    request_id: str
-    requires: str
-    recorded: bool = True
-
-
-class Lane(msgspec.Struct, frozen=True, array_like=True):
-    """One session as far as its queue goes; it has a row while it has requests.
-
-    What is `closed` is emptied before anything is granted again.
-    """
-
-    waiting: int = 0
-    active: str = ""
-    head: Head | None = None
-    closed: bool = False
-
-
-class Worker(msgspec.Struct, frozen=True, array_like=True):
-    epoch: int
-    capabilities: list[str]
-    slots: int
-    used: int
-    lease_s: float
-    due_ms: int
-    registered_at: float
-
-
-class Grant(msgspec.Struct, frozen=True, array_like=True):
-    attempt: int
-    progress: dict[str, Any] | None = None
-
-
-class Asking(msgspec.Struct, frozen=True, array_like=True):
-    """What one requester has in all queues; it has a row while there is anything."""
-
-    waiting: int = 0
-    open_bytes: int = 0
-
-
-class Totals(msgspec.Struct, frozen=True, array_like=True):
-    """Numbers that were given last, and sums over tables."""
-
-    number: int = 0
-    epoch: int = 0
-    waiting: int = 0
-    open_bytes: int = 0
-    active: int = 0
-    finished_bytes: int = 0
-    limit: int = ACTIVE_USUAL
-
-
-class CompletionTables(Tables):
-    requests: Table[Request]
-    prompts: Annotated[Table[Prompt], Keyed(str, cache_rows=0)]
-    outcomes: Annotated[Table[Outcome], Keyed(str, cache_rows=0)]
-    queue: Annotated[Table[Waiting], Keyed(str, int, int)]  # session, rank, number
-    lanes: Table[Lane]  # by session
-    ready: Annotated[Table[Head], Keyed(str, int, int)]  # required, rank, number: one a session
-    workers: Table[Worker]
-    free: Annotated[Table[bytes], Keyed(str, int, str)]  # offered, slots used, worker
-    grants: Annotated[Table[Grant], Keyed(str, str)]  # worker, request
-    leases: Annotated[Table[bytes], Keyed(int, str)]  # ms of owner time, worker
-    timeouts: Annotated[Table[bytes], Keyed(int, str)]  # likewise, request
-    finished: Annotated[Table[bytes], Keyed(int, str)]  # likewise, the longest finished first
-    closing: Table[bytes]  # sessions that are closed, while they still have requests
-    totals: Table[Totals]  # one row, under "all"
-    asking: Table[Asking]  # by requester
 
 
 class Completion(Owner[CompletionTables]):
@@ -656,6 +177,8 @@ class Completion(Owner[CompletionTables]):
     name = "completion"
     tables = CompletionTables
     domains = ("completion", "worker")
+    routine = (WorkerRenewed,)
+    recovers = True
     events = (
         Queued
         | Recorded
@@ -670,14 +193,22 @@ class Completion(Owner[CompletionTables]):
         | WorkerRegistered
         | WorkerRenewed
         | WorkerLeft
+        | Deferred
+        | Resumed
+        | Retried
+        | Buried
+        | FoundUnfit
+        | spending.Taken
+        | spending.BudgetSet
+        | spending.UsageForgotten
     )
 
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
         match command:
             case Async():
                 return sessions.Get(session_id=command.session_id, agent_id=sender.name)
-            case Cancel(session_id=str(session_id)):
-                return sessions.Get(session_id=session_id)
+            case Cancel() | Retry() if command.session_id is not None:
+                return sessions.Get(session_id=command.session_id)
             case _:
                 return None
 
@@ -687,6 +218,8 @@ class Completion(Owner[CompletionTables]):
         match command:
             case Tick():
                 return _tick(tables, given)
+            case Restored():
+                return _restored(command.interrupted, tables, given)
             case Async():
                 return _async(command, sender, tables, given)
             case Report():
@@ -697,6 +230,8 @@ class Completion(Owner[CompletionTables]):
                 return _progress(command, sender, tables)
             case Cancel():
                 return _cancel(command, sender, tables, given)
+            case Retry():
+                return _retry(command, sender, tables, given)
             case SessionClosed():
                 return Decision((QueueClosed(command.session_id),), tick=True)
             case RegisterWorker():
@@ -707,8 +242,19 @@ class Completion(Owner[CompletionTables]):
             case SetLimit():
                 reply = Limits(limit=command.limit, active=_totals(tables).active)
                 return Decision((LimitSet(command.limit),), reply, tick=True)
+            case ReportUnfit():
+                return _found_unfit(command, tables, given)
+            case spending.SetBudget():
+                return _set_budget(command, tables, given)
             case _:
                 raise TypeError(command)
+
+    def relay(self, signal: Any, sender: Sender, tables: CompletionTables) -> Announcement | None:
+        request = _held(tables, signal.request_id, signal.attempt, sender)
+        message = {"attempt": signal.attempt, "start": signal.start, "text": signal.text}
+        message |= {"request_id": signal.request_id, "session_id": request.session_id}
+        topic = f"completion.{request.requester}.{signal.request_id}.tokens"
+        return Announcement(topic, message, sender.name)
 
     def answered(
         self, command: Any, refusal: KsiError | None, tables: CompletionTables, given: Given
@@ -731,9 +277,7 @@ class Completion(Owner[CompletionTables]):
             case Granted():
                 _granted(event, tables)
             case Progressed():
-                tables.grants.put(
-                    (event.worker, event.request_id), Grant(event.attempt, event.progress)
-                )
+                _progressed(event, tables)
             case Ended():
                 _ended(event, tables)
             case Requeued():
@@ -750,6 +294,20 @@ class Completion(Owner[CompletionTables]):
                 _worker_registered(event, tables)
             case WorkerLeft():
                 _put_worker(tables, event.worker, None)
+            case Deferred():
+                _deferred(event, tables)
+            case Resumed():
+                _resumed(event, tables)
+            case Retried() | Buried():
+                _buried(event, tables)
+            case FoundUnfit():
+                _count(tables, event.provider, unfit=event.reason)
+            case spending.Taken():
+                spending.apply_taken(event, tables)
+            case spending.BudgetSet():
+                spending.apply_budget(event, tables)
+            case spending.UsageForgotten():
+                tables.usage.delete((event.hour, event.agent_id, event.model))
             case _:
                 raise TypeError(event)
 
@@ -763,6 +321,14 @@ class Completion(Owner[CompletionTables]):
                 return _session_status(query, tables)
             case ListRequests():
                 return _list(query, tables)
+            case GetRetryStatus():
+                return _retry_status(query, tables)
+            case GetProviderStatus():
+                return _provider_status(query, tables)
+            case spending.GetTokenUsage():
+                return spending.token_usage(query, tables)
+            case spending.ListBudgets():
+                return spending.budgets(query, tables)
             case ListWorkers():
                 rows = islice(tables.workers.range(), query.limit)
                 return WorkerPage(workers=[_worker_view(name, worker) for name, worker in rows])
@@ -786,6 +352,10 @@ class Completion(Owner[CompletionTables]):
             case Requeued():
                 requeued = _told(event, "requeued", attempt=event.attempt, reason=event.reason)
                 return (requeued, *_revoked(event))
+            case Deferred():
+                why = {"kind": event.kind, "reason": event.reason, "retry_at": event.retry_at}
+                deferred = _told(event, "retry", attempt=event.attempt, **why)
+                return (deferred, *(() if event.by == event.worker else _revoked(event)))
             case Ended():
                 what = "result" if event.status == "completed" else event.status
                 outcome = {"reason": event.reason, "result": event.result}
@@ -805,8 +375,7 @@ OWNER = Completion()
 
 
 def _async(command: Async, sender: Sender, tables: CompletionTables, given: Given) -> Decision:
-    session_id = command.session_id
-    _require_admitted(session_id, sender, given.fact)
+    _require_admitted(command.session_id, sender, given.fact)
     request_id = command.request_id or f"req_{next(given.ids)}"
     known = tables.requests.get(request_id)
     if known is not None:
@@ -815,16 +384,31 @@ def _async(command: Async, sender: Sender, tables: CompletionTables, given: Give
             hint="leave request_id out to get a fresh one",
             status=known.status,
         )
+    return _queue(command, request_id, sender.name, tables, given)
+
+
+def _queue(
+    command: Async,
+    request_id: str,
+    requester: str,
+    tables: CompletionTables,
+    given: Given,
+    retry_of: str = "",
+) -> Decision:
+    session_id = command.session_id
+    _require_fit(tables, command.requires)
+    spending.require_budget(tables, requester, session_id)
     entry = {**command.data, "prompt": command.prompt, "session_id": session_id}
-    entry |= {"agent_id": sender.name} | ({"model": command.model} if command.model else {})
+    entry |= {"agent_id": requester} | ({"model": command.model} if command.model else {})
+    entry |= {"retry_of": retry_of} if retry_of else {}
     size = _size({**entry, "": command.options}, "the request")
     lane, totals = tables.lanes.get(session_id) or Lane(), _totals(tables)
-    asking = tables.asking.get(sender.name) or Asking()
-    _require_room(session_id, sender.name, lane, asking, totals, size)
+    asking = tables.asking.get(requester) or Asking()
+    _require_room(session_id, requester, lane, asking, totals, size)
     event = Queued(
         request_id,
         session_id,
-        sender.name,
+        requester,
         command.requires or ANYTHING,
         command.priority,
         _whole_ms(given.time_s + (command.priority - 1) * AGEING_S),
@@ -836,7 +420,10 @@ def _async(command: Async, sender: Sender, tables: CompletionTables, given: Give
         command.run_s,
         size,
         given.now,
-        recorded=False,
+        False,
+        command.attempts_max,
+        command.retry_s,
+        retry_of,
     )
     reply = Accepted(
         request_id=request_id,
@@ -846,8 +433,22 @@ def _async(command: Async, sender: Sender, tables: CompletionTables, given: Give
         session_active=bool(lane.active),
         priority=command.priority,
     )
-    record = _recorded(session_id, request_id, sender.name, "completion:request", entry)
+    record = _recorded(session_id, request_id, requester, "completion:request", entry)
     return Decision((event,), reply, (record,))
+
+
+def _require_fit(tables: CompletionTables, required: str | None) -> None:
+    """Refuse what requires a provider that was found unfit and that nobody offers."""
+    provider = tables.providers.get(required or ANYTHING)
+    if provider is None or not provider.unfit:
+        return
+    if any(required in worker.capabilities for _, worker in tables.workers.range()):
+        return
+    raise NotFound(
+        f"no worker can offer {required}: {provider.unfit}",
+        hint=f"mend that, then: ksi start --worker {required}",
+        provider=required,
+    )
 
 
 def _require_admitted(session_id: str, sender: Sender, fact: Reply | KsiError | None) -> None:
@@ -888,7 +489,16 @@ def _require_room(
 def _cancel(command: Cancel, sender: Sender, tables: CompletionTables, given: Given) -> Decision:
     request_id = command.request_id
     request = _known(tables, request_id)
-    fact = given.fact
+    _require_authority(request_id, request, sender, given.fact)
+    if request.status in FINAL:
+        raise Conflict(f"request {request_id} is {request.status}", status=request.status)
+    reason = command.reason or f"cancelled by {sender.name}"
+    return _end(request_id, request, "cancelled", given, by=sender.name, reason=reason)
+
+
+def _require_authority(
+    request_id: str, request: Request, sender: Sender, fact: Reply | KsiError | None
+) -> None:
     owns_session = (
         isinstance(fact, sessions.SessionView)
         and fact.session_id == request.session_id
@@ -897,13 +507,39 @@ def _cancel(command: Cancel, sender: Sender, tables: CompletionTables, given: Gi
     if sender.role != "operator" and request.requester != sender.name and not owns_session:
         raise Forbidden(
             f"request {request_id} is of {request.requester}, not of {sender.name}",
-            hint="the owner of its session may cancel it too: name session_id",
+            hint="the owner of its session may do it too: name session_id",
             requester=request.requester,
         )
-    if request.status in FINAL:
-        raise Conflict(f"request {request_id} is {request.status}", status=request.status)
-    reason = command.reason or f"cancelled by {sender.name}"
-    return _end(request_id, request, "cancelled", given, by=sender.name, reason=reason)
+
+
+def _retry(command: Retry, sender: Sender, tables: CompletionTables, given: Given) -> Decision:
+    request_id = command.request_id
+    request = _known(tables, request_id)
+    _require_authority(request_id, request, sender, given.fact)
+    prompt = tables.prompts.get(request_id)
+    if tables.dead.get((request.finished_ms, request_id)) is None or prompt is None:
+        what = f"was retried as {request.retried_as}" if request.retried_as else request.status
+        raise Conflict(
+            f"request {request_id} {what}: only what has failed for good is retried",
+            hint="ksi queue list --status dead",
+            status=request.status,
+        )
+    again = Async(
+        session_id=request.session_id,
+        prompt=prompt.prompt,
+        model=prompt.model,
+        requires=_required(request),
+        priority=request.priority,
+        data=prompt.data,
+        options=prompt.options,
+        run_s=request.run_s,
+        attempts_max=request.attempts_max,
+        retry_s=request.retry_s,
+    )
+    as_id = f"req_{next(given.ids)}"
+    queued = _queue(again, as_id, request.requester, tables, given, retry_of=request_id)
+    retried = Retried(request.finished_ms, request_id, as_id)
+    return replace(queued, events=(retried, *queued.events))
 
 
 def _request_recorded(
@@ -959,11 +595,72 @@ def _progress(command: Progress, sender: Sender, tables: CompletionTables) -> De
 def _report(command: Report, sender: Sender, tables: CompletionTables, given: Given) -> Decision:
     request_id = command.request_id
     request = _held(tables, request_id, command.attempt, sender)
-    status: Status = "completed" if command.error is None else "failed"
-    result = command.result if command.error is None or command.result else None
-    return _end(
-        request_id, request, status, given, by=sender.name, reason=command.error, result=result
+    result: dict[str, Any] | None = command.result
+    model = command.result.get("model")
+    if not isinstance(model, str):
+        prompt = tables.prompts.get(request_id)
+        model = (prompt.model if prompt else None) or command.provider
+    usage, requester = command.usage, request.requester
+    taken = spending.taken(requester, request.session_id, model, usage, given.now)
+    if command.error is None:
+        status: Status = "completed"
+        if usage is not None:
+            result = {**command.result, "usage": msgspec.to_builtins(usage)}
+    else:
+        status, result = "failed", command.result or None
+    why = _Failure(command.error, command.kind, command.provider or "", command.retry_after_s or 0)
+    if status == "failed" and _may_pass(request, command.kind):
+        decision = _defer(request_id, request, why, given, by=sender.name)
+    else:
+        decision = _end(
+            request_id, request, status, given, by=sender.name, reason=command.error,
+            result=result, kind=command.kind or "", provider=why.provider,
+        )  # fmt: skip
+    return replace(decision, events=(*taken, *decision.events))
+
+
+class _Failure(NamedTuple):
+    """Why an attempt has failed, in words and as a kind, whose it was, and how long to wait."""
+
+    reason: str | None
+    kind: Kind | None
+    provider: str = ""
+    retry_after_s: float = 0.0
+
+
+def _may_pass(request: Request, kind: Kind | None) -> bool:
+    """Whether another attempt is to follow one that has failed."""
+    return kind in PASSING and request.failures + 1 < request.attempts_max
+
+
+def _defer(request_id: str, request: Request, why: _Failure, given: Given, *, by: str) -> Decision:
+    """Let a request wait before its next attempt: ever twice as long, and no two alike.
+
+    What makes them differ is drawn from its name, so that a replay comes to the same.
+    """
+    wait_s = min(request.retry_s * 2**request.failures, max(RETRY_S_MAX, request.retry_s))
+    name = f"{request_id}/{request.attempt}".encode()
+    wait_s *= 1 + JITTER * zlib.crc32(name) / (1 << 32)
+    wait_s = max(wait_s, why.retry_after_s)
+    event = Deferred(
+        request_id,
+        request.session_id,
+        request.requester,
+        request.worker,
+        request.attempt,
+        why.kind or "",
+        why.reason or "",
+        why.provider,
+        _due_ms(given.time_s, wait_s),
+        given.now + wait_s,
+        by,
+        given.now,
     )
+    waiting = msgspec.structs.replace(
+        request, status="queued", failures=request.failures + 1, kind=event.kind,
+        reason=event.reason, retry_at=event.retry_at,
+    )  # fmt: skip
+    return Decision((event,), _view(request_id, waiting), tick=True)
 
 
 def _held(tables: CompletionTables, request_id: str, attempt: int, sender: Sender) -> Request:
@@ -997,12 +694,16 @@ def _end(
     reason: str | None,
     result: dict[str, Any] | None = None,
     record: bool = True,
+    kind: str = "",
+    provider: str = "",
 ) -> Decision:
     """End an open request: once, for a request that has ended is not open any more."""
-    speaker = request.worker if by == OURS else by
+    speaker = (request.worker or request.requester) if by == OURS else by
     entry = {**(result or {}), "agent_id": speaker}
     if reason is not None:
         entry["reason"] = reason
+    if kind:
+        entry["kind"] = kind
     size = _size(entry, "the result")
     event = Ended(
         request_id,
@@ -1017,10 +718,14 @@ def _end(
         by,
         given.now,
         given.time_s,
+        kind,
+        provider,
     )
     name = _RECORDED[status]
     sends = (_recorded(request.session_id, request_id, speaker, name, entry),) if record else ()
-    ended = msgspec.structs.replace(request, status=status, finished_at=given.now, reason=reason)
+    ended = msgspec.structs.replace(
+        request, status=status, finished_at=given.now, reason=reason, kind=kind, retry_at=None
+    )
     return Decision((event,), _view(request_id, ended), sends, tick=True)
 
 
@@ -1094,17 +799,39 @@ def _registered(tables: CompletionTables, name: str, epoch: int) -> Worker:
     return worker
 
 
+def _restored(interrupted: Interrupted, tables: CompletionTables, given: Given) -> Decision:
+    """Let all workers go: no epoch, and no attempt, that was named since the checkpoint holds.
+
+    What they were at waits again, as often as when workers vanish, or ends.
+    """
+    lapses_max = LAPSES_MAX if interrupted == "retry" else 1
+    why = DAEMON_RESTART
+    return _together(
+        [
+            _left(name, why, tables, given, lapsed=True, lapses_max=lapses_max, why=why)
+            for name, _worker in tables.workers.range()
+        ]
+    )
+
+
 def _left(
-    name: str, reason: str, tables: CompletionTables, given: Given, *, lapsed: bool
+    name: str,
+    reason: str,
+    tables: CompletionTables,
+    given: Given,
+    *,
+    lapsed: bool,
+    lapses_max: int = LAPSES_MAX,
+    why: str | None = None,
 ) -> Decision:
-    """Let a worker go. What it holds waits again, or ends if too many went over it."""
+    """Let a worker go. What it holds waits again, or ends for `why` if too many went over it."""
     events: list[Event] = []
     sends: list[Send] = []
     for (_, request_id), grant in tables.grants.range(prefix=(name,)):
         request = _known(tables, request_id)
-        if lapsed and request.lapses + 1 >= LAPSES_MAX:
-            why = f"given up: {LAPSES_MAX} workers vanished over it, at last {name}"
-            end = _end(request_id, request, "failed", given, by=OURS, reason=why)
+        if lapsed and request.lapses + 1 >= lapses_max:
+            given_up = why or f"given up: {LAPSES_MAX} workers vanished over it, at last {name}"
+            end = _end(request_id, request, "failed", given, by=OURS, reason=given_up)
             events += end.events
             sends += end.sends
         else:
@@ -1129,11 +856,11 @@ def _tick(tables: CompletionTables, given: Given) -> Decision:
 
     One kind at a time: each is decided over what the others have led to.
     """
-    for due in (_lapse, _time_out, _close, _forget):
+    for due in (_lapse, _time_out, _close, _resume, _forget):
         decision = due(tables, given)
         if decision.events:
             return decision
-    return Decision(tuple(_grant(tables, given)))
+    return _grant_or_end(tables, given)
 
 
 def _lapse(tables: CompletionTables, given: Given) -> Decision:
@@ -1148,9 +875,24 @@ def _time_out(tables: CompletionTables, given: Given) -> Decision:
     ends = []
     for (_, request_id), _row in islice(overdue, DUE_MAX):
         request = _known(tables, request_id)
-        why = f"it took longer than {request.run_s:g} s"
-        ends.append(_end(request_id, request, "failed", given, by=OURS, reason=why))
+        why = _Failure(f"it took longer than {request.run_s:g} s", "timeout")
+        if _may_pass(request, why.kind):
+            ends.append(_defer(request_id, request, why, given, by=OURS))
+        else:
+            ends.append(
+                _end(
+                    request_id, request, "failed", given, by=OURS, reason=why.reason, kind="timeout"
+                )
+            )
     return _together(ends)
+
+
+def _resume(tables: CompletionTables, given: Given) -> Decision:
+    """Let what has waited for its next attempt be granted."""
+    due = tables.deferred.range((0,), (_whole_ms(given.time_s) + 1,))
+    ids = [request_id for (_, request_id), _row in islice(due, DUE_MAX)]
+    events = tuple(Resumed(each, _known(tables, each).session_id) for each in ids)
+    return Decision(events, tick=bool(events))
 
 
 def _close(tables: CompletionTables, given: Given) -> Decision:
@@ -1181,20 +923,65 @@ def _together(decisions: list[Decision]) -> Decision:
 
 
 def _forget(tables: CompletionTables, given: Given) -> Decision:
-    """Forget the longest finished: beyond the number or bytes that are kept, and after a while."""
-    surplus = tables.finished.count() - FINISHED_MAX
-    surplus_bytes = _totals(tables).finished_bytes - FINISHED_BYTES_MAX
-    before_ms = _whole_ms(given.time_s - FINISHED_S) if given.time_s > FINISHED_S else 0
-    events: list[Event] = []
-    for (finished_ms, request_id), _row in islice(tables.finished.range(), DUE_MAX):
+    """Forget what is not kept any more: the longest finished, dead letters, sums of usage."""
+    totals, time_s = _totals(tables), given.time_s
+    forgotten = (
+        Forgotten(finished_ms, request_id)
+        for (finished_ms, request_id), _ in _surplus(
+            tables.finished, FINISHED_MAX, time_s - FINISHED_S,
+            totals.finished_bytes - FINISHED_BYTES_MAX, lambda each: _outcome_size(tables, each),
+        )
+    )  # fmt: skip
+    buried = (
+        Buried(finished_ms, request_id)
+        for (finished_ms, request_id), _ in _surplus(
+            tables.dead, DEAD_MAX, time_s - DEAD_S,
+            totals.dead_bytes - DEAD_BYTES_MAX, lambda each: _known(tables, each).size,
+        )
+    )  # fmt: skip
+    events = (*forgotten, *buried, *spending.forgotten(tables, given.now))
+    return Decision(events, tick=bool(events))
+
+
+def _surplus(
+    table: Table[bytes],
+    rows_max: int,
+    before_s: float,
+    surplus_bytes: int,
+    size_of: Callable[[str], int],
+) -> Iterator[tuple[tuple[int, str], bytes]]:
+    """Yield the first rows of a table as long as it is over a bound: some of them."""
+    surplus = table.count() - rows_max
+    before_ms = _whole_ms(before_s) if before_s > 0 else 0
+    for (finished_ms, request_id), row in islice(table.range(), DUE_MAX):
         if surplus <= 0 and surplus_bytes <= 0 and finished_ms >= before_ms:
-            break
+            return
         surplus -= 1
         if surplus_bytes > 0:
-            outcome = tables.outcomes.get(request_id)
-            surplus_bytes -= outcome.size if outcome else 0
-        events.append(Forgotten(finished_ms, request_id))
-    return Decision(tuple(events), tick=bool(events))
+            surplus_bytes -= size_of(request_id)
+        yield (finished_ms, request_id), row
+
+
+def _outcome_size(tables: CompletionTables, request_id: str) -> int:
+    outcome = tables.outcomes.get(request_id)
+    return outcome.size if outcome else 0
+
+
+def _grant_or_end(tables: CompletionTables, given: Given) -> Decision:
+    """Grant what can be; what has no budget left ends instead, and others get its slot next."""
+    granted: list[Event] = []
+    ends: list[Decision] = []
+    for event in _grant(tables, given):
+        spent = spending.exhausted(tables, event.requester, event.session_id)
+        if spent is None:
+            granted.append(event)
+            continue
+        request, why = _known(tables, event.request_id), f"the budget is used up: {spent}"
+        ends.append(
+            _end(event.request_id, request, "failed", given, by=OURS, reason=why, kind="budget")
+        )
+    ended = _together(ends)
+    return replace(ended, events=(*granted, *ended.events), tick=bool(ends))
 
 
 def _grant(tables: CompletionTables, given: Given) -> Iterator[Granted]:
@@ -1363,6 +1150,9 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
         event.size,
         event.now,
         recorded=event.recorded,
+        attempts_max=event.attempts_max,
+        retry_s=event.retry_s,
+        retry_of=event.retry_of,
     )
     tables.requests.put(event.request_id, request)
     prompt = Prompt(event.prompt, event.model, event.data, event.options)
@@ -1401,9 +1191,10 @@ def _granted(event: Granted, tables: CompletionTables) -> None:
         timeout_ms=timeout_ms,
     )
     tables.requests.put(event.request_id, active)
-    tables.grants.put((event.worker, event.request_id), Grant(event.attempt))
-    tables.timeouts.put((timeout_ms, event.request_id), b"")
     lane = tables.lanes.get(event.session_id) or Lane()
+    grant = Grant(event.attempt, follows=lane.last)
+    tables.grants.put((event.worker, event.request_id), grant)
+    tables.timeouts.put((timeout_ms, event.request_id), b"")
     after = _leave(tables, event.request_id, request, lane)
     after = msgspec.structs.replace(after, active=event.request_id)
     _put_lane(tables, event.session_id, lane, after)
@@ -1412,18 +1203,60 @@ def _granted(event: Granted, tables: CompletionTables) -> None:
     _ask_for(tables, event.requester, waiting=-1)
 
 
+def _progressed(event: Progressed, tables: CompletionTables) -> None:
+    key = (event.worker, event.request_id)
+    grant = tables.grants.get(key) or Grant(event.attempt)
+    tables.grants.put(key, msgspec.structs.replace(grant, progress=event.progress))
+
+
 def _requeued(event: Requeued, tables: CompletionTables) -> None:
     request = _release(event, tables)
-    waiting = msgspec.structs.replace(
-        request, status="queued", worker="", granted_at=None, timeout_ms=0,
-        lapses=request.lapses + event.lapsed,
+    lapses = request.lapses + event.lapsed
+    _wait_again(tables, event.request_id, msgspec.structs.replace(request, lapses=lapses))
+
+
+def _deferred(event: Deferred, tables: CompletionTables) -> None:
+    request = _release(event, tables)
+    deferred = msgspec.structs.replace(
+        request, failures=request.failures + 1, kind=event.kind, reason=event.reason,
+        due_ms=event.due_ms, retry_at=event.retry_at,
     )  # fmt: skip
-    tables.requests.put(event.request_id, waiting)
-    lane = tables.lanes.get(event.session_id) or Lane()
-    after = _enter(tables, event.request_id, waiting, lane)
-    _put_lane(tables, event.session_id, lane, msgspec.structs.replace(after, active=""))
+    tables.deferred.put((event.due_ms, event.request_id), b"")
+    _wait_again(tables, event.request_id, deferred)
+    if event.provider:
+        row = tables.providers.get(event.provider) or Provider()
+        _count(tables, event.provider, retried=row.retried + 1, failed_at=event.now,
+               kind=event.kind, reason=event.reason)  # fmt: skip
+
+
+def _wait_again(tables: CompletionTables, request_id: str, request: Request) -> None:
+    """Put a request that was released into the queue of its session, in its old place."""
+    waiting = msgspec.structs.replace(
+        request, status="queued", worker="", granted_at=None, timeout_ms=0
+    )
+    tables.requests.put(request_id, waiting)
+    lane = tables.lanes.get(request.session_id) or Lane()
+    after = _enter(tables, request_id, waiting, lane)
+    _put_lane(tables, request.session_id, lane, msgspec.structs.replace(after, active=""))
     _add(tables, waiting=1)
-    _ask_for(tables, event.requester, waiting=1)
+    _ask_for(tables, request.requester, waiting=1)
+
+
+def _resumed(event: Resumed, tables: CompletionTables) -> None:
+    request = _known(tables, event.request_id)
+    tables.deferred.delete((request.due_ms, event.request_id))
+    lane = tables.lanes.get(event.session_id) or Lane()
+    after = _leave(tables, event.request_id, request, lane)
+    resumed = msgspec.structs.replace(request, due_ms=0, retry_at=None)
+    tables.requests.put(event.request_id, resumed)
+    _put_lane(tables, event.session_id, lane, _enter(tables, event.request_id, resumed, after))
+
+
+def _count(tables: CompletionTables, name: str, **changes: Any) -> None:
+    """Change the row of a provider; of a new one only as long as there is room for it."""
+    row = tables.providers.get(name)
+    if row is not None or tables.providers.count() < PROVIDERS_MAX:
+        tables.providers.put(name, msgspec.structs.replace(row or Provider(), **changes))
 
 
 def _ended(event: Ended, tables: CompletionTables) -> None:
@@ -1431,24 +1264,38 @@ def _ended(event: Ended, tables: CompletionTables) -> None:
     lane = tables.lanes.get(event.session_id) or Lane()
     if request.status == "active":
         _release(event, tables)
-        after = msgspec.structs.replace(lane, active="")
+        last = event.request_id if event.status == "completed" else lane.last
+        after = msgspec.structs.replace(lane, active="", last=last)
     else:
         after = _leave(tables, event.request_id, request, lane)
         _add(tables, waiting=-1)
     was_waiting = request.status == "queued"
     _ask_for(tables, request.requester, waiting=-was_waiting, size=-request.size)
     _put_lane(tables, event.session_id, lane, after)
+    finished_ms = _whole_ms(event.time_s)
     ended = msgspec.structs.replace(
-        request, status=event.status, finished_at=event.now, reason=event.reason, timeout_ms=0
-    )
+        request, status=event.status, finished_at=event.now, reason=event.reason, timeout_ms=0,
+        kind=event.kind, due_ms=0, retry_at=None, finished_ms=finished_ms,
+    )  # fmt: skip
     tables.requests.put(event.request_id, ended)
-    tables.prompts.delete(event.request_id)
     tables.outcomes.put(event.request_id, Outcome(event.result, event.size))
-    tables.finished.put((_whole_ms(event.time_s), event.request_id), b"")
+    tables.finished.put((finished_ms, event.request_id), b"")
     _add(tables, open_bytes=-request.size, finished_bytes=event.size)
+    if event.status == "failed":
+        tables.dead.put((finished_ms, event.request_id), b"")
+        _add(tables, dead_bytes=request.size)
+    else:
+        tables.prompts.delete(event.request_id)
+    if event.provider and event.status == "completed":
+        row = tables.providers.get(event.provider) or Provider()
+        _count(tables, event.provider, completed=row.completed + 1, completed_at=event.now)
+    elif event.provider:
+        row = tables.providers.get(event.provider) or Provider()
+        _count(tables, event.provider, failed=row.failed + 1, failed_at=event.now,
+               kind=event.kind, reason=event.reason or "")  # fmt: skip
 
 
-def _release(event: Requeued | Ended, tables: CompletionTables) -> Request:
+def _release(event: Requeued | Deferred | Ended, tables: CompletionTables) -> Request:
     """Take the grant of an active request away, whatever becomes of it."""
     request = _known(tables, event.request_id)
     tables.grants.delete((request.worker, event.request_id))
@@ -1461,8 +1308,11 @@ def _release(event: Requeued | Ended, tables: CompletionTables) -> Request:
 def _enter(tables: CompletionTables, request_id: str, request: Request, lane: Lane) -> Lane:
     """Put a request into the queue of its session."""
     key = (request.session_id, request.rank, request.number)
+    deferred = request.due_ms > 0
     tables.queue.put(key, Waiting(request_id, request.requires))
-    head = Head(request.rank, request.number, request_id, request.requires, request.recorded)
+    head = Head(
+        request.rank, request.number, request_id, request.requires, request.recorded, deferred
+    )
     if lane.head is not None and (lane.head.rank, lane.head.number) < key[1:]:
         head = lane.head
     return msgspec.structs.replace(lane, waiting=lane.waiting + 1, head=head)
@@ -1471,13 +1321,17 @@ def _enter(tables: CompletionTables, request_id: str, request: Request, lane: La
 def _leave(tables: CompletionTables, request_id: str, request: Request, lane: Lane) -> Lane:
     """Take a request out of the queue of its session."""
     tables.queue.delete((request.session_id, request.rank, request.number))
+    if request.due_ms:
+        tables.deferred.delete((request.due_ms, request_id))
     head = lane.head
     if head is not None and head.request_id == request_id:
         head = None
         if lane.waiting > 1:
             (_, rank, number), first = next(tables.queue.range(prefix=(request.session_id,)))
-            recorded = _known(tables, first.request_id).recorded
-            head = Head(rank, number, first.request_id, first.requires, recorded)
+            then = _known(tables, first.request_id)
+            head = Head(
+                rank, number, first.request_id, first.requires, then.recorded, then.due_ms > 0
+            )
     return msgspec.structs.replace(lane, waiting=lane.waiting - 1, head=head)
 
 
@@ -1498,7 +1352,10 @@ def _put_lane(tables: CompletionTables, session_id: str, before: Lane, after: La
 
 
 def _ready_of(lane: Lane) -> Head | None:
-    return None if lane.active or lane.head is None or not lane.head.recorded else lane.head
+    head = lane.head
+    if lane.active or head is None or not head.recorded or head.deferred:
+        return None
+    return head
 
 
 def _queue_closed(event: QueueClosed, tables: CompletionTables) -> None:
@@ -1510,11 +1367,27 @@ def _queue_closed(event: QueueClosed, tables: CompletionTables) -> None:
 
 
 def _forgotten(event: Forgotten, tables: CompletionTables) -> None:
-    outcome = tables.outcomes.get(event.request_id)
-    tables.finished.delete((event.finished_ms, event.request_id))
-    tables.outcomes.delete(event.request_id)
-    tables.requests.delete(event.request_id)
-    _add(tables, finished_bytes=-(outcome.size if outcome else 0))
+    key = (event.finished_ms, event.request_id)
+    tables.finished.delete(key)
+    _add(tables, finished_bytes=-_outcome_size(tables, event.request_id))
+    if tables.dead.get(key) is None:
+        tables.outcomes.delete(event.request_id)
+        tables.requests.delete(event.request_id)
+
+
+def _buried(event: Retried | Buried, tables: CompletionTables) -> None:
+    """Take a dead letter away; its outcome stays as long as that of others."""
+    key = (event.finished_ms, event.request_id)
+    request = _known(tables, event.request_id)
+    tables.dead.delete(key)
+    tables.prompts.delete(event.request_id)
+    _add(tables, dead_bytes=-request.size)
+    if tables.finished.get(key) is None:
+        tables.outcomes.delete(event.request_id)
+        tables.requests.delete(event.request_id)
+    elif isinstance(event, Retried):
+        retried = msgspec.structs.replace(request, retried_as=event.retried_as)
+        tables.requests.put(event.request_id, retried)
 
 
 def _use_slot(tables: CompletionTables, name: str, change: int) -> None:
@@ -1530,6 +1403,10 @@ def _worker_registered(event: WorkerRegistered, tables: CompletionTables) -> Non
         event.epoch, event.capabilities, event.slots, 0, event.lease_s, due_ms, event.now
     )
     _put_worker(tables, event.worker, worker)
+    for offered in event.capabilities:
+        provider = tables.providers.get(offered)
+        if provider is not None and provider.unfit:
+            _count(tables, offered, unfit="")
     _add(tables, epoch=event.epoch - _totals(tables).epoch)
 
 
@@ -1564,6 +1441,22 @@ def _free_rows(name: str, worker: Worker | None) -> set[tuple[str, int, str]]:
     return {(offered, worker.used, name) for offered in (ANYTHING, *worker.capabilities)}
 
 
+class Open(NamedTuple):
+    """What is open in a state: how many wait, by session, and the requests that run."""
+
+    waiting: dict[str, int]
+    active: list[str]
+
+
+def open_in(tables: CompletionTables) -> Open:
+    """Return what is open, for whoever is told what a restore would do."""
+    lanes = dict(tables.lanes.range())
+    return Open(
+        {session_id: lane.waiting for session_id, lane in lanes.items() if lane.waiting},
+        [lane.active for lane in lanes.values() if lane.active],
+    )
+
+
 def _view(request_id: str, request: Request) -> RequestView:
     return RequestView(
         request_id=request_id,
@@ -1578,6 +1471,12 @@ def _view(request_id: str, request: Request) -> RequestView:
         granted_at=request.granted_at,
         finished_at=request.finished_at,
         reason=request.reason,
+        kind=request.kind or None,
+        failures=request.failures,
+        attempts_max=request.attempts_max,
+        retry_at=request.retry_at,
+        retried_as=request.retried_as or None,
+        retry_of=request.retry_of or None,
     )
 
 
@@ -1619,6 +1518,7 @@ def _grants(query: GetGrants, tables: CompletionTables) -> Grants:
             options=prompt.options,
             requires=_required(request),
             run_s=request.run_s,
+            follows=grant.follows or None,
         )
         found.append(view)
     return Grants(worker=query.worker, grants=found, more=False)
@@ -1645,7 +1545,8 @@ def _list(query: ListRequests, tables: CompletionTables) -> RequestPage:
         rows = ((key, key[1]) for key, _ in tables.grants.range(start))
     else:
         stop = _place(query.after, int, str)
-        rows = ((k, k[1]) for k, _ in tables.finished.range((), stop or None, reverse=True))
+        table = tables.dead if query.status == "dead" else tables.finished
+        rows = ((k, k[1]) for k, _ in table.range((), stop or None, reverse=True))
     found: list[RequestView] = []
     following: str | None = None
     for key, request_id in rows:
@@ -1667,6 +1568,57 @@ def _list(query: ListRequests, tables: CompletionTables) -> RequestPage:
         limit=totals.limit,
         next=following,
     )
+
+
+def _retry_status(query: GetRetryStatus, tables: CompletionTables) -> RetryPage:
+    rows = islice(tables.deferred.range(), query.limit)
+    return RetryPage(
+        requests=[_view(each, _known(tables, each)) for (_, each), _row in rows],
+        waiting=tables.deferred.count(),
+        dead=tables.dead.count(),
+    )
+
+
+def _provider_status(query: GetProviderStatus, tables: CompletionTables) -> ProviderPage:
+    offered: dict[str, list[Worker]] = {}
+    for _, worker in tables.workers.range():
+        for name in worker.capabilities:
+            offered.setdefault(name, []).append(worker)
+    rows = dict(tables.providers.range())
+    names = sorted({*offered, *rows}) if query.provider is None else [query.provider]
+    found = []
+    for name in names[:PAGE_REQUESTS_MAX]:
+        row, workers = rows.get(name) or Provider(), offered.get(name, [])
+        view = ProviderView(
+            provider=name,
+            workers=len(workers),
+            slots=sum(each.slots for each in workers),
+            used=sum(each.used for each in workers),
+            completed=row.completed,
+            failed=row.failed,
+            retried=row.retried,
+            completed_at=row.completed_at,
+            failed_at=row.failed_at,
+            kind=row.kind or None,
+            reason=row.reason or None,
+            unfit=row.unfit or None,
+        )
+        found.append(view)
+    return ProviderPage(providers=found)
+
+
+def _found_unfit(command: ReportUnfit, tables: CompletionTables, given: Given) -> Decision:
+    known = tables.providers.get(command.provider)
+    if known is None and tables.providers.count() >= PROVIDERS_MAX:
+        raise Quota(f"there are {PROVIDERS_MAX} providers", limit=PROVIDERS_MAX)
+    return Decision((FoundUnfit(command.provider, command.reason, given.now),))
+
+
+def _set_budget(command: spending.SetBudget, tables: CompletionTables, given: Given) -> Decision:
+    event = spending.set_budget(command, tables, given.now)
+    budget = spending.after(event, tables)
+    views = [] if budget is None else [spending.view(event.holder, event.name, budget)]
+    return Decision((event,), spending.BudgetPage(budgets=views), tick=True)
 
 
 def _place(after: str | None, *kinds: type) -> Any:
@@ -1697,7 +1649,7 @@ def _told(event: Any, what: str, **message: Any) -> Announcement:
     return Announcement(f"completion.{event.requester}.{event.request_id}.{what}", message)
 
 
-def _revoked(event: Requeued | Ended) -> Iterable[Announcement]:
+def _revoked(event: Requeued | Deferred | Ended) -> Iterable[Announcement]:
     """Tell a worker that a grant it held is over."""
     if not event.worker:
         return ()

@@ -588,6 +588,7 @@ class Registry(Owner[RegistryTables]):
     name = "registry"
     tables = RegistryTables
     domains = ("agent",)
+    routine = (AgentSeen,)
     events = (
         AgentSeen
         | AgentRegistered

@@ -23,7 +23,6 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -46,7 +45,9 @@ from ksi.actors.owner import (
     Tables,
     Tick,
 )
+from ksi.actors.owners.locks import GetLock, LockView
 from ksi.transport.errors import (
+    Busy,
     Conflict,
     Forbidden,
     Invalid,
@@ -58,6 +59,7 @@ from ksi.transport.errors import (
 from ksi.transport.limits import ARCHIVE_MAX, FRAME_BYTES_MAX
 from ksi.transport.message import OPERATOR, Id, Message, Plain, Text, operation
 from ksi.transport.message import OWNER as OWNERS_ONLY
+from ksi.transport.moments import moment
 
 LINE_BYTES_MAX: Final = FRAME_BYTES_MAX  # A line must fit into the frame that reads it back.
 PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # One page of history, with room for its header.
@@ -226,16 +228,21 @@ class Fork(Command[Forked], frozen=True, kw_only=True):
 @operation(
     "session:append",
     owner="sessions",
-    refuses=_WRITES,
+    refuses=(*_WRITES, Busy),
     example={"session_id": "sess_1", "event": "note", "data": {"text": "hello"}},
 )
 class Append(Command[Appended], frozen=True, kw_only=True):
-    """Append one entry to a session the sender owns."""
+    """Append one entry to a session the sender owns.
+
+    With `lock_epoch`, only while the sender holds the lock of that epoch on the conversation of the
+    same id (`conversation:acquire_lock`).
+    """
 
     session_id: Id
     event: EventName
     data: Plain = {}
     epoch: Epoch | None = None
+    lock_epoch: Epoch | None = None
     correlation_id: Text | None = None
     request_id: Id | None = None
 
@@ -258,15 +265,19 @@ class AppendMany(Command[AppendedMany], frozen=True, kw_only=True):
 @operation(
     "session:contribute",
     owner="sessions",
-    refuses=(NotFound, Forbidden, Conflict, TooLarge),
+    refuses=(NotFound, Forbidden, StaleEpoch, Conflict, TooLarge, Busy),
     example={"session_id": "sess_1", "event": "note", "data": {"text": "may I?"}},
 )
 class Contribute(Command[Appended], frozen=True, kw_only=True):
-    """Add one entry to a session of somebody else, if it admits the sender."""
+    """Add one entry to a session of somebody else, if it admits the sender.
+
+    `lock_epoch` as at `session:append`.
+    """
 
     session_id: Id
     event: EventName
     data: Plain = {}
+    lock_epoch: Epoch | None = None
     correlation_id: Text | None = None
     request_id: Id | None = None
 
@@ -613,6 +624,7 @@ class Sessions(Owner[SessionTables]):
     name = "sessions"
     tables = SessionTables
     domains = ("session",)
+    routine = (OwnerSeen,)
     events = (
         EntryAppended
         | SessionCreated
@@ -658,6 +670,11 @@ class Sessions(Owner[SessionTables]):
                 return Decision()  # A lease is looked at when somebody claims.
             case _:
                 raise TypeError(command)
+
+    def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
+        if getattr(command, "lock_epoch", None) is None:
+            return None
+        return GetLock(conversation_id=command.session_id)
 
     def apply(self, event: Any, tables: SessionTables) -> None:
         match event:
@@ -796,6 +813,7 @@ def _fork(command: Fork, sender: Sender, tables: SessionTables, given: Given) ->
 def _append(command: Append, sender: Sender, tables: SessionTables, given: Given) -> Decision:
     session_id = command.session_id
     session = _writable(tables, session_id, sender, command.epoch)
+    _require_lock(command, sender, given)
     events = _entry_events(session_id, session, command, sender.name, given)
     seq = session.seq + 1
     reply = Appended(session_id=session_id, seq=seq, epoch=session.epoch, timestamp=given.now)
@@ -830,11 +848,25 @@ def _contribute(
     session_id = command.session_id
     session = _open(tables, session_id)
     _require_admitted(session_id, session, sender.name, tables)
+    _require_lock(command, sender, given)
     events = _contributed(session_id, session, command, sender.name, tables, given)
     reply = Appended(
         session_id=session_id, seq=session.seq + 1, epoch=session.epoch, timestamp=given.now
     )
     return Decision(events, reply)
+
+
+def _require_lock(command: Append | Contribute, sender: Sender, given: Given) -> None:
+    """Raise unless the sender holds the lock it says it holds, as the library has committed it."""
+    if command.lock_epoch is None:
+        return
+    lock = given.fact
+    if not isinstance(lock, LockView):
+        raise Busy("whether the conversation is locked cannot be read now", retry_after_s=0.1)
+    if (lock.locked, lock.holder, lock.epoch) != (True, sender.name, command.lock_epoch):
+        text = f"the lock on conversation {command.session_id}, epoch {command.lock_epoch}, is over"
+        hint = "acquire it again, and see what was said meanwhile"
+        raise StaleEpoch(text, hint=hint, owner=lock.holder, epoch=lock.epoch)
 
 
 def _require_admitted(session_id: str, session: Session, name: str, tables: SessionTables) -> None:
@@ -1302,23 +1334,10 @@ def _seq_at(at: int | str | None, session_id: str, session: Session, tables: Ses
     if at is None:
         return session.seq
     if isinstance(at, str):
-        return _seq_then(_seconds(at), session_id, session, tables)
+        return _seq_then(moment(at, what="at"), session_id, session, tables)
     if at > session.seq:
         raise NotFound(f"session {session_id} has {session.seq} entries, not {at}", seq=session.seq)
     return at
-
-
-def _seconds(at: str) -> float:
-    """Return a time in seconds since the epoch."""
-    try:
-        time = datetime.fromisoformat(at)
-    except ValueError:
-        time = None
-    if time is None or time.tzinfo is None:
-        raise Invalid(
-            f"at: {at!r} is no time with its zone", hint="2026-05-04T09:00:00Z, or +02:00 for Z"
-        )
-    return time.timestamp()
 
 
 class _Stamp(msgspec.Struct):

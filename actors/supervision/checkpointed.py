@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from ksi.actors.supervision.reports import read_checkpoint
-from ksi.actors.supervision.system import CheckpointList, CheckpointStatus, SnapshotStatus
+from ksi.actors.supervision.system import (
+    CheckpointList,
+    CheckpointStatus,
+    SnapshotStatus,
+    Verified,
+)
 from ksi.storage import checkpoints
-from ksi.transport.errors import NotFound
+from ksi.storage.errors import Corrupt
+from ksi.transport.errors import NotFound, TooLarge
+from ksi.transport.limits import VERIFY_BYTES_MAX
 
 
 def listed(var: Path, run: Path, making: str | None = None) -> CheckpointList:
@@ -48,6 +55,29 @@ def verify(var: Path, checkpoint_id: str) -> None:
         Corrupt: it is not what it was.
     """
     checkpoints.verify(var / "checkpoints" / checkpoint_id)
+
+
+def verified(var: Path, checkpoint_id: str | None) -> Verified:
+    """Verify a checkpoint that is small enough for the supervisor to wait for.
+
+    Raises:
+        NotFound: there is none.
+        TooLarge: it is not; verify it in a process of its own.
+    """
+    name = checkpoint_id or checkpoints.LATEST
+    try:
+        found = find(var, checkpoint_id)
+        name = found.id
+        if found.data_bytes > VERIFY_BYTES_MAX:
+            raise TooLarge(
+                f"checkpoint {found.id} has {found.data_bytes} bytes: too many to wait for",
+                hint=f"ksi checkpoint verify {found.id}",
+                limit_bytes=VERIFY_BYTES_MAX,
+            )
+        verify(var, found.id)
+    except Corrupt as error:
+        return Verified(id=name, good=False, reason=error.text)
+    return Verified(id=name, good=True, reason=None)
 
 
 def prune(var: Path, keep: int) -> list[str]:

@@ -24,6 +24,7 @@ from ksi.storage.journal import START, bytes_after
 from ksi.transport.errors import Conflict, KsiError
 
 LOOK_S: Final = 5.0  # How often is looked whether one is due.
+LAST_S_MAX: Final = 600.0  # The last one: gigabytes on a slow disk. Beyond it, it hangs.
 RETRY_S: Final = 60.0  # After one that failed.
 NAME: Final = "checkpoint"
 
@@ -74,7 +75,13 @@ class Checkpoints:
             name=NAME,
             kind="follower",
             function="ksi.actors.checkpoints:run_checkpoint",
-            arguments=(str(self._var), self._id, reason, str(settings.keep)),
+            arguments=(
+                str(self._var),
+                self._id,
+                reason,
+                str(settings.keep),
+                str(settings.former_s),
+            ),
             restart="temporary",
         )
         self._running = self._spawn(spec, self._has_ended)
@@ -104,11 +111,13 @@ class Checkpoints:
     def is_last_taken(self, settings: CheckpointSection) -> bool:
         """Make the last one, of owners that have stopped; return whether that is over.
 
-        Whoever is in a hurry waits for it, too.
+        Whoever is in a hurry waits for it, too; one that takes longer than any disk is ended.
         """
         if not self._last_taken and self._running is None:
             self._last_taken = True
             self._begin("stop", settings)
+        elif self._running is not None and time.monotonic() - self._running.started_s > LAST_S_MAX:
+            self.end()
         return self._running is None
 
     def end(self) -> None:

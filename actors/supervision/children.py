@@ -1,7 +1,8 @@
 """What a supervisor knows of each child, and which may start and which must stop next. No effects.
 
 Order is by the list: children start from its first to its last, each when the one before is ready,
-and stop from its last to its first, each when the one behind is gone.
+and stop from its last to its first, each when the one behind is gone. Where it goes by phase, that
+holds of phases, and the children of one start and stop together.
 """
 
 from __future__ import annotations
@@ -85,27 +86,36 @@ def phase_of(own: Sequence[Child]) -> Phase:
     return next((child.spec.phase for child in own if child.state != "RUNNING"), "ready")
 
 
-def next_to_start(own: Sequence[Child], strategy: Strategy, *, up: bool) -> list[Child]:
+def next_to_start(
+    own: Sequence[Child], strategy: Strategy, *, up: bool, by_phase: bool = False
+) -> list[Child]:
     """Return the children that may start now, if they are due.
 
     Until all have been up once, and always under `rest_for_one`, a child waits for those before
-    it. Under `rest_for_one` nothing starts while something still has to stop for it.
+    it, with `by_phase` for those of other phases. Under `rest_for_one` nothing starts while
+    something still has to stop for it.
     """
     if strategy == "rest_for_one" and any(child.renew for child in own):
         return []
     startable = []
+    awaited: Child | None = None
     for child in own:
+        if awaited and not (by_phase and child.spec.phase == awaited.spec.phase):
+            break
         if child.wanted and child.running is None:
             startable.append(child)
         if child.wanted and child.state != "RUNNING" and (strategy == "rest_for_one" or not up):
-            break
+            awaited = child
     return startable
 
 
-def next_to_stop(own: Sequence[Child]) -> list[Child]:
-    """Return the last child that runs and has to end: those before it wait for it."""
+def next_to_stop(own: Sequence[Child], *, by_phase: bool = False) -> list[Child]:
+    """Return the last child that runs and has to end, with `by_phase` all such of its phase: those
+    before it wait for it."""
     leaving = [child for child in own if child.running and child.leaves]
-    return leaving[-1:]
+    if not by_phase:
+        return leaving[-1:]
+    return [child for child in leaving if child.spec.phase == leaving[-1].spec.phase]
 
 
 def rest_of(own: Sequence[Child], child: Child) -> Sequence[Child]:

@@ -8,8 +8,9 @@
    ZeroMQ context or an LMDB environment. A child costs a fork, not an interpreter.
 2. A child sits in a session of its own, with umask 077, standard output and error in
    `var/logs/ksi/<name>.out`, and nothing of the supervisor's open files.
-3. It waits for one byte before it does anything: when that byte comes, the supervisor holds its
-   pidfd, so that signals and the news of its end can never concern another process.
+3. It waits to be told what to become: when it is, the supervisor holds its pidfd, so that signals
+   and the news of its end can never concern another process. One may be kept waiting as a spare:
+   whoever is restarted then need not wait for a fork.
 4. A command line is started in the same way and then replaces the child by exec. What keeps it
    from running is the answer of `spawn`, not a crash loop.
 
@@ -28,7 +29,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -81,6 +82,32 @@ class Running:
         return code
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A child of `server` that waits to be told, through `channel`, what to become."""
+
+    pid: int
+    pidfd: int
+    server: int
+    process: ForkServerProcess
+    channel: Connection
+
+    def told(self, order: tuple[ChildSpec, Path, dict[str, str]]) -> bool:
+        """Tell it; return False if it has ended, or is about to, since its server has."""
+        try:
+            if _parent_of(self.pid) != self.server:
+                return False
+            self.channel.send(order)
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.channel.close()
+        os.close(self.pidfd)
+
+
 class ForkServer:
     """The fork server of a supervisor, started anew if it dies (its children die with it).
 
@@ -90,6 +117,7 @@ class ForkServer:
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
+        self._spare: _Waiting | None = None
         self._modules = ",".join(("ksi.actors.supervision.forkserver", *modules))
         multiprocessing.set_forkserver_preload(["ksi.actors.supervision.preload"])
 
@@ -98,10 +126,16 @@ class ForkServer:
         temporary = os.fsencode(tempfile.gettempdir())
         if len(temporary) + _SOCKET_NAME_BYTES > SOCKET_PATH_BYTES_MAX:
             tempfile.tempdir = "/tmp"  # Of this process alone: what it starts keeps its TMPDIR.
+        with self._ordered():
+            multiprocessing.forkserver.ensure_running()
+
+    @contextlib.contextmanager
+    def _ordered(self) -> Iterator[None]:
+        """Whoever starts the server meanwhile tells it what to be; nobody else does."""
         os.environ[preload.SUPERVISOR_PID] = str(os.getpid())
         os.environ[preload.MODULES] = self._modules
         try:
-            multiprocessing.forkserver.ensure_running()
+            yield
         finally:
             del os.environ[preload.SUPERVISOR_PID], os.environ[preload.MODULES]
 
@@ -129,24 +163,46 @@ class ForkServer:
             Invalid: the program of an agent cannot be run; the text says why.
             OSError: no process can be started.
         """
-        self.start()
-        ours, theirs = _context.Pipe()
-        with ours, theirs:
-            process = _context.Process(
-                target=_child, args=(spec, var, dict(environment), theirs), daemon=True
-            )
-            process.start()
-            pid = process.pid
-            assert pid is not None
-            running = Running(spec, pid, os.pidfd_open(pid), time.monotonic(), process)
-            theirs.close()
-            with contextlib.suppress(BrokenPipeError):
-                ours.send_bytes(b"go")
-            if spec.kind == "agent" and (fault := _fault(ours)):
+        order = spec, var, dict(environment)
+        waiting, self._spare = self._spare, None
+        if waiting is not None and not waiting.told(order):
+            waiting.close()
+            waiting = None
+        if waiting is None:
+            waiting = self._forked()
+            waiting.told(order)  # If it has ended, its pidfd says so like that of any child.
+        with waiting.channel:
+            running = Running(spec, waiting.pid, waiting.pidfd, time.monotonic(), waiting.process)
+            if spec.kind == "agent" and (fault := _fault(waiting.channel)):
                 running.signal(signal.SIGKILL)
                 running.ended()
                 raise Invalid(f"agent {spec.name} cannot be started: {fault}"[:1000])
             return running
+
+    def keep_spare(self) -> None:
+        """Have a child wait for the next `spawn`, if there is none yet: a fork less to wait for."""
+        if self._spare is None:
+            with contextlib.suppress(OSError, EOFError):  # The server is dying: another time.
+                self._spare = self._forked()
+
+    def _forked(self) -> _Waiting:
+        self.start()
+        ours, theirs = _context.Pipe()
+        with theirs:
+            process = _context.Process(target=_child, args=(theirs,), daemon=True)
+            try:
+                with self._ordered():  # It may have ended just now: then this starts another.
+                    process.start()
+                assert process.pid is not None
+                server = _parent_of(process.pid)
+                return _Waiting(process.pid, os.pidfd_open(process.pid), server, process, ours)
+            except BaseException:
+                ours.close()
+                raise
+
+
+def _parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _tell_fault(modules: str, channel: Connection) -> None:
@@ -170,18 +226,18 @@ def _fault(channel: Connection) -> str | None:
         return None
 
 
-def _child(spec: ChildSpec, var: Path, environment: dict[str, str], channel: Connection) -> None:
-    """Run in the child: become what the spec says, and end with it."""
+def _child(channel: Connection) -> None:
+    """Run in the child: wait for what to become, and end with it."""
     preload.die_with(preload.server_pid)
     os.setsid()
     os.umask(0o077)
+    try:
+        spec, var, environment = channel.recv()
+    except (EOFError, OSError):
+        return  # the supervisor has ended
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     log.redirect(log.output(var, spec.name))
     os.environ.update(environment)
-    try:
-        channel.recv_bytes()
-    except (EOFError, OSError):
-        return  # the supervisor has ended
     if spec.kind == "agent":
         _exec(spec, channel)
     else:

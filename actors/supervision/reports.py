@@ -1,8 +1,8 @@
 """What processes leave in the run directory for others to read, whatever becomes of them.
 
 `children.json`: the supervisor's children, on each change. `supervisor.exit`: why it gave up, until
-the next start. `index.json`: what the follower of the index does. `checkpoint.json`: the last
-checkpoint that failed. Replaced in one step, never
+the next start. `index.json`, `compositions.json` and `conversations.json`: what the followers of
+these caches do. `checkpoint.json`: the last checkpoint that failed. Replaced in one step, never
 synced: they live as long as a run.
 """
 
@@ -19,7 +19,6 @@ from ksi.actors.supervision.system import SystemStatus
 
 CHILDREN: Final = "children.json"
 EXIT: Final = "supervisor.exit"
-INDEX: Final = "index.json"
 CHECKPOINT: Final = "checkpoint.json"
 
 
@@ -44,7 +43,7 @@ def read_children(run: Path) -> SystemStatus | None:
     """Return the children as they were published last, or None. Compare `pid` before use."""
     try:
         return msgspec.json.decode((run / CHILDREN).read_bytes(), type=SystemStatus)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError):
         return None
 
 
@@ -62,7 +61,7 @@ def read_exit(run: Path) -> Exit | None:
     """Return why the last supervisor ended, or None if it ended in order or was killed."""
     try:
         return msgspec.json.decode((run / EXIT).read_bytes(), type=Exit)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError):
         return None
 
 
@@ -71,19 +70,19 @@ def clear_exit(run: Path) -> None:
     (run / EXIT).unlink(missing_ok=True)
 
 
-def write_index(run: Path, told: dict[str, Any]) -> None:
-    """Say what the follower of the index does.
+def write_follower(run: Path, name: str, told: dict[str, Any]) -> None:
+    """Say what the follower that keeps the cache `name` does.
 
     Raises:
         OSError: it cannot be written.
     """
-    _replace(run / INDEX, {"schema": "ksi.index.follower/1", **told})
+    _replace(run / f"{name}.json", {"schema": f"ksi.{name}.follower/1", **told})
 
 
-def read_index(run: Path) -> dict[str, Any]:
-    """Return what the follower of the index said last of what it does; nothing if it never did."""
+def read_follower(run: Path, name: str) -> dict[str, Any]:
+    """Return what the follower of a cache said last of what it does; nothing if it never did."""
     try:
-        told: dict[str, Any] = json.loads((run / INDEX).read_bytes())
+        told: dict[str, Any] = json.loads((run / f"{name}.json").read_bytes())
     except (OSError, ValueError):
         return {}
     return told
@@ -111,7 +110,7 @@ def read_checkpoint(run: Path) -> FailedCheckpoint | None:
     """Return the last checkpoint that failed, if one did."""
     try:
         return msgspec.json.decode((run / CHECKPOINT).read_bytes(), type=FailedCheckpoint)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError):
         return None
 
 

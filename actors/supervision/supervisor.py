@@ -5,8 +5,9 @@ on disk: so whatever goes wrong here, starting again is right.
 
 Principles, in the words and by the rules of OTP:
 
-- *Children start in order*, each when the one before is ready, and stop in reverse. While the
-  system comes up, a child that ends before it is ready fails the start as a whole.
+- *Children start in order*, each when the one before is ready, and stop in reverse; where the tree
+  goes `by_phase`, those of a phase together. While the system comes up, a child that ends before
+  it is ready fails the start as a whole.
 - *A child that ends by itself* is restarted by its restart type (`restarts.py`): `one_for_one`
   alone, `rest_for_one` with all that started after it. The first time at once, then with backoff.
 - *Too many restarts escalate.* More than `intensity` in `period_s` and the supervisor stops all
@@ -41,6 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import pykka
 import zmq
 
@@ -66,6 +68,10 @@ from ksi.actors.supervision.restarts import (
 from ksi.actors.supervision.system import (
     ChildStatus,
     CreateCheckpoint,
+    DevAction,
+    DevCheckpoint,
+    DevCheckpoints,
+    DevRestore,
     Done,
     ListCheckpoints,
     Making,
@@ -79,6 +85,7 @@ from ksi.actors.supervision.system import (
     Stop,
     StopChild,
     SystemStatus,
+    VerifyCheckpoint,
 )
 from ksi.actors.supervision.tree import Tree
 from ksi.transport import wire
@@ -372,8 +379,11 @@ class Supervisor(pykka.ThreadingActor):
     def _advance(self, now_s: float) -> None:
         self._stop_next(now_s)
         self._start_next(now_s)
-        if self._checkpoints is not None and self._up and not self._stopping:
-            self._checkpoints.turn(self._config.checkpoint, now_s)
+        if self._up and not self._stopping:
+            if self._checkpoints is not None:
+                self._checkpoints.turn(self._config.checkpoint, now_s)
+            if all(child.state == "RUNNING" for child in self._own):
+                self._server.keep_spare()
         if (
             self._stopping
             and not any(child.running for child in self._all())
@@ -396,7 +406,8 @@ class Supervisor(pykka.ThreadingActor):
         if self._hurry_s is not None:
             own = [child for child in self._own if child.running]
         else:
-            own = [] if agents and self._stopping else next_to_stop(self._own)
+            by_phase = self._tree.by_phase
+            own = [] if agents and self._stopping else next_to_stop(self._own, by_phase=by_phase)
         for child in (*agents, *own):
             self._stop_child(child, now_s)
 
@@ -421,7 +432,9 @@ class Supervisor(pykka.ThreadingActor):
         if self._stopping:
             return []
         agents = [child for child in self._agents.values() if child.wanted and not child.running]
-        return [*next_to_start(self._own, self._tree.strategy, up=self._up), *agents]
+        tree = self._tree
+        own = next_to_start(self._own, tree.strategy, up=self._up, by_phase=tree.by_phase)
+        return [*own, *agents]
 
     def _start_child(self, child: Child, now_s: float) -> None:
         """Start a process; that it cannot be started counts as an end of it."""
@@ -527,6 +540,15 @@ class Supervisor(pykka.ThreadingActor):
             case CreateCheckpoint():
                 self._require_open()
                 return Making(id=made.create("hand", self._config.checkpoint))
+            case DevCheckpoint(action=action):
+                return self._dev_checkpoint(action, made)
+            case DevRestore(id=checkpoint_id):
+                raise Conflict(
+                    "nothing is restored while the system runs",
+                    hint=f"ksi stop; ksi restore {checkpoint_id}; ksi start",
+                )
+            case VerifyCheckpoint(id=checkpoint_id):
+                return checkpointed.verified(self._var, checkpoint_id)
             case ListCheckpoints():
                 return checkpointed.listed(self._var, self._run, made.making)
             case ShowCheckpoint(id=checkpoint_id):
@@ -535,6 +557,20 @@ class Supervisor(pykka.ThreadingActor):
                 self._require_open()
                 return Pruned(removed=checkpointed.prune(self._var, keep))
         raise AssertionError(message)
+
+    def _dev_checkpoint(self, action: DevAction, made: Checkpoints) -> DevCheckpoints:
+        begun = None
+        if action == "create":
+            self._require_open()
+            begun = made.create("hand", self._config.checkpoint)
+        elif action != "status":
+            raise Conflict(
+                f"dev:checkpoint has no {action} any more: requests are kept where they wait",
+                hint="completion:list, completion:status, completion:cancel",
+            )
+        found = checkpointed.listed(self._var, self._run, made.making)
+        newest = next((each.id for each in found.checkpoints), None)
+        return DevCheckpoints(**msgspec.structs.asdict(found), id=begun or newest)
 
     def _status(self) -> SystemStatus:
         return SystemStatus(

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ksi.actors.supervision.restarts import Restart
-from ksi.transport.errors import Conflict, Draining, Invalid, NotFound, Quota
+from ksi.transport.errors import Conflict, Draining, Invalid, NotFound, Quota, TooLarge
 from ksi.transport.message import (
     ANYONE,
     OPERATOR,
@@ -193,9 +193,43 @@ class CreateCheckpoint(Command[Making], frozen=True, kw_only=True):
     """Make a checkpoint of all owners while they run. The reply comes first."""
 
 
-@operation("dev:checkpoint", owner="supervisor", roles=OPERATOR, refuses=(Conflict, Draining))
-class DevCheckpoint(CreateCheckpoint, frozen=True, kw_only=True):
-    """The older name of `checkpoint:create`."""
+class DevCheckpoints(CheckpointList, frozen=True, kw_only=True):
+    """As `checkpoint:list`; `id` is that of the one that was begun, or of the newest."""
+
+    id: str | None
+
+
+DevAction = Literal[
+    "create", "status", "list_requests", "remove_request", "clear_failed", "clear_all"
+]
+
+
+@operation(
+    "dev:checkpoint",
+    owner="supervisor",
+    roles=OPERATOR,
+    refuses=(Conflict, Draining),
+    example={"action": "create"},
+)
+class DevCheckpoint(Command[DevCheckpoints], frozen=True, kw_only=True):
+    """The older name of `checkpoint:create`, and with the action `status` of `checkpoint:list`.
+
+    Requests are not looked at and removed in a checkpoint but where they wait: the other actions
+    are refused, with the operation of today that does it.
+    """
+
+    action: DevAction = "create"
+    request_id: Id | None = None
+
+
+@operation(
+    "dev:restore", owner="supervisor", roles=OPERATOR, refuses=(Conflict,), example={"id": "latest"}
+)
+class DevRestore(Command[None], frozen=True, kw_only=True):
+    """An older name: nothing is restored under a system that runs. It is refused, and says what to
+    type; a start brings back all there was without it."""
+
+    id: Id = "latest"
 
 
 @operation("checkpoint:list", owner="supervisor", roles=ANYONE)
@@ -212,6 +246,30 @@ class ListCheckpoints(Query[CheckpointList], frozen=True, kw_only=True):
 )
 class ShowCheckpoint(Query[CheckpointStatus], frozen=True, kw_only=True):
     """One checkpoint: what it holds of each owner. Without an id the newest."""
+
+    id: Id | None = None
+
+
+class Verified(Reply, frozen=True, kw_only=True):
+    """A checkpoint was read; if it is not `good`, `reason` says what is wrong with it."""
+
+    id: str
+    good: bool
+    reason: str | None
+
+
+@operation(
+    "checkpoint:verify",
+    owner="supervisor",
+    roles=OPERATOR,
+    refuses=(NotFound, TooLarge),
+    example={"id": "20261121T090557.123Z"},
+)
+class VerifyCheckpoint(Query[Verified], frozen=True, kw_only=True):
+    """Read all of a checkpoint and compare it with its checksums. Without an id the newest.
+
+    One that takes long is verified beside the system: `ksi checkpoint verify`.
+    """
 
     id: Id | None = None
 

@@ -19,10 +19,14 @@ from ksi.actors.supervision.child import ChildSpec
 from ksi.actors.supervision.restarts import Strategy
 
 # Owners with something beside them in their process; it runs them, too.
-FUNCTIONS: Final = {"index": "ksi.actors.followers.indexing:run_index"}
+FUNCTIONS: Final = {
+    "index": "ksi.actors.followers.indexing:run_index",
+    "library": "ksi.actors.followers.library:run_library",
+    "events": "ksi.actors.followers.recording:run_events",
+}
 
 
-CONTEXT: Final = frozenset({"index"})
+CONTEXT: Final = frozenset({"index", "library", "events"})
 
 
 class Tree(NamedTuple):
@@ -32,12 +36,14 @@ class Tree(NamedTuple):
         specs: makes the child specs for a var directory from its settings.
         strategy: what else is restarted when one of them has ended.
         domains: which of them announces the topics that begin with a word.
+        by_phase: whether those of one phase start and stop together.
         has_checkpoints: whether they are owners with stores, of which checkpoints are made.
     """
 
     specs: Callable[[Path, Config], tuple[ChildSpec, ...]]
     strategy: Strategy = "one_for_one"
     domains: Mapping[str, str] = {}
+    by_phase: bool = False
     has_checkpoints: bool = False
 
 
@@ -47,6 +53,7 @@ def tree() -> Tree:
     return Tree(
         specs,
         domains={domain: name for name, owner in owners.items() for domain in owner.domains},
+        by_phase=True,  # Owners do not ask each other: none waits for another.
         has_checkpoints=True,
     )
 
@@ -60,7 +67,7 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
             kind="owner",
             phase="context" if name in CONTEXT else "owners",
             function=FUNCTIONS.get(name, "ksi.actors.process:run_owner"),
-            arguments=(str(var),) if name in FUNCTIONS else (name, str(var)),
+            arguments=_arguments(name, var, settings),
             start_s=start_s,
             shutdown_s=shutdown_s,
         )
@@ -76,3 +83,9 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
         shutdown_s=shutdown_s,
     )
     return (files, *owners)  # Stopped last, it writes all that the owners still accept.
+
+
+def _arguments(name: str, var: Path, settings: Config) -> tuple[str, ...]:
+    if name == "events":
+        return str(var), str(settings.events.keep_days)
+    return (str(var),) if name in FUNCTIONS else (name, str(var))

@@ -16,7 +16,7 @@ from checkpointing import listed, load_on, made, ordered
 from system import System
 from trouble import kill, kill_all, paused, until
 
-from ksi.actors.checkpoints import Cutting, root_of
+from ksi.actors.checkpoints import PAGE_LOGS, Cutting, root_of
 from ksi.actors.commit import table_types
 from ksi.actors.owners import OWNERS, load
 from ksi.storage import checkpoints
@@ -64,7 +64,7 @@ def in_cut(path: Path, owner: str) -> tuple[dict[str, int], list[tuple[str, int]
     """Return, of an owner in a cut: last numbers sent, those unanswered, last numbers received."""
     specs = {name: TableSpec(*types) for name, types in table_types(load(owner)).items()}
 
-    def read(tables: Any, _: Any) -> Any:
+    def read(tables: Any) -> Any:
         sent = {
             key[4:] if isinstance(key, str) else key[0][4:]: row.value
             for key, row in tables["ksi.counters"].range()
@@ -109,6 +109,16 @@ def test_a_stop_leaves_a_checkpoint_of_all_that_was_acknowledged(system: System)
     content = system.file(session_id).read_bytes()
     (file,) = checkpoints.read_files(root_of(system.var) / stopped.id)
     assert (file.key, file.size, file.crc) == (session_id, len(content), crc32(content))
+
+
+def test_a_checkpoint_of_many_sessions_knows_the_file_of_each_once(system: System) -> None:
+    with system.client("alice") as alice:
+        for n in range(PAGE_LOGS + 1):
+            alice.tell("session:create", session_id=f"s{n}")
+        alice.flush(timeout_s=30.0)
+    found = made(system)
+    keys = [file.key for file in checkpoints.read_files(root_of(system.var) / found.id)]
+    assert sorted(keys) == sorted(f"s{n}" for n in range(PAGE_LOGS + 1))
 
 
 def test_a_second_signal_does_not_tear_the_checkpoint_of_a_stop(system: System) -> None:

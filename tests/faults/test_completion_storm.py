@@ -30,7 +30,7 @@ from workers import (
     working,
 )
 
-from ksi.actors.owners.completion import Granted, Queued
+from ksi.actors.owners.completion_declared import Granted, Queued
 from ksi.transport import AsyncClient
 
 AGENTS, EACH = 20, 100
@@ -134,37 +134,54 @@ def test_one_request_id_from_four_processes_is_one_execution_and_one_answer(
 def test_a_storm_of_kills_and_stops_never_overlaps_grants_nor_loses_a_result(
     system: System,
 ) -> None:
-    storm(system, sessions=16, workers=6, each=12, blows=24)
+    blows = Counter({"kill": 10, "stop": 7, "go on": 6, "owner": 2})
+    storm(system, sessions=16, workers=6, each=12, blows=blows, lasting_s=4.0)
 
 
 @pytest.mark.soak
 def test_a_great_storm_of_kills_and_stops_never_overlaps_grants_nor_loses_a_result(
     system: System,
 ) -> None:
-    storm(system, sessions=64, workers=32, each=40, blows=300)
+    blows = Counter({"kill": 300, "stop": 100, "go on": 100, "owner": 20})
+    storm(system, sessions=64, workers=32, each=300, blows=blows, lasting_s=600.0, delay_s=1.2)
 
 
-def storm(system: System, *, sessions: int, workers: int, each: int, blows: int) -> None:
-    """Kill and stop workers, and sometimes the owner, until all is answered."""
+def storm(
+    system: System,
+    *,
+    sessions: int,
+    workers: int,
+    each: int,
+    blows: Counter[str],
+    lasting_s: float,
+    delay_s: float = 0.1,
+) -> None:
+    """Kill and stop workers, and sometimes the owner, and go on until all is answered."""
     seed = int(os.environ.get("KSI_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"KSI_SEED={seed}")
     chance = random.Random(seed)
-    asyncio.run(submit_all(system, sessions, each))
+    asyncio.run(submit_all(system, sessions, each, delay_s))
     names = [f"w{n}" for n in range(workers)]
     running = {name: WorkerProcess(system.var, name, slots=2) for name in names}
     dealt: Counter[str] = Counter()
     try:
-        for _ in range(blows):
-            time.sleep(chance.uniform(0.05, 0.25))  # It may come at any moment.
-            what = chance.choices(["kill", "stop", "go on", "owner"], [4, 3, 3, 1])[0]
+        begun_s = time.monotonic()
+        order = list(blows.elements())
+        chance.shuffle(order)
+        for number, what in enumerate(order):
+            time.sleep(
+                max(0.0, begun_s + lasting_s * number / len(order) - time.monotonic())
+            )  # evenly
             dealt[what] += 1
             strike(system, running, what, chance)
+        waiting, spent_s = open_requests(system), time.monotonic() - begun_s
         for worker in running.values():
             worker.send(signal.SIGCONT)
-        until(lambda: not open_requests(system), PATIENCE_S)
+        until(lambda: not open_requests(system), max(PATIENCE_S, lasting_s))
     finally:
         for worker in running.values():
             worker.kill()
+    print(f"{spent_s:.0f} s of blows, {waiting} were open behind the last")
     events = happened(system.var)
     done = require_one_at_a_time(events)
     again = sum(type(event) is Granted for event in events) - len(done)
@@ -195,7 +212,7 @@ def strike(
             running[name] = WorkerProcess(system.var, name, slots=2)
 
 
-async def submit_all(system: System, sessions: int, each: int) -> None:
+async def submit_all(system: System, sessions: int, each: int, delay_s: float) -> None:
     async with AsyncClient("alice", var=system.var) as alice:
         ids = [f"s{n}" for n in range(sessions)]
         await asyncio.gather(*(alice.ask("session:create", session_id=name) for name in ids))
@@ -203,7 +220,7 @@ async def submit_all(system: System, sessions: int, each: int) -> None:
             *(
                 alice.ask(
                     "completion:async", session_id=name, prompt=str(n), request_id=f"{name}-{n}",
-                    options={"delay_s": 0.1}, timeout_s=PATIENCE_S,
+                    options={"delay_s": delay_s}, timeout_s=PATIENCE_S,
                 )
                 for n in range(each)
                 for name in ids

@@ -15,7 +15,7 @@ from system import System
 from trouble import entries, kill, paused, until
 from workers import WorkerProcess, happened, registered, state, working
 
-from ksi.actors.owners.completion import WorkerRenewed
+from ksi.actors.owners.completion_declared import WorkerRenewed
 from ksi.transport import Client
 from ksi.transport.errors import Conflict, Forbidden, NotFound, StaleEpoch, Unavailable
 from ksi.transport.identity import KeyRing
@@ -136,7 +136,7 @@ def test_of_two_workers_with_one_name_the_former_ends_and_says_why(
     system: System, alice: Client, session_id: str
 ) -> None:
     with working(system, "twin") as [former]:
-        request_id = submit(alice, session_id, options={"delay_s": 0.5})
+        request_id = submit(alice, session_id, options={"delay_s": 60})
         until(lambda: is_begun(alice, request_id))
         epoch = registered(alice)["twin"]["epoch"]
         later = WorkerProcess(system.var, "twin")
@@ -144,9 +144,11 @@ def test_of_two_workers_with_one_name_the_former_ends_and_says_why(
             code, words = former.ended()
             assert (code, "another registered as twin" in words) == (5, True), words
             assert registered(alice)["twin"]["epoch"] > epoch
-            assert alice.outcome(request_id, timeout_s=20)["attempt"] == 2
+            again = alice.read("completion:status", request_id=request_id)
+            assert (again["worker"], again["attempt"]) == ("twin", 2)
         finally:
             later.kill()
+    alice.ask("completion:cancel", request_id=request_id)
 
 
 def test_a_worker_told_to_stop_finishes_what_it_holds_and_leaves(

@@ -18,13 +18,12 @@ from itertools import count
 from typing import Any
 
 import pytest
+from agreement import require_index
 from system import System
-from trouble import entries, until
+from trouble import entries
 from workers import happened, require_one_at_a_time, working
 
-from ksi.actors.followers.indexed import Verification, index_directory
 from ksi.actors.owners import OWNERS
-from ksi.storage.index import IndexReader
 from ksi.transport import AsyncClient
 from ksi.transport.durable import DurableDelivery
 
@@ -187,25 +186,3 @@ def require_all(system: System, load: Load) -> None:
             after = page["next"]
         assert inbox == sorted(load.sent)
         assert reader.read("message:stats")["messages"] == len(inbox)
-
-
-def require_index(system: System) -> None:
-    """Check that the index says what the files say, and the same when it is built again."""
-    reader = IndexReader(index_directory(system.var))
-    with system.client("operator", role="operator") as operator:
-
-        def has_caught_up(rebuilt: int = 0) -> bool:
-            now = operator.ask("index:status")
-            following = now["state"] == "following" and now["behind_bytes"] == 0
-            return following and now["rebuilt"] >= rebuilt
-
-        until(has_caught_up, PATIENCE_S)
-        followed = list(reader.dump())
-        verification = Verification(system.var)
-        while verification.turn():
-            pass
-        report = verification.report()
-        assert (report["differences"], report["found"]) == (0, [])
-        number = operator.ask("index:rebuild")["number"]
-        until(lambda: has_caught_up(number), PATIENCE_S)
-    assert list(reader.dump()) == followed

@@ -17,6 +17,7 @@ from trouble import WAIT_S, entries, rows, until
 
 from ksi.actors import restoring
 from ksi.actors.checkpoints import root_of
+from ksi.actors.owners import OWNERS
 from ksi.storage import checkpoints
 from ksi.transport import AsyncClient
 from ksi.transport.errors import Conflict, NotFound, Restored
@@ -144,6 +145,26 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(
     assert list(done.damaged) == [newest]
 
 
+def test_a_former_store_goes_behind_the_last_checkpoint_of_it(var: Path) -> None:
+    system = System(var, **{"checkpoint.former_s": 0, "checkpoint.keep": 2})
+    try:
+        checkpoint_id = grown(system)
+
+        def stores() -> int:
+            return len(list((var / "db" / "sessions").glob("*/STATE")))
+
+        restoring.run(var, checkpoint_id)
+        system.start()
+        made(system)
+        assert stores() == 2, "a checkpoint of it is left"
+        made(system)
+        assert stores() == 1
+        assert noted(system, "early") == [1, 2]
+        assert len(list((var / "archive").glob("before-restore-*/*"))) == 2
+    finally:
+        system.end()
+
+
 def test_nothing_is_restored_while_the_system_runs(system: System) -> None:
     made(system)
     with pytest.raises(Conflict):
@@ -172,7 +193,7 @@ def test_a_restore_that_is_cut_short_is_ended_before_anything_starts(
     with pytest.raises(Conflict, match="cut short"):
         restoring.run(system.var, newest)
     done = restoring.run(system.var)
-    assert (done.id, len(done.unchanged), len(done.owners)) == (checkpoint_id, 2, 3)
+    assert (done.id, len(done.unchanged), len(done.owners)) == (checkpoint_id, 2, len(OWNERS) - 2)
     system.start()
     assert noted(system, "early") == [1, 2]
     aside = system.var / "archive" / done.aside
@@ -232,6 +253,69 @@ def test_on_asyncio_it_begins_anew_likewise(system: System) -> None:
     asyncio.run(read())
 
 
+@pytest.mark.parametrize("rule", ["retry", "fail"])
+def test_after_a_restore_requests_go_on_in_order_and_what_was_interrupted_once(
+    system: System, rule: str
+) -> None:
+    with system.client("alice") as alice, system.client("w", role="worker") as worker:
+        for session_id in ("s1", "s2"):
+            alice.ask("session:create", session_id=session_id)
+        for n in range(3):
+            alice.ask("completion:async", session_id="s1", prompt="x", request_id=f"a{n}")
+            alice.ask("completion:async", session_id="s2", prompt="x", request_id=f"b{n}")
+        epoch = worker.ask("worker:register")["epoch"]
+        assert until(lambda: granted(worker)) == ["a0"]
+        checkpoint_id = made(system).id
+        assert answer(worker, 6) == ["a0", "b0", "a1", "b1", "a2", "b2"]
+        system.stop()
+        (system.var / "ksi.toml").write_text(f'[checkpoint]\ninterrupted = "{rule}"\n')
+
+        planned = restoring.plan(system.var, checkpoint_id)
+        assert planned.queued == {"s1": 2, "s2": 3}
+        assert (planned.interrupted, planned.rule) == (["a0"], rule)
+        restoring.run(system.var, checkpoint_id)
+        system.start()
+        with system.client("bob") as bob:
+            interrupted = bob.ask("completion:status", request_id="a0")
+        with pytest.raises(Restored):
+            worker.ask("worker:renew", epoch=epoch)
+        with pytest.raises(NotFound):
+            worker.ask("worker:renew", epoch=epoch)
+        epoch = worker.ask("worker:register")["epoch"]
+        system.stop()
+        system.start()  # What was decided at the first start is not decided again.
+        assert until(lambda: worker.ask("worker:renew", epoch=epoch)["grants"])
+        rest = ["b0", "a1", "b1", "a2", "b2"]
+        if rule == "retry":
+            assert (interrupted["status"], interrupted["attempt"]) == ("queued", 1)
+            assert answer(worker, 6) == ["a0", *rest]
+        else:
+            ended = (interrupted["status"], interrupted["reason"])
+            assert ended == ("failed", "daemon_restart")
+            assert answer(worker, 5) == rest
+    until(lambda: not rows(system, "completion", "ksi.outbox"))
+    ends = [each for each in entries(system, "s1") if each["event"] != "completion:request"]
+    assert len(ends) == 3
+    failed = [each["data"]["reason"] for each in ends if each["event"] == "completion:failed"]
+    assert failed == ([] if rule == "retry" else ["daemon_restart"])
+
+
+def granted(worker: Any) -> list[str]:
+    grants = worker.ask("worker:grants", worker="w")["grants"]
+    return [each["request_id"] for each in grants]
+
+
+def answer(worker: Any, count: int) -> list[str]:
+    """Report so many of the requests as they are granted; return the order."""
+    order: list[str] = []
+    while len(order) < count:
+        (grant,) = until(lambda: worker.ask("worker:grants", worker="w")["grants"])
+        name = {"request_id": grant["request_id"], "attempt": grant["attempt"]}
+        worker.ask("worker:report", **name, result={"response": "x"})
+        order.append(grant["request_id"])
+    return order
+
+
 def test_what_owners_had_to_tell_each_other_arrives_once_after_a_restore(system: System) -> None:
     with load_on(system):
         checkpoint_id = made(system).id
@@ -248,3 +332,23 @@ def test_what_owners_had_to_tell_each_other_arrives_once_after_a_restore(system:
             recorded[(key, each["event"], each["correlation_id"])] += 1
     assert recorded
     assert set(recorded.values()) == {1}
+
+
+def test_who_watches_the_state_is_told_that_its_revisions_are_others_now(system: System) -> None:
+    with system.client("alice") as alice:
+        alice.ask("state:set", key="k", value=1)
+        checkpoint = made(system).id
+        alice.ask("state:set", key="k", value=2)
+        with alice.watch("k", after=0) as changes:
+            assert [changes.next(WAIT_S)["properties"]["value"] for _ in range(2)] == [1, 2]
+            revision, store = changes.revision, changes.store
+            system.stop()
+            restoring.run(system.var, checkpoint)
+            system.start()
+            with system.client("bob") as bob:
+                for value in (3, 4, 5):
+                    bob.ask("state:set", key="k", value=value)
+                with pytest.raises(Restored, match="its revisions are others"):
+                    bob.watch("k", after=revision, store=store)
+            with pytest.raises(Restored):
+                changes.next(WAIT_S)

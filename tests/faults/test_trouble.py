@@ -410,12 +410,21 @@ def full(tmp_path: Path) -> Iterator[FullDisk]:
 def test_on_a_full_disk_writing_is_refused_reading_goes_on_and_it_resumes_by_itself(
     full: FullDisk,
 ) -> None:
+    fill_and_free(full, 3)
+
+
+@pytest.mark.soak
+def test_a_disk_that_is_filled_and_freed_a_hundred_times_loses_nothing(full: FullDisk) -> None:
+    fill_and_free(full, 100)
+
+
+def fill_and_free(full: FullDisk, rounds: int) -> None:
     system = full.system
     pids = {name: living(system, name) for name in OWNERS}
     with system.client("alice") as alice:
         session = alice.ask("session:create")["session_id"]
         count = 0
-        for _ in range(3):
+        for _ in range(rounds):
             note(alice, session, count)
             full.fill()
             with pytest.raises(StorageFull) as refused:

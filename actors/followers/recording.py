@@ -1,0 +1,290 @@
+"""The follower that writes the event log, in the process of the owner of its subscriptions.
+
+It reads the journals of all owners, each from where it was, merges what is new by time, and adds
+lines (`storage/eventlog.py`). The place moves after the lines, and journal segments are kept until
+both are on disk; so whatever is killed, each event is there once. An owner whose journal cannot be
+read now is waited for, and the others go on.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from heapq import merge
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import zmq
+
+from ksi.actors.delivery import Batch
+from ksi.actors.followers.recorded import Describer, LoggedEvent, Source, event_directory, line_of
+from ksi.actors.owners import OWNERS, load
+from ksi.actors.process import run_owner, wait_for_room
+from ksi.actors.reading import OwnerReader, reader_of
+from ksi.storage.errors import Corrupt
+from ksi.storage.eventlog import EventWriter, Followed, days_in
+from ksi.storage.journal import Batch as StoredBatch
+from ksi.storage.journal import Position
+from ksi.transport.errors import KsiError, NotFound, NotRunning
+from ksi.transport.identity import bell_endpoint
+from ksi.transport.limits import TICK_S
+from ksi.transport.mailbox import listen
+from ksi.transport.moments import day_of
+
+GROUP_S: Final = 0.02  # Events that come within this time are written together.
+SAVE_S: Final = 0.5  # How often the place is noted: what a start after a kill reads back.
+SYNC_S: Final = 30.0  # How often the log is synced; sooner, owners would wait behind it.
+SWEEP_S: Final = 60.0  # How often days that are over their time are looked for.
+TURN_BATCHES: Final = 256  # Journal batches of one owner taken in one turn ...
+TURN_BYTES: Final = 1 << 20  # ... or about so much of its journal: it is all in memory.
+CLOSE_S: Final = 3.0  # For the last events at the end; a supervisor waits 5.
+LAST_S: Final = 0.3  # Spent on them: what is left is logged after the next start.
+RETRY_S: Final = 0.5  # After trouble that may pass.
+DAY_S: Final = 86_400.0
+
+
+class _Taken(NamedTuple):
+    """A batch that is to be logged."""
+
+    now: float
+    journal: Journal
+    stored: StoredBatch
+    batch: Batch[Any]
+
+
+class Journal:
+    """One owner's journal, as the log follows it."""
+
+    def __init__(self, name: str, var: Path) -> None:
+        owner = load(name)
+        self.name = name
+        self.describe = Describer(owner)
+        self._reader: OwnerReader = reader_of(owner, var)
+
+    def take(self, known: Followed | None) -> tuple[list[_Taken], Followed | None, bool]:
+        """Return what is new, the place it begins at, and whether there is more.
+
+        Raises:
+            NotRunning: its owner has no store yet.
+            Corrupt: it is damaged.
+        """
+        committed = self._reader.committed()
+        journal = self._reader.journal()
+        if known is None or known.store != committed.store:
+            known = Followed(committed.store, *journal.start(), 0)
+        if known.position >= committed.position:
+            return [], known, False
+        try:
+            found = self._read(known.position, committed.position)
+        except NotFound:  # Dropped, though we were not past it: what is missing is counted.
+            found = self._read(journal.start(), committed.position)
+        return found, known, bool(found) and found[-1].stored.end < committed.position
+
+    def _read(self, start: Position, stop: Position) -> list[_Taken]:
+        found: list[_Taken] = []
+        room = TURN_BYTES
+        for stored in self._reader.journal().read(start, stop):
+            batch = self._reader.decoded(stored)
+            found.append(_Taken(batch.now, self, stored, batch))
+            room -= len(stored.payload)
+            if room < 0 or len(found) == TURN_BATCHES:
+                break
+        return found
+
+
+class EventFollower:
+    """Writes the event log of one var, a piece at a turn.
+
+    Whatever goes wrong, the next turn begins from what is on disk.
+    """
+
+    def __init__(self, var: Path, logger: Any, keep_days: int) -> None:
+        self._directory = event_directory(var)
+        self._log = logger
+        self._keep_days = keep_days
+        self._journals = [Journal(name, var) for name in OWNERS]
+        self._orders = reader_of("events", var).reader
+        self._writer: EventWriter | None = None
+        self._saved_s = self._synced_s = time.monotonic()
+        self._swept_s = self._until_s = 0.0
+        self._swept: str | None = None
+        self._unsynced = self._unsaved = False
+        self._trouble: set[str] = set()
+
+    def turn(self) -> bool:
+        """Log what is new; return whether there was anything."""
+        if time.monotonic() < self._until_s:
+            return False
+        try:
+            if self._writer is None:
+                self._writer = EventWriter(self._directory)
+            busy = self._turn(self._writer)
+            self._save_if_due(self._writer)
+            self._trouble.discard("")
+        except (KsiError, OSError) as error:
+            self.abandon()
+            self._say("", error)
+            self._until_s = time.monotonic() + RETRY_S
+            return False
+        return busy
+
+    def close(self) -> None:
+        """Log what there is, or some of it if that is much, sync and close."""
+        until_s = time.monotonic() + LAST_S
+        while self.turn() and time.monotonic() < until_s:
+            pass
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except (KsiError, OSError) as error:
+                self._log.warning("the event log was not closed in order", error=str(error))
+            self._writer = None
+
+    def abandon(self) -> None:
+        """Forget what is not written; it is logged again."""
+        if self._writer is not None:
+            self._writer.abandon()
+        self._writer = None
+
+    def _turn(self, writer: EventWriter) -> bool:
+        taken: list[list[_Taken]] = []
+        horizon = float("inf")  # Of an owner that is cut short, more may come behind this time.
+        for journal in self._journals:
+            try:
+                found, known, is_cut = journal.take(writer.place.owners.get(journal.name))
+            except NotRunning:
+                continue
+            except (KsiError, Corrupt) as error:
+                self._say(journal.name, error)
+                continue
+            self._trouble.discard(journal.name)
+            if known is not None:
+                writer.place.owners[journal.name] = known
+            taken.append(found)
+            if is_cut:
+                horizon = min(horizon, max(each.now for each in found))
+        behind: set[Journal] = set()
+        for each in merge(*taken, key=lambda each: each.now):
+            if each.now > horizon:
+                behind.add(each.journal)  # With all that follows, if the clock goes back.
+            if each.journal not in behind:
+                self._add(writer, each)
+        busy = any(taken)
+        if busy:
+            writer.write()
+            self._unsaved = self._unsynced = True
+        return busy
+
+    def _add(self, writer: EventWriter, taken: _Taken) -> None:
+        name, stored = taken.journal.name, taken.stored
+        known = writer.place.owners[name]
+        if known.seq and stored.first_seq > known.seq + 1:
+            dropped = stored.first_seq - known.seq - 1
+            writer.place.dropped += dropped
+            self._log.error("records were gone before they were logged", owner=name, count=dropped)
+        seen = writer.seen(name, known.store)
+        for seq, index, logged in _described(taken, known.store):
+            if (seq, index) > seen:
+                day = day_of(logged.timestamp)
+                logged.n = writer.place.n + 1
+
+                def keep(content: bytes, day: str = day) -> dict[str, Any]:
+                    return {"payload": day, "offset": writer.payload(day, content)}
+
+                writer.add(day, line_of(logged, keep))
+        last = stored.first_seq + stored.records - 1
+        writer.advance(name, Followed(known.store, *stored.end, last))
+
+    def _save_if_due(self, writer: EventWriter) -> None:
+        now_s = time.monotonic()
+        if self._unsynced and now_s - self._synced_s >= SYNC_S:
+            writer.sync()
+            self._unsynced = self._unsaved = False
+            self._synced_s = self._saved_s = now_s
+        elif self._unsaved and now_s - self._saved_s >= SAVE_S:
+            writer.save()
+            self._unsaved = False
+            self._saved_s = now_s
+        cleared = self._cleared()
+        if now_s - self._swept_s >= SWEEP_S or cleared != self._swept:
+            self._swept_s, self._swept = now_s, cleared
+            oldest = day_of(max(0.0, time.time() - self._keep_days * DAY_S))
+            self._sweep(writer, max(oldest, cleared))
+
+    def _cleared(self) -> str:
+        """Return the day before which all was ordered to be removed."""
+        with suppress(NotRunning):
+            row = self._orders.read(lambda tables, _: tables["cleared"].get("before"))
+            return "" if row is None else str(row.day)
+        return ""
+
+    def _sweep(self, writer: EventWriter, oldest: str) -> None:
+        """Remove the days that are over their time: whole ones only."""
+        for day in days_in(self._directory):
+            if day < oldest:
+                self._log.info("a day of the event log is removed", day=day)
+                writer.remove(day)
+
+    def _say(self, what: str, error: Exception) -> None:
+        """Log trouble once, until it has passed."""
+        if what not in self._trouble:
+            self._trouble.add(what)
+            self._log.error("events are not logged", owner=what or "all", error=str(error))
+
+
+def _described(taken: _Taken, store: str) -> Iterator[tuple[int, int, LoggedEvent]]:
+    """Yield the events of a batch with the numbers of their records, and among those."""
+    for seq, record in enumerate(taken.batch.records, taken.stored.first_seq):
+        for index, event in enumerate(record.events):
+            source = Source(taken.journal.name, store, seq, index, record.operation)
+            logged = taken.journal.describe(event, record, source, taken.now)
+            if logged is not None:
+                yield seq, index, logged
+
+
+def run_events(var: str, keep_days: str) -> None:
+    """Run the owner of event subscriptions on `var`, and the follower beside it, until SIGTERM."""
+    os.nice(15)  # Behind all that clients wait for: the log may come later.
+    run_owner("events", var, lambda root, logger: _start(root, logger, int(keep_days)))
+
+
+def _start(var: Path, logger: Any, keep_days: int) -> Callable[[], None]:
+    """Start the follower; return what ends it."""
+    stopping = threading.Event()
+    arguments = (var, logger, keep_days, stopping)
+    thread = threading.Thread(target=_follow, args=arguments, daemon=True)
+    thread.start()
+
+    def end() -> None:
+        stopping.set()
+        thread.join(CLOSE_S)
+
+    return end
+
+
+def _follow(var: Path, logger: Any, keep_days: int, stopping: threading.Event) -> None:
+    try:
+        follower = wait_for_room(lambda: EventFollower(var, logger, keep_days), logger)
+        context = zmq.Context()
+        bells = zmq.Poller()
+        for owner in OWNERS:
+            bells.register(listen(context, bell_endpoint(var, owner)), zmq.POLLIN)
+        while not stopping.is_set():
+            if follower.turn():
+                time.sleep(GROUP_S)
+                continue
+            rung = bells.poll(int(TICK_S * 1000))
+            for bell, _event in rung:
+                with suppress(zmq.Again):
+                    while True:
+                        bell.recv(zmq.DONTWAIT)
+            if rung:
+                time.sleep(GROUP_S)
+        follower.close()
+        context.destroy(linger=0)
+    except BaseException:
+        logger.exception("the follower of all journals ended")
+        os._exit(1)

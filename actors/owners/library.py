@@ -1,0 +1,136 @@
+"""Library: what others have written down, to be found again, and whose turn it is to go on.
+
+Owns which logs are imported, the orders to make its caches again, and the locks on conversations.
+What can be asked is in two files: `compositions.py` and `conversations.py`.
+
+The caches themselves are derived: two followers in the same process
+(`actors/followers/library.py`) write them from files and from the journal of the sessions, and
+carry the orders out. Queries read those databases, in any process.
+
+- An order, or an import, is on disk when it is acknowledged; the status says when it was carried
+  out.
+- A conversation is locked for one request of one agent at a time. Each lock has an epoch above all
+  before it; whoever says a former one is refused.
+- Requests that find it locked wait in the order in which they came, and get it when it is released,
+  has expired (in owner time), or the conversation has forked.
+
+Source: "KSI State Management Analysis", 7. Conversation Service and 8. Composition Index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from ksi.actors.owner import (
+    Announcement,
+    Compositions,
+    Conversations,
+    Decision,
+    Given,
+    Keyed,
+    Owner,
+    Reply,
+    Sender,
+    Table,
+    Tables,
+    Tick,
+)
+from ksi.actors.owners import compositions, conversations, locks
+from ksi.actors.owners.compositions import RebuildCompositions
+from ksi.actors.owners.conversations import (
+    Forget,
+    Import,
+    ImportChanged,
+    ImportRow,
+    Order,
+    OrderGiven,
+    RebuildConversations,
+)
+from ksi.actors.owners.locks import (
+    Count,
+    ForkDetected,
+    ForkRow,
+    Held,
+    Lock,
+    LockForgotten,
+    LockFreed,
+    LockGranted,
+    LockLeft,
+    LockQueued,
+    LockRenewed,
+    Parent,
+    Waiter,
+)
+
+
+class LibraryTables(Tables):
+    orders: Table[Order]  # by kind
+    imports: Table[ImportRow]  # by the hash of their path
+    locks: Table[Lock]  # by conversation
+    waiting: Annotated[Table[Waiter], Keyed(str, int)]  # by conversation and ticket
+    requests: Annotated[Table[Held], Keyed(str, str)]  # by agent and request
+    due: Annotated[Table[bytes], Keyed(int, str)]  # by owner time in ms and conversation
+    forks: Annotated[Table[ForkRow], Keyed(str, str)]  # by parent and child
+    parents: Table[Parent]  # by child
+    counters: Table[Count]
+    compositions: Compositions
+    conversations: Conversations
+
+
+class Library(Owner[LibraryTables]):
+    """The owner of imports, orders and locks, and of the queries to the caches."""
+
+    name = "library"
+    tables = LibraryTables
+    domains = ("conversation",)
+    events = (
+        OrderGiven
+        | ImportChanged
+        | LockGranted
+        | LockQueued
+        | LockLeft
+        | LockRenewed
+        | LockFreed
+        | LockForgotten
+        | ForkDetected
+    )
+
+    def decide(self, command: Any, sender: Sender, tables: LibraryTables, given: Given) -> Decision:
+        match command:
+            case RebuildCompositions():
+                return conversations.order("compositions", sender, tables.orders, given)
+            case RebuildConversations():
+                return conversations.order("conversations", sender, tables.orders, given)
+            case Import():
+                return conversations.import_log(command, sender, tables, given)
+            case Forget():
+                return conversations.forget_log(command, sender, tables, given)
+            case Tick():
+                return locks.tick(tables, given)
+            case _:
+                return locks.decide(command, sender, tables, given)
+
+    def apply(self, event: Any, tables: LibraryTables) -> None:
+        match event:
+            case OrderGiven():
+                tables.orders.put(event.kind, Order(event.number, event.by, event.now))
+            case ImportChanged():
+                conversations.import_changed(event, tables)
+            case _:
+                locks.apply(event, tables)
+
+    def answer(self, query: Any, tables: LibraryTables) -> Reply:
+        ordered = conversations.number_of(tables.orders, "compositions")
+        reply = compositions.answer(query, tables.compositions, ordered)
+        if reply is None:
+            reply = conversations.answer(query, tables)
+        if reply is None:
+            reply = locks.answer(query, tables)
+        return reply
+
+    def announce(self, event: Any) -> Iterable[Announcement]:
+        return locks.announce(event)
+
+
+OWNER = Library()

@@ -1,0 +1,823 @@
+"""Observation: what agents do, as others asked to see it.
+
+Who observes whom, with which filters, and how far he has seen. What is seen is read from the event
+log: nothing is sent to observers, so the observed never wait.
+
+- What an observer is shown follows from the log and his subscription alone: reading on from where
+  he has acknowledged shows each event once, also after a restart of anybody.
+- Excluded is stronger than wanted. What sampling and rate limit leave out is counted.
+- An observer who is silent for `breaker_s` has his breaker opened: he is shown nothing until he
+  acknowledges again, and then goes on from there. What he has missed is counted.
+- A replay is read like anything else: it is marked, and changes nothing.
+
+These are operations of the owner `events` (`events.py`).
+
+Source: "KSI: Comprehensive State Management Analysis", 9; the operations `observation:*` of KSI.
+Circuit breakers: Nygard, "Release It!".
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated, Any, Final, Literal, Protocol
+from zlib import crc32
+
+import msgspec
+
+from ksi.actors.owner import (
+    Command,
+    Decision,
+    Event,
+    EventLog,
+    Given,
+    Query,
+    Reply,
+    Sender,
+    Table,
+)
+from ksi.transport.errors import Busy, Forbidden, Invalid, NotFound, Quota
+from ksi.transport.limits import PATTERN_CHARS_MAX, TEXT_CHARS_MAX
+from ksi.transport.message import Id, Moment, operation
+from ksi.transport.patterns import matcher, plain_part
+
+OBSERVATIONS_MAX: Final = 1000  # In all: a tick looks at each.
+PATTERNS_MAX: Final = 64  # Names of events in one question.
+PAGE_EVENTS_MAX: Final = 1000  # Of some hundred bytes: an answer fits into a frame.
+LOOKS_MAX: Final = 8  # Pages of the log looked at for one answer: half a second at the worst.
+RATE_EVENTS_MAX: Final = 1000  # Times kept of what was shown last, in a row.
+BREAKER_S: Final = 300.0  # Silent for so long an observer hangs, where it does not say.
+ERRORS_SHOWN_MAX: Final = 20  # Of an analysis.
+LOOK: Final = 1000  # Events looked at in one page of the log.
+
+Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=PATTERN_CHARS_MAX)]
+Patterns = Annotated[list[Pattern], msgspec.Meta(max_length=PATTERNS_MAX)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_EVENTS_MAX)]
+Operator = Literal["equals", "contains", "gt", "lt"]
+Analysis = Literal["frequency", "errors", "performance"]
+Breaker = Literal["closed", "open"]
+
+
+class ContentMatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an event must hold at `field`, a path as `data.status`: a value, or text of a pattern.
+
+    `contains` is of texts and lists, `gt` and `lt` of numbers.
+    """
+
+    field: Annotated[str, msgspec.Meta(min_length=1, max_length=TEXT_CHARS_MAX)]
+    value: str | int | float | bool | None = None
+    pattern: Pattern | None = None
+    operator: Operator = "equals"
+
+
+class RateLimit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """At most so many events in any so many seconds, by their times."""
+
+    max_events: Annotated[int, msgspec.Meta(ge=1, le=RATE_EVENTS_MAX)] = 10
+    window_seconds: Annotated[float, msgspec.Meta(gt=0.0, le=86_400.0)] = 1.0
+
+
+class Filter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which of the events that are asked for are shown."""
+
+    exclude: Patterns = []
+    content_match: ContentMatch | None = None
+    sampling_rate: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
+    rate_limit: RateLimit | None = None
+
+
+class ObservationView(Reply, frozen=True, kw_only=True):
+    """One subscription, and what became of what it is about, up to event `acked`."""
+
+    subscription_id: str
+    observer: str
+    target: str
+    events: list[str]
+    filter: Filter
+    created_at: float
+    acked: int
+    shown: int
+    sampled_out: int
+    rate_limited: int
+    missed: int
+    breaker: Breaker
+    breaker_s: float
+
+
+class Observations(Reply, frozen=True, kw_only=True):
+    """Subscriptions by id."""
+
+    subscriptions: list[ObservationView]
+
+
+class Observed(Reply, frozen=True, kw_only=True):
+    """Events in order. Acknowledge `upto` to be shown what follows; `more`: there is some now."""
+
+    events: list[dict[str, Any]]
+    upto: int
+    more: bool
+    breaker: Breaker
+
+
+class Counted(Reply, frozen=True, kw_only=True):
+    """What becomes of the events behind `after` up to `upto`; `window`: times shown last.
+
+    `is_all`: that is all there are now; `is_open`: the breaker, with which none are shown.
+    """
+
+    after: int
+    upto: int
+    is_all: bool
+    is_open: bool
+    shown: int
+    sampled_out: int
+    rate_limited: int
+    window: list[float]
+
+
+class History(Reply, frozen=True, kw_only=True):
+    """Events about an agent; `next`: `after` of the next page, None at the end."""
+
+    events: list[dict[str, Any]]
+    next: int | None
+
+
+class Replayed(Reply, frozen=True, kw_only=True):
+    """Events, the oldest first, each with `replay` and when it is due: seconds from the beginning.
+
+    The next page begins behind `next`, and is told `begin`.
+    """
+
+    events: list[dict[str, Any]]
+    begin: float | None
+    next: int | None
+
+
+class Analysed(Reply, frozen=True, kw_only=True):
+    """What an analysis has found in `events` events; `next`: it goes on behind that one."""
+
+    target: str
+    analysis_type: Analysis
+    events: int
+    found: dict[str, Any]
+    next: int | None
+
+
+@operation(
+    "observation:subscribe",
+    owner="events",
+    refuses=(Invalid, Quota, Forbidden),
+    example={
+        "target": "alice",
+        "events": ["session:*"],
+        "filter": {"exclude": ["session:joined"], "rate_limit": {"max_events": 10}},
+    },
+)
+class Observe(Command[ObservationView], frozen=True, kw_only=True):
+    """Observe what an agent does from now on: events it has to do with, that match.
+
+    `target` may be a pattern. Who observes is the sender. Whoever observes the same target under
+    the same id changes how, and keeps his place.
+    """
+
+    target: Pattern
+    events: Patterns = []
+    filter: Filter | None = None
+    subscription_id: Id | None = None
+    after: Number | None = None
+    breaker_s: Annotated[float, msgspec.Meta(ge=1.0, le=30 * 86_400.0)] = BREAKER_S
+
+
+@operation(
+    "observation:unsubscribe",
+    owner="events",
+    refuses=(NotFound, Forbidden),
+    example={"subscription_id": "obs_1"},
+)
+class Unobserve(Command[None], frozen=True, kw_only=True):
+    """End an observation of the sender's, or all of one target; an operator may end any."""
+
+    subscription_id: Id | None = None
+    target: Pattern | None = None
+
+
+@operation(
+    "observation:ack",
+    owner="events",
+    refuses=(NotFound, Forbidden, Busy),
+    example={"subscription_id": "obs_1", "upto": 1},
+)
+class AcknowledgeObserved(Command[None], frozen=True, kw_only=True):
+    """Say that all that was shown up to an event is seen; closes a breaker. A sign of life, too."""
+
+    subscription_id: Id
+    upto: Number
+
+
+@operation("observation:list", owner="events", example={"target": "alice"})
+class ListObservations(Query[Observations], frozen=True, kw_only=True):
+    """List who observes whom, with what was shown and what was not."""
+
+    observer: Id | None = None
+    target: Pattern | None = None
+
+
+@operation(
+    "observation:next",
+    owner="events",
+    refuses=(NotFound,),
+    example={"subscription_id": "obs_1"},
+)
+class FindObserved(Query[Observed], frozen=True, kw_only=True):
+    """Return what an observer is shown next: behind what is acknowledged, or behind `after`."""
+
+    subscription_id: Id
+    after: Number | None = None
+    limit: Limit = 100
+
+
+@operation(
+    "observation:count",
+    owner="events",
+    refuses=(NotFound,),
+    example={"subscription_id": "obs_1", "upto": 1},
+)
+class Count(Query[Counted], frozen=True, kw_only=True):
+    """Count what becomes of the events up to one, for an observer; by default up to the newest."""
+
+    subscription_id: Id
+    upto: Number | None = None
+
+
+@operation(
+    "observation:query",
+    owner="events",
+    refuses=(Invalid,),
+    example={"target": "alice", "since": "1h"},
+)
+class FindHistory(Query[History], frozen=True, kw_only=True):
+    """Return what an agent has done: events it has to do with, without a subscription."""
+
+    target: Id
+    events: Patterns = []
+    exclude: Patterns = []
+    since: Moment | None = None
+    until: Moment | None = None
+    limit: Limit = 100
+    after: Number | None = None
+    reverse: bool = False
+
+
+@operation(
+    "observation:replay",
+    owner="events",
+    refuses=(Invalid,),
+    example={"target": "alice", "speed": 10.0, "since": "1h"},
+)
+class Replay(Query[Replayed], frozen=True, kw_only=True):
+    """Return what an agent has done, the oldest first, each event with the time at which it is due.
+
+    At `speed` 2 it takes half as long as it took. Nothing happens again: who asks keeps the time.
+    """
+
+    target: Id
+    speed: Annotated[float, msgspec.Meta(gt=0.0, le=1e6)] = 1.0
+    events: Patterns = []
+    since: Moment | None = None
+    until: Moment | None = None
+    limit: Limit = 100
+    after: Number | None = None
+    begin: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+
+
+@operation(
+    "observation:analyze",
+    owner="events",
+    refuses=(Invalid,),
+    example={"target": "alice", "analysis_type": "performance"},
+)
+class Analyse(Query[Analysed], frozen=True, kw_only=True):
+    """Say how often an agent does what, what has failed, or how long its completions take."""
+
+    target: Id
+    analysis_type: Analysis = "frequency"
+    since: Moment | None = None
+    until: Moment | None = None
+    after: Number | None = None
+
+
+class ObservationSet(Event, frozen=True, array_like=True, tag="observing"):
+    subscription_id: str
+    observer: str
+    target: str
+    events: list[str]
+    filter: Filter
+    breaker_s: float
+    acked: int
+    now: float
+    time_s: float
+
+
+class ObservationEnded(Event, frozen=True, array_like=True, tag="observation_ended"):
+    subscription_id: str
+    observer: str
+    target: str
+
+
+class ObservationAcknowledged(Event, frozen=True, array_like=True, tag="observation_acknowledged"):
+    subscription_id: str
+    upto: int
+    shown: int
+    sampled_out: int
+    rate_limited: int
+    window: list[float]
+    time_s: float
+
+
+class BreakerOpened(Event, frozen=True, array_like=True, tag="breaker_opened"):
+    subscription_id: str
+    observer: str
+    target: str
+
+
+class BreakerPassed(Event, frozen=True, array_like=True, tag="breaker_passed"):
+    """He is back: all up to here was missed, and if that is all, the breaker is closed."""
+
+    subscription_id: str
+    observer: str
+    upto: int
+    missed: int
+    is_all: bool
+    time_s: float
+
+
+class Observation(msgspec.Struct, frozen=True, array_like=True):
+    observer: str
+    target: str
+    events: list[str]
+    filter: Filter
+    breaker_s: float
+    created_at: float
+    seen_s: float  # owner time of his last sign of life
+    acked: int
+    shown: int = 0
+    sampled_out: int = 0
+    rate_limited: int = 0
+    missed: int = 0
+    is_open: bool = False
+    window: list[float] = []
+
+
+class ObservationTables(Protocol):
+    """The tables of the owner `events` that this file is about."""
+
+    observations: Table[Observation]
+    log: EventLog
+
+
+ObservationEvent = (
+    ObservationAcknowledged | ObservationSet | ObservationEnded | BreakerOpened | BreakerPassed
+)
+
+
+def decide(command: Any, sender: Sender, tables: ObservationTables, given: Given) -> Decision:
+    """Return what happens if a command is carried out, or raise a refusal."""
+    match command:
+        case AcknowledgeObserved():
+            return _acknowledge(command, sender, tables, given)
+        case Observe():
+            return _observe(command, sender, tables, given)
+        case Unobserve():
+            return _unobserve(command, sender, tables)
+        case _:
+            raise TypeError(command)
+
+
+def tick(tables: ObservationTables, given: Given) -> Decision:
+    """Open the breakers of observers who hang."""
+    return Decision(tuple(_hanging(tables, given)))
+
+
+def apply(event: Any, tables: ObservationTables) -> None:
+    """Write what an event says."""
+    rows = tables.observations
+    match event:
+        case ObservationAcknowledged():
+            _acknowledged(event, tables)
+        case ObservationSet():
+            _observation_set(event, tables)
+        case ObservationEnded():
+            rows.delete(event.subscription_id)
+        case BreakerOpened():
+            rows.put(event.subscription_id, _with(event, tables, is_open=True))
+        case BreakerPassed():
+            missed = _known(tables, event.subscription_id).missed + event.missed
+            passed = {"acked": event.upto, "missed": missed, "seen_s": event.time_s}
+            row = _with(event, tables, **passed, is_open=not event.is_all)
+            rows.put(event.subscription_id, row)
+        case _:
+            raise TypeError(event)
+
+
+def answer(query: Any, tables: ObservationTables) -> Reply:
+    """Return the reply to a query, or raise a refusal."""
+    match query:
+        case FindObserved():
+            return _find(query, tables)
+        case Count():
+            return _count(query, tables)
+        case FindHistory():
+            return _history(query, tables)
+        case Replay():
+            return _replay(query, tables)
+        case Analyse():
+            return _analyse(query, tables)
+        case ListObservations():
+            views = [
+                _view(subscription_id, row)
+                for subscription_id, row in tables.observations.range()
+                if query.observer in (None, row.observer) and query.target in (None, row.target)
+            ]
+            return Observations(subscriptions=views)
+        case _:
+            raise TypeError(query)
+
+
+def _observe(command: Observe, sender: Sender, tables: ObservationTables, given: Given) -> Decision:
+    subscription_id = command.subscription_id or f"obs_{next(given.ids)}"
+    known = tables.observations.get(subscription_id)
+    if known is not None and known.observer != sender.name:
+        raise Forbidden(f"{subscription_id} is an observation of {known.observer}")
+    if known is None and tables.observations.count() >= OBSERVATIONS_MAX:
+        raise Quota(f"there are {OBSERVATIONS_MAX} observations", limit=OBSERVATIONS_MAX)
+    after = command.after
+    if after is None and known is not None and known.target == command.target:
+        after = known.acked
+    if after is None:
+        after = getattr(given.fact, "n", 0)  # of the newest event, if that can be read now
+    begun = ObservationSet(
+        subscription_id, sender.name, command.target, command.events, command.filter or Filter(),
+        command.breaker_s, after, given.now, given.time_s,
+    )  # fmt: skip
+    return Decision((begun,), _view(subscription_id, _row(begun, known)))
+
+
+def _unobserve(command: Unobserve, sender: Sender, tables: ObservationTables) -> Decision:
+    if command.subscription_id is not None:
+        row = _own(tables, command.subscription_id, sender)
+        ended = [ObservationEnded(command.subscription_id, row.observer, row.target)]
+    else:
+        ended = [
+            ObservationEnded(subscription_id, row.observer, row.target)
+            for subscription_id, row in tables.observations.range()
+            if row.observer == sender.name and row.target == command.target
+        ]
+    if not ended:
+        raise NotFound(f"{sender.name} does not observe {command.target}")
+    return Decision(tuple(ended))
+
+
+def _acknowledge(
+    command: AcknowledgeObserved, sender: Sender, tables: ObservationTables, given: Given
+) -> Decision:
+    subscription_id = command.subscription_id
+    known = _own(tables, subscription_id, sender)
+    counted = given.fact
+    if not isinstance(counted, Counted):  # Its log cannot be read now: nobody has been shown any.
+        counted = _nothing(known, max(known.acked, command.upto))
+    if (counted.after, counted.is_open) != (known.acked, known.is_open):
+        raise Busy("another acknowledgement came first", retry_after_s=0.05)
+    if known.is_open:
+        missed = counted.shown + counted.sampled_out + counted.rate_limited
+        passed = BreakerPassed(
+            subscription_id, known.observer, counted.upto, missed, counted.is_all, given.time_s
+        )
+        return Decision((passed,))
+    is_news = counted.upto > known.acked
+    if not is_news and given.time_s - known.seen_s < known.breaker_s / 4:
+        return Decision()
+    acknowledged = ObservationAcknowledged(
+        subscription_id, counted.upto, counted.shown, counted.sampled_out, counted.rate_limited,
+        counted.window, given.time_s,
+    )  # fmt: skip
+    return Decision((acknowledged,))
+
+
+def _hanging(tables: ObservationTables, given: Given) -> Iterator[Event]:
+    for subscription_id, row in tables.observations.range():
+        if not row.is_open and given.time_s - row.seen_s > row.breaker_s:
+            yield BreakerOpened(subscription_id, row.observer, row.target)
+
+
+def _known(tables: ObservationTables, subscription_id: str) -> Observation:
+    known = tables.observations.get(subscription_id)
+    if known is None:
+        raise NotFound(f"there is no observation {subscription_id}", hint="ksi observe list")
+    return known
+
+
+def _own(tables: ObservationTables, subscription_id: str, sender: Sender) -> Observation:
+    known = _known(tables, subscription_id)
+    if known.observer != sender.name and sender.role != "operator":
+        raise Forbidden(f"{subscription_id} is an observation of {known.observer}")
+    return known
+
+
+def _with(event: Any, tables: ObservationTables, **changed: Any) -> Observation:
+    return msgspec.structs.replace(_known(tables, event.subscription_id), **changed)
+
+
+def _row(event: ObservationSet, known: Observation | None) -> Observation:
+    """Return the row of an observation that is begun, or changed."""
+    about = (event.observer, event.target, event.events, event.filter, event.breaker_s)
+    if known is None or known.target != event.target:
+        return Observation(*about, event.now, event.time_s, event.acked)
+    counts = (known.shown, known.sampled_out, known.rate_limited, known.missed)
+    return Observation(*about, known.created_at, event.time_s, event.acked, *counts)
+
+
+def _observation_set(event: ObservationSet, tables: ObservationTables) -> None:
+    known = tables.observations.get(event.subscription_id)
+    tables.observations.put(event.subscription_id, _row(event, known))
+
+
+def _acknowledged(event: ObservationAcknowledged, tables: ObservationTables) -> None:
+    known = _known(tables, event.subscription_id)
+    changed = msgspec.structs.replace(
+        known,
+        acked=event.upto,
+        shown=known.shown + event.shown,
+        sampled_out=known.sampled_out + event.sampled_out,
+        rate_limited=known.rate_limited + event.rate_limited,
+        window=event.window,
+        seen_s=event.time_s,
+    )
+    tables.observations.put(event.subscription_id, changed)
+
+
+def _view(subscription_id: str, row: Observation) -> ObservationView:
+    return ObservationView(
+        subscription_id=subscription_id,
+        observer=row.observer,
+        target=row.target,
+        events=row.events,
+        filter=row.filter,
+        created_at=row.created_at,
+        acked=row.acked,
+        shown=row.shown,
+        sampled_out=row.sampled_out,
+        rate_limited=row.rate_limited,
+        missed=row.missed,
+        breaker="open" if row.is_open else "closed",
+        breaker_s=row.breaker_s,
+    )
+
+
+class _Watch:
+    """What becomes of events, as an observation has it, from what is acknowledged on.
+
+    Attributes:
+        upto: number of the last event that was looked at; `is_all`: there were no more.
+        counts: how many were shown, sampled_out, rate_limited.
+        window: times of those shown last, for the rate limit.
+    """
+
+    def __init__(self, row: Observation, log: EventLog) -> None:
+        self.upto = row.acked
+        self.is_all = False
+        self.counts: Counter[str] = Counter()
+        self.window = [*row.window]
+        self._row = row
+        self._log = log
+        self._is_excluded = matcher(tuple(row.filter.exclude)) if row.filter.exclude else None
+
+    def pages(self, stop: int | None = None) -> Iterator[list[dict[str, Any]]]:
+        """Yield what is shown of each page of the log, up to event `stop`."""
+        wanted = {"patterns": self._row.events, "limit": LOOK, **_about(self._row.target)}
+        wanted["resolve"] = self._row.filter.content_match is not None
+        for _ in range(LOOKS_MAX):
+            page = self._log.find({**wanted, "after": self.upto})
+            shown = []
+            for event in page["events"]:
+                if stop is not None and event["n"] > stop:
+                    break
+                if fate := self._fate(event):
+                    self.counts[fate] += 1
+                    if fate == "shown":
+                        shown.append(event)
+            self.upto = page["upto"] if stop is None else min(stop, page["upto"])
+            self.is_all = page["next"] is None or self.upto == stop
+            yield shown
+            if self.is_all:
+                return
+
+    def _fate(self, event: dict[str, Any]) -> str | None:
+        """Return what becomes of an event; None if it is not asked for."""
+        wanted = self._row.filter
+        if self._is_excluded is not None and self._is_excluded(event["event"]):
+            return None
+        if wanted.content_match is not None and not _holds(event, wanted.content_match):
+            return None
+        if wanted.sampling_rate < 1.0 and _chance(event) >= wanted.sampling_rate:
+            return "sampled_out"
+        limit = wanted.rate_limit
+        if limit is not None:
+            at, before = event["timestamp"], self.window[-limit.max_events :]
+            if len(before) == limit.max_events and at - before[0] < limit.window_seconds:
+                return "rate_limited"
+            self.window = [*before, at][-limit.max_events :]
+        return "shown"
+
+
+def _about(target: str) -> dict[str, Any]:
+    return {"agent_id": target} if plain_part(target) == target else {"agents": [target]}
+
+
+def _chance(event: dict[str, Any]) -> float:
+    """Return a number from 0 up to 1 that is that of this event, whoever asks and when."""
+    origin = event["metadata"]
+    words = "/".join(str(origin[name]) for name in ("owner", "store", "seq", "index"))
+    return crc32(words.encode()) / 2**32
+
+
+def _holds(event: dict[str, Any], match: ContentMatch) -> bool:
+    """Return whether an event holds what is to be matched; the path begins in its data."""
+    path = match.field.split(".")
+    value: Any = event if path[0] in event else event["data"]
+    for name in path:
+        if not isinstance(value, dict) or name not in value:
+            return False
+        value = value[name]
+    if match.pattern is not None:
+        return isinstance(value, str) and matcher((match.pattern,))(value)
+    wanted = match.value
+    match match.operator:
+        case "equals":
+            return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
+        case "contains":
+            if isinstance(value, str):
+                return isinstance(wanted, str) and wanted in value
+            return isinstance(value, list) and wanted in value
+        case "gt" | "lt":
+            if not (_is_number(value) and _is_number(wanted)):
+                return False
+            return bool(value > wanted if match.operator == "gt" else value < wanted)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _find(query: FindObserved, tables: ObservationTables) -> Observed:
+    row = _known(tables, query.subscription_id)
+    if row.is_open:
+        return Observed(events=[], upto=row.acked, more=True, breaker="open")
+    after = row.acked if query.after is None else query.after
+    watch = _Watch(row, tables.log)
+    for page in watch.pages():
+        shown = [event for event in page if event["n"] > after]
+        if len(shown) > query.limit:
+            shown = shown[: query.limit]
+            return Observed(events=shown, upto=shown[-1]["n"], more=True, breaker="closed")
+        if shown:
+            return Observed(events=shown, upto=watch.upto, more=not watch.is_all, breaker="closed")
+    return Observed(events=[], upto=watch.upto, more=not watch.is_all, breaker="closed")
+
+
+def _count(query: Count, tables: ObservationTables) -> Counted:
+    row = _known(tables, query.subscription_id)
+    stop = None if row.is_open else query.upto
+    if stop is not None and stop <= row.acked:
+        return _nothing(row, row.acked)
+    watch = _Watch(row, tables.log)
+    for _ in watch.pages(stop):
+        pass
+    return Counted(
+        after=row.acked,
+        upto=max(row.acked, watch.upto),
+        is_all=watch.is_all,
+        is_open=row.is_open,
+        shown=watch.counts["shown"],
+        sampled_out=watch.counts["sampled_out"],
+        rate_limited=watch.counts["rate_limited"],
+        window=watch.window,
+    )
+
+
+def _nothing(row: Observation, upto: int) -> Counted:
+    return Counted(
+        after=row.acked, upto=upto, is_all=True, is_open=row.is_open, shown=0, sampled_out=0,
+        rate_limited=0, window=row.window,
+    )  # fmt: skip
+
+
+def _page(query: Any, tables: ObservationTables, **more: Any) -> dict[str, Any]:
+    times = {"since": query.since, "until": query.until, "after": query.after}
+    return tables.log.find({"agent_id": query.target, **times, **more})
+
+
+def _history(query: FindHistory, tables: ObservationTables) -> History:
+    wanted = {"patterns": query.events, "limit": query.limit, "reverse": query.reverse}
+    page = _page(query, tables, **wanted)
+    is_excluded = matcher(tuple(query.exclude))
+    events = [
+        event for event in page["events"] if not (query.exclude and is_excluded(event["event"]))
+    ]
+    return History(events=events, next=page["next"])
+
+
+def _replay(query: Replay, tables: ObservationTables) -> Replayed:
+    page = _page(query, tables, patterns=query.events, limit=query.limit)
+    begin = query.begin
+    if begin is None and page["events"]:
+        begin = page["events"][0]["timestamp"]
+    events = [
+        {**event, "replay": True, "due_s": max(0.0, event["timestamp"] - begin) / query.speed}
+        for event in page["events"]
+    ]
+    return Replayed(events=events, begin=begin, next=page["next"])
+
+
+_FAILED: Final = frozenset({"failed", "lost", "cancelled", "error", "timeout"})
+
+
+def _analyse(query: Analyse, tables: ObservationTables) -> Analysed:
+    events: list[dict[str, Any]] = []
+    after = query.after
+    for _ in range(LOOKS_MAX):
+        page = _page(msgspec.structs.replace(query, after=after), tables, limit=LOOK)
+        events += page["events"]
+        after = page["next"]
+        if after is None:
+            break
+    found = {"frequency": _frequency, "errors": _errors, "performance": _performance}
+    return Analysed(
+        target=query.target,
+        analysis_type=query.analysis_type,
+        events=len(events),
+        found=found[query.analysis_type](events),
+        next=after,
+    )
+
+
+def _frequency(events: list[dict[str, Any]]) -> dict[str, Any]:
+    times = [event["timestamp"] for event in events]
+    seconds = max(times) - min(times) if times else 0.0
+    return {
+        "by_event": dict(Counter(event["event"] for event in events).most_common()),
+        "seconds": seconds,
+        "per_s": len(events) / seconds if seconds else 0.0,
+    }
+
+
+def _errors(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the events that tell of a failure: by status, or of a grant that lapsed."""
+    wrong = [
+        event
+        for event in events
+        if event["data"].get("status") in _FAILED or event["data"].get("lapsed") is True
+    ]
+    return {
+        "count": len(wrong),
+        "by_event": dict(Counter(event["event"] for event in wrong).most_common()),
+        "newest": [
+            {"n": event["n"], "event": event["event"], "timestamp": event["timestamp"],
+             "reason": event["data"].get("reason") or event["data"].get("exit")}
+            for event in wrong[-ERRORS_SHOWN_MAX:]
+        ],
+    }  # fmt: skip
+
+
+def _performance(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how long requests waited, and ran, until they had ended, in seconds."""
+    begun: dict[tuple[str, str], float] = {}
+    waited: list[float] = []
+    ran: list[float] = []
+    for event in events:
+        name, request = event["event"], event.get("correlation_id", "")
+        at = event["timestamp"]
+        if name == "completion:queued":
+            begun[name, request] = at
+        elif name == "completion:granted":
+            begun[name, request] = at
+            if (since := begun.get(("completion:queued", request))) is not None:
+                waited.append(at - since)
+        elif name == "completion:ended":
+            if (since := begun.pop(("completion:granted", request), None)) is not None:
+                ran.append(at - since)
+            begun.pop(("completion:queued", request), None)
+    return {"waited_s": _spread(waited), "ran_s": _spread(ran), "open": len(begun)}
+
+
+def _spread(seconds: list[float]) -> dict[str, Any]:
+    if not seconds:
+        return {"count": 0}
+    ordered = sorted(seconds)
+    return {
+        "count": len(ordered),
+        "mean": sum(ordered) / len(ordered),
+        "p50": ordered[len(ordered) // 2],
+        "p95": ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)],
+        "max": ordered[-1],
+    }

@@ -1,0 +1,2136 @@
+"""The state: what agents keep for themselves and for each other, by name.
+
+Owns entities with properties, typed relationships between them, values under keys, and queues.
+
+- Every change has the next *revision*, one count for all. An entity carries that of its last
+  change, so a command may ask for it to be still that one; 0 means: if there is none yet.
+- Values are kept as they came, to the bit; null is a value. In an update it removes a property.
+- A relationship is between two entities that exist. Deleting one of them deletes its
+  relationships first, or is refused, as the command says.
+- A key is an entity of the type `value`, so all that is true of entities is true of it.
+- A transaction is changes in order, each deciding on what those before it have led to: all of
+  them happen, in one commit, or none.
+- The last changes are kept in order. Whoever watches asks for those behind the revision it has
+  seen, and is told by announcements when to ask: it misses none and sees none twice.
+- What is in a queue is handed out once, in order, until its time runs out, which is owner time.
+
+Single values are in an index by type, name and value: a query looks at what its condition leaves
+of that, not at all there is, and at a bounded number of rows in any case.
+
+Source: "KSI State Management Analysis" 1, relational state; revisions and watching as in etcd.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import islice
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import msgspec
+
+from ksi.actors import entities
+from ksi.actors.entities import (
+    BY_CREATION,
+    SCAN_BYTES_MAX,
+    SCAN_ROWS_MAX,
+    Entity,
+    EntityTables,
+    Number,
+    count_one,
+)
+from ksi.actors.entities import decode_properties as _decode
+from ksi.actors.owner import (
+    Announcement,
+    Command,
+    Decision,
+    Event,
+    Given,
+    Keyed,
+    Owner,
+    Query,
+    Reply,
+    Sender,
+    Table,
+    Tick,
+)
+from ksi.actors.owners.registry import Word
+from ksi.actors.queries import (
+    MISSING,
+    Order,
+    Place,
+    Record,
+    cursor_of,
+    order,
+    order_text,
+    place_of,
+    where,
+)
+from ksi.transport.errors import Conflict, Invalid, KsiError, NotFound, Quota, TooLarge
+from ksi.transport.limits import FRAME_BYTES_MAX, ITEMS_MAX, TEXT_CHARS_MAX
+from ksi.transport.message import Id, Plain, encode, operation
+
+ENTITY_BYTES_MAX: Final = 256 << 10  # Properties of one entity: some of them fit into a frame.
+PROPERTIES_MAX: Final = 256  # Of one entity: each may be a row of the index.
+NAME_BYTES_MAX: Final = 128  # Of a property: keys of the index hold no more beside the rest.
+TYPES_MAX: Final = 1000  # Types of entities: what has no type given looks through all of them.
+STEPS_MAX: Final = 1000  # Changes in one transaction: the others wait for it.
+CASCADE_MAX: Final = 10_000  # Relationships deleted with their entity ...
+CHANGED_MAX: Final = 20_000  # ... and changes of one command: they are one record of the journal.
+TOLD_MAX: Final = 100  # Refusals of one bulk that are told in words: its reply is one frame.
+CHANGES_MAX: Final = 100_000  # Changes kept for those who watch: an hour of thirty a second.
+CHANGES_BYTES_MAX: Final = 64 << 20  # The same, for large values.
+QUEUE_ITEMS_MAX: Final = 10_000  # Items of one queue: deleting it is one decision.
+QUEUED_MAX: Final = 1_000_000  # Items of all queues.
+QUEUED_BYTES_MAX: Final = 1 << 30  # The same, for large ones.
+TTL_S_MAX: Final = 365 * 86_400.0  # Whoever means for ever says null.
+LAPSED_MAX: Final = 1000  # Items dropped in one decision because their time ran out.
+PAGE_ROWS_MAX: Final = 1000  # Entities, relationships or changes in one reply.
+PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX // 2  # The same, for large ones.
+RELATED_MAX: Final = 100  # Relationships shown with an entity; there is a query for more.
+RELATED_BYTES_MAX: Final = 64 << 10  # The same, for large metadata.
+WALKED_MAX: Final = 5000  # Entities that a walk along relationships reaches: one reply.
+DEPTH_MAX: Final = 32  # Steps of a walk: it is bounded by what it reaches, too.
+GROUPS_MAX: Final = 1000  # Groups in one reply.
+
+VALUE: Final = "value"  # the type of what is set under a key
+
+TypeName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/+-]{0,63}$(?!\n)")]
+Revision = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_ROWS_MAX)]
+Cursor = Annotated[str, msgspec.Meta(min_length=1, max_length=TEXT_CHARS_MAX)]
+OrderBy = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+TtlSeconds = Annotated[float, msgspec.Meta(ge=0.0, le=TTL_S_MAX)]
+Part = Literal["properties", "relationships"]
+Parts = Annotated[list[Part], msgspec.Meta(max_length=2)]
+Changing = Literal[
+    "state:entity:create",
+    "state:entity:update",
+    "state:entity:delete",
+    "state:relationship:create",
+    "state:relationship:delete",
+    "state:set",
+    "state:delete",
+]
+
+
+class Changed(Reply, frozen=True, kw_only=True):
+    """The entity as it is now but for its properties; `revision` names this change."""
+
+    id: str
+    type: str
+    revision: int
+    created_at: float
+    created_at_iso: str
+    updated_at: float
+    updated_at_iso: str
+
+
+class RelationshipView(Reply, frozen=True, kw_only=True):
+    """One relationship. `revision` is that of the change that made it."""
+
+    from_id: str
+    to_id: str
+    relation_type: str
+    metadata: dict[str, Any]
+    revision: int
+    created_at: float
+    created_at_iso: str
+
+
+class EntityView(Changed, frozen=True, kw_only=True, omit_defaults=True):
+    """One entity with the parts that were asked for.
+
+    Of relationships, from it and to it, the first hundred; `more_relationships`: there are others.
+    """
+
+    properties: dict[str, Any] | None = None
+    relationships: list[RelationshipView] | None = None
+    more_relationships: bool = False
+
+
+class Deleted(Reply, frozen=True, kw_only=True):
+    """It is gone, and so many relationships with it. `revision` names the last of the changes."""
+
+    id: str
+    revision: int
+    relationships: int
+
+
+class EntityPage(Reply, frozen=True, kw_only=True):
+    """Entities in the order asked for, as of `revision`; `next` continues, None at the end."""
+
+    entities: list[EntityView]
+    count: int
+    revision: int
+    next: str | None
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why something was refused; of very many only the code is said."""
+
+    code: str
+    text: str
+
+
+class CreateResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of one of many: its id and revision, or why it was refused."""
+
+    id: str | None = None
+    revision: int | None = None
+    error: Failure | None = None
+
+
+class BulkCreated(Reply, frozen=True, kw_only=True):
+    """What became of each, in the order in which they were given."""
+
+    results: list[CreateResult]
+    total: int
+    success: int
+    failed: int
+
+
+class RelationshipPage(Reply, frozen=True, kw_only=True):
+    """Relationships in the order of their ends; `next` continues, None at the end."""
+
+    relationships: list[RelationshipView]
+    count: int
+    next: str | None
+
+
+class Related(Reply, frozen=True, kw_only=True):
+    """Which relationship has changed; `revision` names this change."""
+
+    from_id: str
+    to_id: str
+    relation_type: str
+    revision: int
+
+
+class Edge(msgspec.Struct, frozen=True, kw_only=True):
+    """One relationship a walk has gone along."""
+
+    from_id: str
+    to_id: str
+    relation_type: str
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One entity a walk has reached, after `depth` steps at the least."""
+
+    id: str
+    depth: int
+    entity: EntityView | None = None
+
+
+class Graph(Reply, frozen=True, kw_only=True):
+    """What a walk has reached, nearest first. `truncated`: there is more than one reply holds."""
+
+    root: str
+    nodes: list[Node]
+    edges: list[Edge]
+    node_count: int
+    edge_count: int
+    truncated: bool
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True):
+    """How many have a value."""
+
+    value: Any
+    count: int
+
+
+class Count(Reply, frozen=True, kw_only=True):
+    """How many there are, and by value, most first; `without`: that many have no such value.
+
+    With `next` it is only a part: ask again with it, and add up.
+    """
+
+    count: int
+    groups: list[Group] | None
+    without: int
+    next: str | None
+
+
+class ValueView(Reply, frozen=True, kw_only=True):
+    """What is set under a key."""
+
+    namespace: str | None
+    key: str
+    value: Any
+    metadata: dict[str, Any]
+    revision: int
+    created_at: float
+    created_at_iso: str
+    updated_at: float
+    updated_at_iso: str
+
+
+class Keys(Reply, frozen=True, kw_only=True):
+    """Keys in their order, each with its revision; `next` continues, None at the end."""
+
+    keys: dict[str, int]
+    count: int
+    next: str | None
+
+
+class Committed(Reply, frozen=True, kw_only=True):
+    """All steps have happened; `results` are their replies, `revision` names the last change."""
+
+    revision: int
+    results: list[dict[str, Any]]
+
+
+class ChangeView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One change of an entity, or of a relationship that begins at it.
+
+    `properties` are all of them where it was created or set anew, else those that have changed.
+    """
+
+    revision: int
+    what: str
+    id: str
+    type: str
+    at: float
+    by: str
+    properties: dict[str, Any] | None = None
+    removed: list[str] | None = None
+    to_id: str | None = None
+    relation_type: str | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class Changes(Reply, frozen=True, kw_only=True):
+    """Changes in order. `revision` is how far was looked: the `after` of what follows.
+
+    `more`: there is more already. Otherwise an announcement under `topic` says that there is.
+    """
+
+    changes: list[ChangeView]
+    revision: int
+    more: bool
+    topic: str
+
+
+class Queued(Reply, frozen=True, kw_only=True):
+    """It is in the queue, which now has `size` items. `expires_at` is a time on the wall."""
+
+    namespace: str
+    key: str
+    number: int
+    size: int
+    expires_at: float | None
+
+
+class QueueItem(msgspec.Struct, frozen=True, kw_only=True):
+    """One item of a queue."""
+
+    number: int
+    data: Any
+    pushed_at: float
+    pushed_by: str
+
+
+class Popped(Reply, frozen=True, kw_only=True):
+    """These were taken out, in order, and nobody else gets them. `size` items are left."""
+
+    items: list[QueueItem]
+    size: int
+
+
+class QueueView(Reply, frozen=True, kw_only=True):
+    """What is in a queue, left there; `next` is the `after` of the next page, None at the end."""
+
+    namespace: str
+    key: str
+    items: list[QueueItem]
+    size: int
+    bytes: int
+    next: int | None
+
+
+class QueueSize(Reply, frozen=True, kw_only=True):
+    """How many items of a queue this has concerned."""
+
+    namespace: str
+    key: str
+    items: int
+
+
+class QueueSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One queue that is not empty."""
+
+    namespace: str
+    key: str
+    size: int
+    bytes: int
+
+
+class QueuePage(Reply, frozen=True, kw_only=True):
+    """Queues by name; `next` continues, None at the end."""
+
+    queues: list[QueueSummary]
+    next: str | None
+
+
+@operation(
+    "state:entity:create",
+    owner="state",
+    refuses=(Invalid, Conflict, Quota, TooLarge),
+    example={"id": "agent_1", "type": "agent", "properties": {"role": "analyst"}},
+)
+class CreateEntity(Command[Changed], frozen=True, kw_only=True):
+    """Create an entity, with an id of your own or one that is made up from its type.
+
+    If there is one already it is a conflict; with `upsert` that one gets this type and these
+    properties in place of its own.
+    """
+
+    type: TypeName
+    id: Word | None = None
+    properties: Plain = {}
+    upsert: bool = False
+    request_id: Id | None = None
+
+
+@operation(
+    "state:entity:update",
+    owner="state",
+    refuses=(Invalid, NotFound, Conflict, TooLarge),
+    example={"id": "agent_1", "properties": {"role": "lead", "draft": None}},
+)
+class UpdateEntity(Command[Changed], frozen=True, kw_only=True):
+    """Change properties of an entity: null removes one, or with `keep_null` is its value.
+
+    With `revision` only if the entity has that revision still.
+    """
+
+    id: Word
+    properties: Plain
+    keep_null: bool = False
+    revision: Revision | None = None
+    request_id: Id | None = None
+
+
+@operation(
+    "state:entity:delete",
+    owner="state",
+    refuses=(NotFound, Conflict, Quota),
+    example={"id": "agent_1", "relationships": "refuse"},
+)
+class DeleteEntity(Command[Deleted], frozen=True, kw_only=True):
+    """Delete an entity, with its relationships; or not if it has any, with `refuse`.
+
+    With `revision` only if the entity has that revision still.
+    """
+
+    id: Word
+    relationships: Literal["cascade", "refuse"] = "cascade"
+    revision: Revision | None = None
+    request_id: Id | None = None
+
+
+@operation(
+    "state:entity:bulk_create",
+    owner="state",
+    refuses=(Invalid, Conflict, Quota, TooLarge),
+    example={"entities": [{"type": "task", "properties": {"n": 1}}, {"type": "task"}]},
+)
+class BulkCreate(Command[BulkCreated], frozen=True, kw_only=True):
+    """Create many entities in one commit: each as by `state:entity:create`, or with a reason not.
+
+    With `atomic` all or none: the first that is refused refuses them all.
+    """
+
+    entities: Annotated[list[Any], msgspec.Meta(min_length=1, max_length=ITEMS_MAX)]
+    upsert: bool = False
+    atomic: bool = False
+    request_id: Id | None = None
+
+
+@operation(
+    "state:relationship:create",
+    owner="state",
+    refuses=(Invalid, NotFound, Conflict, Quota, TooLarge),
+    example={"from_id": "agent_1", "to_id": "agent_2", "relation_type": "observes"},
+)
+class CreateRelationship(Command[Related], frozen=True, kw_only=True):
+    """Relate two entities that exist. `from`, `to` and `type` are other names of the fields.
+
+    If they are related so already it is a conflict; with `upsert` that gets this metadata.
+    """
+
+    from_id: Word | None = None
+    to_id: Word | None = None
+    relation_type: TypeName | None = None
+    metadata: Plain = {}
+    upsert: bool = False
+    request_id: Id | None = None
+    from_: Word | None = msgspec.field(name="from", default=None)
+    to: Word | None = None
+    type: TypeName | None = None
+
+
+@operation(
+    "state:relationship:delete",
+    owner="state",
+    refuses=(Invalid, NotFound),
+    example={"from_id": "agent_1", "to_id": "agent_2", "relation_type": "observes"},
+)
+class DeleteRelationship(Command[Related], frozen=True, kw_only=True):
+    """Delete a relationship. `from`, `to` and `type` are other names of the fields."""
+
+    from_id: Word | None = None
+    to_id: Word | None = None
+    relation_type: TypeName | None = None
+    request_id: Id | None = None
+    from_: Word | None = msgspec.field(name="from", default=None)
+    to: Word | None = None
+    type: TypeName | None = None
+
+
+@operation(
+    "state:set",
+    owner="state",
+    refuses=(Invalid, Conflict, Quota, TooLarge),
+    example={"key": "config/model", "value": {"name": "opus", "temperature": 0.7}},
+)
+class SetValue(Command[Changed], frozen=True, kw_only=True):
+    """Set a value under a key: the entity `KEY`, or `NAMESPACE:KEY`, of the type `value`.
+
+    With `revision` only if what is there has that revision still; 0: only if nothing is there.
+    """
+
+    key: Word
+    value: Any
+    namespace: Word | None = None
+    metadata: Plain = {}
+    revision: Revision | None = None
+    request_id: Id | None = None
+
+
+@operation(
+    "state:delete", owner="state", refuses=(Invalid, NotFound, Conflict, Quota),
+    example={"key": "config/model"},
+)  # fmt: skip
+class DeleteValue(Command[Deleted], frozen=True, kw_only=True):
+    """Delete what is set under a key. With `revision` only if it has that revision still."""
+
+    key: Word
+    namespace: Word | None = None
+    revision: Revision | None = None
+    request_id: Id | None = None
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One change of a transaction: an operation, and its fields."""
+
+    operation: Changing
+    data: dict[str, Any]
+
+
+@operation(
+    "state:transaction",
+    owner="state",
+    refuses=(Invalid, NotFound, Conflict, Quota, TooLarge),
+    example={
+        "steps": [
+            {"operation": "state:set", "data": {"key": "a", "value": 1}},
+            {"operation": "state:entity:create", "data": {"type": "task", "id": "t1"}},
+        ],
+        "expect": {"t1": 0},
+    },
+)
+class Transact(Command[Committed], frozen=True, kw_only=True):
+    """Do several changes, all of them or none. A refusal says which step it is of.
+
+    `expect` names entities that must have these revisions before; 0: that there is none.
+    """
+
+    steps: Annotated[list[Step], msgspec.Meta(min_length=1, max_length=STEPS_MAX)]
+    expect: Annotated[dict[Word, Revision], msgspec.Meta(max_length=STEPS_MAX)] = {}
+    request_id: Id | None = None
+
+
+@operation(
+    "async_state:push",
+    owner="state",
+    refuses=(Quota, TooLarge),
+    example={"namespace": "jobs", "key": "todo", "data": {"n": 1}},
+)
+class Push(Command[Queued], frozen=True, kw_only=True):
+    """Put something at the end of a queue, for as long as `ttl_seconds`; null: for ever."""
+
+    namespace: Word
+    key: Word
+    data: Any
+    ttl_seconds: TtlSeconds | None = 3600.0
+    request_id: Id | None = None
+
+
+@operation("async_state:pop", owner="state", example={"namespace": "jobs", "key": "todo"})
+class Pop(Command[Popped], frozen=True, kw_only=True):
+    """Take out what is first in a queue, up to `count` items; none if it is empty."""
+
+    namespace: Word
+    key: Word
+    count: Limit = 1
+    request_id: Id | None = None
+
+
+@operation("async_state:delete", owner="state", example={"namespace": "jobs", "key": "todo"})
+class DeleteQueue(Command[QueueSize], frozen=True, kw_only=True):
+    """Drop all that is in a queue."""
+
+    namespace: Word
+    key: Word
+    request_id: Id | None = None
+
+
+@operation(
+    "async_state:expire_queue",
+    owner="state",
+    example={"namespace": "jobs", "key": "todo", "ttl_seconds": 60},
+)
+class ExpireQueue(Command[QueueSize], frozen=True, kw_only=True):
+    """Let all that is in a queue now stay for so long from now; null: for ever."""
+
+    namespace: Word
+    key: Word
+    ttl_seconds: TtlSeconds | None = 3600.0
+    request_id: Id | None = None
+
+
+@operation(
+    "state:entity:get",
+    owner="state",
+    refuses=(NotFound,),
+    example={"id": "agent_1", "include": ["properties", "relationships"]},
+)
+class GetEntity(Query[EntityView], frozen=True, kw_only=True):
+    """Return one entity."""
+
+    id: Word
+    include: Parts = msgspec.field(default_factory=lambda: ["properties"])
+
+
+@operation(
+    "state:entity:query",
+    owner="state",
+    refuses=(Invalid, Quota),
+    example={"type": "task", "where": {"priority": {"$gte": 3}}, "order_by": "priority desc"},
+)
+class QueryEntities(Query[EntityPage], frozen=True, kw_only=True):
+    """Find entities of a type of which `where` holds: `{"name": value, "other": {"$gt": 1}}`.
+
+    Operators: $eq $ne $gt $gte $lt $lte $in $nin $exists $prefix $contains, and $and $or $not.
+    Names are of properties; `id`, `type`, `created_at`, `updated_at` and `revision` are the
+    entity's own, and `properties.NAME` is always a property. What has no single value under the
+    name in `order_by` comes last. A page may be short or empty and still have a `next`.
+    """
+
+    type: TypeName | None = None
+    where: Plain = {}
+    include: Parts = msgspec.field(default_factory=lambda: ["properties"])
+    order_by: OrderBy = "created_at desc"
+    limit: Limit = 100
+    after: Cursor | None = None
+
+
+@operation(
+    "state:relationship:query",
+    owner="state",
+    refuses=(Invalid,),
+    example={"from_id": "agent_1", "relation_type": "observes"},
+)
+class QueryRelationships(Query[RelationshipPage], frozen=True, kw_only=True):
+    """Find relationships by their ends and type; what is not given may be anything."""
+
+    from_id: Word | None = None
+    to_id: Word | None = None
+    relation_type: TypeName | None = None
+    limit: Limit = 100
+    after: Cursor | None = None
+    from_: Word | None = msgspec.field(name="from", default=None)
+    to: Word | None = None
+    type: TypeName | None = None
+
+
+@operation(
+    "state:graph:traverse",
+    owner="state",
+    refuses=(NotFound,),
+    example={"from_id": "agent_1", "direction": "outgoing", "types": ["observes"], "depth": 2},
+)
+class Traverse(Query[Graph], frozen=True, kw_only=True):
+    """Walk along relationships, of these types or all, up to `depth` steps; each entity once.
+
+    The edges are those that begin, in the direction of the walk, less than `depth` steps away.
+    """
+
+    from_id: Word
+    direction: Literal["outgoing", "incoming", "both"] = "outgoing"
+    types: Annotated[list[TypeName], msgspec.Meta(max_length=64)] = []
+    depth: Annotated[int, msgspec.Meta(ge=1, le=DEPTH_MAX)] = 1
+    include_entities: bool = False
+
+
+@operation(
+    "state:aggregate:count",
+    owner="state",
+    refuses=(Invalid, Quota),
+    example={"target": "entities", "type": "task", "group_by": "status"},
+)
+class CountThem(Query[Count], frozen=True, kw_only=True):
+    """Count entities or relationships of which `where` holds, in all or by the value of a name.
+
+    Names of a relationship are `from_id`, `to_id`, `relation_type`, `revision`, `created_at` and
+    those in its metadata; those of an entity are as in `state:entity:query`.
+    """
+
+    target: Literal["entities", "relationships"] = "entities"
+    type: TypeName | None = None
+    where: Plain = {}
+    group_by: OrderBy | None = None
+    after: Cursor | None = None
+
+
+@operation("state:get", owner="state", refuses=(Invalid, NotFound), example={"key": "config/model"})
+class GetValue(Query[ValueView], frozen=True, kw_only=True):
+    """Return what is set under a key."""
+
+    key: Word
+    namespace: Word | None = None
+
+
+@operation("state:list", owner="state", refuses=(Invalid,), example={"prefix": "config/"})
+class ListKeys(Query[Keys], frozen=True, kw_only=True):
+    """List keys that begin with `prefix` and match `pattern`: `*` and `?` as in the shell."""
+
+    namespace: Word | None = None
+    prefix: Word | None = None
+    pattern: Pattern | None = None
+    limit: Limit = 100
+    after: Word | None = None
+
+
+@operation(
+    "state:changes",
+    owner="state",
+    refuses=(NotFound, Conflict, Invalid),
+    example={"prefix": "config/", "after": 12},
+)
+class ListChanges(Query[Changes], frozen=True, kw_only=True):
+    """Return changes behind a revision: of all, of one `id`, or of ids that begin with `prefix`.
+
+    Without `after` none: then `revision` is the last there is, from which to watch.
+    """
+
+    id: Word | None = None
+    prefix: Word | None = None
+    after: Revision | None = None
+    limit: Limit = 100
+
+
+@operation("async_state:get_queue", owner="state", example={"namespace": "jobs", "key": "todo"})
+class GetQueue(Query[QueueView], frozen=True, kw_only=True):
+    """Return what is in a queue, and leave it there."""
+
+    namespace: Word
+    key: Word
+    limit: Limit = 100
+    after: Revision = 0
+
+
+@operation("async_state:list_queues", owner="state", refuses=(Invalid,), example={})
+class ListQueues(Query[QueuePage], frozen=True, kw_only=True):
+    """List the queues that are not empty."""
+
+    namespace: Word | None = None
+    limit: Limit = 100
+    after: Cursor | None = None
+
+
+class EntityCreated(Event, frozen=True, array_like=True, tag="created"):
+    id: str
+    kind: str
+    properties: bytes
+    revision: int
+    now: float
+    by: str
+
+
+class EntityReplaced(Event, frozen=True, array_like=True, tag="replaced"):
+    id: str
+    kind: str
+    properties: bytes
+    revision: int
+    now: float
+    by: str
+
+
+class EntityUpdated(Event, frozen=True, array_like=True, tag="updated"):
+    id: str
+    kind: str
+    changed: bytes
+    removed: list[str]
+    revision: int
+    now: float
+    by: str
+
+
+class EntityDeleted(Event, frozen=True, array_like=True, tag="deleted"):
+    id: str
+    kind: str
+    revision: int
+    now: float
+    by: str
+
+
+class RelationshipCreated(Event, frozen=True, array_like=True, tag="related"):
+    from_id: str
+    to_id: str
+    relation_type: str
+    kind: str  # of the entity it begins at
+    metadata: bytes
+    revision: int
+    now: float
+    by: str
+
+
+class RelationshipDeleted(Event, frozen=True, array_like=True, tag="unrelated"):
+    from_id: str
+    to_id: str
+    relation_type: str
+    kind: str
+    revision: int
+    now: float
+    by: str
+
+
+class ItemPushed(Event, frozen=True, array_like=True, tag="pushed"):
+    namespace: str
+    key: str
+    number: int
+    body: bytes
+    deadline_s: float | None
+    now: float
+    by: str
+
+
+class ItemsTaken(Event, frozen=True, array_like=True, tag="taken"):
+    namespace: str
+    key: str
+    numbers: list[int]
+    lapsed: bool
+
+
+class QueueDeleted(Event, frozen=True, array_like=True, tag="emptied"):
+    namespace: str
+    key: str
+
+
+class QueueTimed(Event, frozen=True, array_like=True, tag="timed"):
+    namespace: str
+    key: str
+    deadline_s: float | None
+
+
+class Relation(msgspec.Struct, frozen=True, array_like=True):
+    metadata: bytes
+    revision: int
+    created_at: float
+
+
+class Change(msgspec.Struct, frozen=True, array_like=True):
+    what: str
+    id: str
+    type: str
+    at: float
+    by: str
+    body: bytes | None = None  # properties, or the metadata of a relationship
+    removed: list[str] = []
+    to_id: str | None = None
+    relation_type: str | None = None
+
+
+class Queue(msgspec.Struct, frozen=True, array_like=True):
+    last: int  # the highest number
+    size: int
+    size_bytes: int
+
+
+class Item(msgspec.Struct, frozen=True, array_like=True):
+    body: bytes
+    deadline_s: float | None
+    at: float
+    by: str
+
+
+class Totals(msgspec.Struct, frozen=True, array_like=True):
+    revision: int = 0
+    entities: int = 0
+    relationships: int = 0
+    first: int = 1  # the oldest change that is kept
+    change_bytes: int = 0
+    items: int = 0
+    item_bytes: int = 0
+
+
+class StateTables(EntityTables):
+    outgoing: Annotated[Table[Relation], Keyed(str, str, str, cache_rows=1024)]  # from, type, to
+    incoming: Annotated[Table[bytes], Keyed(str, str, str)]  # to, type, from
+    relation_types: Table[Number]
+    changes: Annotated[Table[Change], Keyed(int, cache_rows=64)]  # revision
+    queues: Annotated[Table[Queue], Keyed(str, str)]  # namespace, key
+    items: Annotated[Table[Item], Keyed(str, str, int, cache_rows=64)]  # namespace, key, number
+    deadlines: Annotated[Table[bytes], Keyed(int, str, str, int)]  # ms, namespace, key, number
+    totals: Table[Totals]  # "all"
+
+
+class State(Owner[StateTables]):
+    """The owner of entities, relationships, values and queues."""
+
+    name = "state"
+    tables = StateTables
+    domains = ("state", "async_state")
+    events = (
+        EntityUpdated
+        | EntityCreated
+        | EntityReplaced
+        | EntityDeleted
+        | RelationshipCreated
+        | RelationshipDeleted
+        | ItemPushed
+        | ItemsTaken
+        | QueueDeleted
+        | QueueTimed
+    )
+
+    def decide(self, command: Any, sender: Sender, tables: StateTables, given: Given) -> Decision:
+        match command:
+            case Tick():
+                return _tick(tables, given)
+            case Push():
+                return _push(command, sender, tables, given)
+            case Pop():
+                return _pop(command, tables, given)
+            case DeleteQueue():
+                return _delete_queue(command, tables)
+            case ExpireQueue():
+                return _expire_queue(command, tables, given)
+        draft = _Draft(sender, tables, given)
+        match command:
+            case BulkCreate():
+                reply: Reply = _bulk_create(command, draft)
+            case Transact():
+                reply = _transact(command, draft)
+            case _:
+                reply = _change(command, draft)
+        return Decision(tuple(draft.events), reply)
+
+    def apply(self, event: Any, tables: StateTables) -> None:
+        match event:
+            case EntityUpdated():
+                _entity_updated(event, tables)
+            case EntityCreated():
+                _entity_created(event, tables)
+            case EntityReplaced():
+                _entity_replaced(event, tables)
+            case EntityDeleted():
+                _entity_deleted(event, tables)
+            case RelationshipCreated():
+                _relationship_created(event, tables)
+            case RelationshipDeleted():
+                _relationship_deleted(event, tables)
+            case ItemPushed():
+                _item_pushed(event, tables)
+            case ItemsTaken():
+                _items_taken(event.namespace, event.key, event.numbers, tables)
+            case QueueDeleted():
+                key = (event.namespace, event.key)
+                numbers = [number for (_, _, number), _ in tables.items.range(prefix=key)]
+                _items_taken(*key, numbers, tables)
+            case QueueTimed():
+                _queue_timed(event, tables)
+            case _:
+                raise TypeError(event)
+
+    def answer(self, query: Any, tables: StateTables) -> Reply:
+        match query:
+            case GetEntity():
+                return _view(query.id, _known(query.id, tables), query.include, tables)
+            case GetValue():
+                return _get_value(query, tables)
+            case QueryEntities():
+                return _query(query, tables)
+            case ListKeys():
+                return _list_keys(query, tables)
+            case QueryRelationships():
+                return _query_relationships(query, tables)
+            case Traverse():
+                return _traverse(query, tables)
+            case CountThem():
+                return _count(query, tables)
+            case ListChanges():
+                return _list_changes(query, tables)
+            case GetQueue():
+                return _get_queue(query, tables)
+            case ListQueues():
+                return _list_queues(query, tables)
+            case _:
+                raise TypeError(query)
+
+    def announce(self, event: Any) -> Iterable[Announcement]:
+        match event:
+            case RelationshipCreated() | RelationshipDeleted():
+                what = "related" if type(event) is RelationshipCreated else "unrelated"
+                yield _told(event.from_id, what, event)
+            case EntityCreated() | EntityReplaced():
+                yield _told(event.id, "set" if type(event) is EntityReplaced else "created", event)
+            case EntityUpdated() | EntityDeleted():
+                what = "updated" if type(event) is EntityUpdated else "deleted"
+                yield _told(event.id, what, event)
+            case ItemPushed():
+                told = {"namespace": event.namespace, "key": event.key, "number": event.number}
+                topic = f"async_state.{_words(event.namespace)}.{_words(event.key)}.pushed"
+                yield Announcement(topic, told, event.by)
+
+
+OWNER = State()
+
+_Triple = tuple[str, str, str]  # from, type, to: as the table `outgoing` is ordered
+_decode_any: Final = msgspec.msgpack.Decoder().decode
+_encode_alike: Final = msgspec.msgpack.Encoder(order="deterministic").encode
+
+
+class _Draft:
+    """Changes that are being decided: the tables as they will be, and the events that lead there.
+
+    Whoever refuses does so before it adds: what was added before stays good.
+    """
+
+    def __init__(self, sender: Sender, tables: StateTables, given: Given) -> None:
+        self.events: list[Event] = []
+        self.now = given.now
+        self.by = sender.name
+        self.revision = _totals(tables).revision
+        self._ids = given.ids
+        self._tables = tables
+        self._entities: dict[str, Entity | None] = {}
+        self._relations: dict[_Triple, Relation | None] = {}
+        self._types: set[str] = set()
+
+    def find(self, entity_id: str) -> Entity | None:
+        """Return an entity, or None."""
+        if entity_id in self._entities:
+            return self._entities[entity_id]
+        return self._tables.entities.get(entity_id)
+
+    def require(self, entity_id: str) -> Entity:
+        """Return an entity; refuse if there is none."""
+        return _there(entity_id, self.find(entity_id))
+
+    def relation(self, triple: _Triple) -> Relation | None:
+        """Return a relationship, or None."""
+        if triple in self._relations:
+            return self._relations[triple]
+        return self._tables.outgoing.get(triple)
+
+    def relations_of(self, entity_id: str) -> list[_Triple]:
+        """Return the relationships from and to an entity, no more than one beyond the limit."""
+        found = islice(_touching(entity_id, self._tables), CASCADE_MAX + 1 + len(self._relations))
+        every = dict.fromkeys(triple for triple in found if self.relation(triple) is not None)
+        for triple, relation in self._relations.items():
+            if relation is not None and entity_id in (triple[0], triple[2]):
+                every[triple] = None
+        return list(every)
+
+    def fresh_id(self, kind: str) -> str:
+        """Return an id that no entity has."""
+        while True:
+            entity_id = f"{kind}_{next(self._ids)[:8]}"
+            if self.find(entity_id) is None:
+                return entity_id
+
+    def put(self, entity_id: str, kind: str, properties: bytes, known: Entity | None) -> Entity:
+        """Add that an entity has this type and these properties, whatever it had before."""
+        self._require_room_for_type(kind)
+        revision = self._next()
+        make = EntityCreated if known is None else EntityReplaced
+        self.events.append(make(entity_id, kind, properties, revision, self.now, self.by))
+        serial, at = (revision, self.now) if known is None else (known.serial, known.created_at)
+        return self._set(entity_id, Entity(kind, properties, serial, revision, at, self.now))
+
+    def update(
+        self, entity_id: str, known: Entity, changed: bytes, removed: list[str], properties: bytes
+    ) -> Entity:
+        """Add that some properties of an entity have changed, which makes them `properties`."""
+        revision = self._next()
+        self.events.append(
+            EntityUpdated(entity_id, known.type, changed, removed, revision, self.now, self.by)
+        )
+        entity = Entity(known.type, properties, known.serial, revision, known.created_at, self.now)
+        return self._set(entity_id, entity)
+
+    def delete(self, entity_id: str, known: Entity) -> None:
+        """Add that an entity is gone. Its relationships must be."""
+        self.events.append(EntityDeleted(entity_id, known.type, self._next(), self.now, self.by))
+        self._entities[entity_id] = None
+
+    def relate(self, triple: _Triple, kind: str, metadata: bytes) -> None:
+        """Add that two entities are related."""
+        source, relation_type, target = triple
+        revision = self._next()
+        self.events.append(
+            RelationshipCreated(
+                source, target, relation_type, kind, metadata, revision, self.now, self.by
+            )
+        )
+        self._relations[triple] = Relation(metadata, revision, self.now)
+
+    def unrelate(self, triple: _Triple) -> None:
+        """Add that two entities are related so no longer."""
+        source, relation_type, target = triple
+        kind = self.require(source).type
+        revision = self._next()
+        self.events.append(
+            RelationshipDeleted(source, target, relation_type, kind, revision, self.now, self.by)
+        )
+        self._relations[triple] = None
+
+    def _set(self, entity_id: str, entity: Entity) -> Entity:
+        self._entities[entity_id] = entity
+        return entity
+
+    def _next(self) -> int:
+        if len(self.events) >= CHANGED_MAX:
+            raise Quota(f"these are more than {CHANGED_MAX} changes", limit=CHANGED_MAX)
+        self.revision += 1
+        return self.revision
+
+    def _require_room_for_type(self, kind: str) -> None:
+        if kind in self._types or self._tables.types.get(kind) is not None:
+            return
+        if self._tables.types.count() + len(self._types) >= TYPES_MAX:
+            raise Quota(
+                f"there are {TYPES_MAX} types of entities",
+                hint="a type says what something is, the id which one",
+                limit=TYPES_MAX,
+            )
+        self._types.add(kind)
+
+
+def _change(command: Any, draft: _Draft) -> Reply:
+    match command:
+        case CreateEntity():
+            return _create(command, draft)
+        case UpdateEntity():
+            return _update(command, draft)
+        case DeleteEntity():
+            cascade = command.relationships == "cascade"
+            return _delete(command.id, command.revision, draft, cascade=cascade)
+        case CreateRelationship():
+            return _relate(command, draft)
+        case DeleteRelationship():
+            return _unrelate(command, draft)
+        case SetValue():
+            return _set_value(command, draft)
+        case DeleteValue():
+            entity_id = _key_id(command)
+            _require_value(entity_id, draft.require(entity_id))
+            return _delete(entity_id, command.revision, draft)
+        case _:
+            raise TypeError(command)
+
+
+def _create(command: CreateEntity, draft: _Draft) -> Changed:
+    properties = _packed(command.properties)
+    entity_id = command.id or draft.fresh_id(command.type)
+    known = draft.find(entity_id)
+    if known is not None and not command.upsert:
+        raise Conflict(
+            f"there is an entity {entity_id} already, of the type {known.type}",
+            hint="with upsert it gets this type and these properties",
+            id=entity_id,
+            type=known.type,
+            revision=known.revision,
+        )
+    return _changed(entity_id, draft.put(entity_id, command.type, properties, known))
+
+
+def _update(command: UpdateEntity, draft: _Draft) -> Changed:
+    known = draft.require(command.id)
+    _require_revision(command.id, known, command.revision)
+    properties = _decode(known.properties)
+    changed = {
+        name: value
+        for name, value in command.properties.items()
+        if value is not None or command.keep_null
+    }
+    removed = [name for name in command.properties.keys() - changed.keys() if name in properties]
+    properties.update(changed)
+    for name in removed:
+        del properties[name]
+    packed = _packed(properties)
+    if not changed and not removed:
+        return _changed(command.id, known)
+    entity = draft.update(command.id, known, encode(changed), sorted(removed), packed)
+    return _changed(command.id, entity)
+
+
+def _delete(
+    entity_id: str, revision: int | None, draft: _Draft, *, cascade: bool = True
+) -> Deleted:
+    known = draft.require(entity_id)
+    _require_revision(entity_id, known, revision)
+    related = draft.relations_of(entity_id)
+    if related and not cascade:
+        raise Conflict(
+            f"{entity_id} has relationships: {len(related)} or more"[:200],
+            hint="delete them, or with relationships=cascade all at once",
+            relationships=len(related),
+        )
+    if len(related) > CASCADE_MAX:
+        raise Quota(
+            f"{entity_id} has more than {CASCADE_MAX} relationships",
+            hint="delete some of them before: ksi help state:relationship:delete",
+            limit=CASCADE_MAX,
+        )
+    for triple in related:
+        draft.unrelate(triple)
+    draft.delete(entity_id, known)
+    return Deleted(id=entity_id, revision=draft.revision, relationships=len(related))
+
+
+def _relate(command: CreateRelationship, draft: _Draft) -> Related:
+    triple = _triple(command)
+    metadata = _packed(command.metadata, "$.metadata")
+    kind = draft.require(triple[0]).type
+    draft.require(triple[2])
+    if draft.relation(triple) is not None and not command.upsert:
+        raise Conflict(
+            f"{triple[0]} {triple[1]} {triple[2]} already",
+            hint="with upsert it gets this metadata",
+        )
+    draft.relate(triple, kind, metadata)
+    return _related(triple, draft.revision)
+
+
+def _unrelate(command: DeleteRelationship, draft: _Draft) -> Related:
+    triple = _triple(command)
+    source, relation_type, target = triple
+    if draft.relation(triple) is None:
+        raise NotFound(
+            f"there is no relationship {source} {relation_type} {target}",
+            hint=f"ksi read state:relationship:query --from-id {source}",
+        )
+    draft.unrelate(triple)
+    return _related(triple, draft.revision)
+
+
+def _related(triple: _Triple, revision: int) -> Related:
+    source, relation_type, target = triple
+    return Related(from_id=source, to_id=target, relation_type=relation_type, revision=revision)
+
+
+def _set_value(command: SetValue, draft: _Draft) -> Changed:
+    entity_id = _key_id(command)
+    properties = {"value": command.value}
+    if command.metadata:
+        properties["metadata"] = command.metadata
+    packed = _packed(properties, "$.value")
+    known = draft.find(entity_id)
+    if known is not None:
+        _require_value(entity_id, known)
+    _require_revision(entity_id, known, command.revision)
+    return _changed(entity_id, draft.put(entity_id, VALUE, packed, known))
+
+
+def _bulk_create(command: BulkCreate, draft: _Draft) -> BulkCreated:
+    results: list[CreateResult] = []
+    failed = 0
+    for position, fields in enumerate(command.entities):
+        try:
+            each = _converted(fields, CreateEntity, f"$.entities[{position}]")
+            if command.upsert:
+                each = msgspec.structs.replace(each, upsert=True)
+            made = _create(each, draft)
+            results.append(CreateResult(id=made.id, revision=made.revision))
+        except KsiError as refusal:
+            if command.atomic:
+                raise _of_part(refusal, f"$.entities[{position}]") from None
+            failed += 1
+            text = refusal.text[:500] if failed <= TOLD_MAX else ""
+            results.append(CreateResult(error=Failure(code=refusal.code, text=text)))
+    total = len(results)
+    return BulkCreated(results=results, total=total, success=total - failed, failed=failed)
+
+
+def _transact(command: Transact, draft: _Draft) -> Committed:
+    for entity_id, revision in command.expect.items():
+        _require_revision(entity_id, draft.find(entity_id), revision)
+    results: list[dict[str, Any]] = []
+    for position, step in enumerate(command.steps):
+        path = f"$.steps[{position}]"
+        try:
+            reply = _change(_converted(step.data, _STEPS[step.operation], path), draft)
+        except KsiError as refusal:
+            raise _of_part(refusal, path) from None
+        results.append(msgspec.to_builtins(reply))
+    return Committed(revision=draft.revision, results=results)
+
+
+_STEPS: Final[dict[str, type[Any]]] = {
+    "state:entity:create": CreateEntity,
+    "state:entity:update": UpdateEntity,
+    "state:entity:delete": DeleteEntity,
+    "state:relationship:create": CreateRelationship,
+    "state:relationship:delete": DeleteRelationship,
+    "state:set": SetValue,
+    "state:delete": DeleteValue,
+}
+
+
+def _converted(fields: Any, kind: type[Any], path: str) -> Any:
+    """Return a command that is part of another; its open fields were checked with that one."""
+    try:
+        part = msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise Invalid(f"{error} of `{path}`"[:1000]) from None
+    if part.request_id is not None:
+        raise Invalid(f"a request_id is of the whole command - at `$.request_id` of `{path}`")
+    return part
+
+
+def _of_part(refusal: KsiError, path: str) -> KsiError:
+    """Return a refusal that says of which part it is."""
+    return type(refusal)(
+        f"{path}: {refusal.text}", hint=refusal.hint, **{**refusal.details, "path": path}
+    )
+
+
+def _triple(command: CreateRelationship | DeleteRelationship) -> _Triple:
+    """Return which relationship is meant, by either names of the fields."""
+    source = command.from_id or command.from_
+    target = command.to_id or command.to
+    relation_type = command.relation_type or command.type
+    if source is None or target is None or relation_type is None:
+        missing = "from_id" if source is None else "to_id" if target is None else "relation_type"
+        raise Invalid(
+            f"Object missing required field `{missing}`", hint="from_id, to_id, relation_type"
+        )
+    return source, relation_type, target
+
+
+def _key_id(command: SetValue | DeleteValue | GetValue) -> str:
+    """Return the id of the entity that a key is."""
+    return _joined(command.namespace, command.key)
+
+
+def _joined(namespace: str | None, key: str) -> str:
+    entity_id = key if namespace is None else f"{namespace}:{key}"
+    if len(entity_id) > 128:
+        raise Invalid(f"namespace and key have {len(entity_id)} characters, 128 are the most")
+    return entity_id
+
+
+def _packed(properties: dict[str, Any], path: str = "$.properties") -> bytes:
+    """Return properties as they are kept; refuse what tables cannot hold."""
+    if len(properties) > PROPERTIES_MAX:
+        raise TooLarge(
+            f"{len(properties)} are over the limit of {PROPERTIES_MAX} - at `{path}`",
+            hint="put some of them into one",
+            limit=PROPERTIES_MAX,
+        )
+    for name in properties:
+        if not 0 < len(name.encode()) <= NAME_BYTES_MAX or "\0" in name:
+            raise Invalid(
+                f"a name has 1 to {NAME_BYTES_MAX} bytes and no NUL, not {name[:100]!r} "
+                f"- at `{path}`"
+            )
+    packed = encode(properties)
+    if len(packed) > ENTITY_BYTES_MAX:
+        raise TooLarge(
+            f"{len(packed)} bytes are over the limit of {ENTITY_BYTES_MAX} - at `{path}`",
+            size_bytes=len(packed),
+            limit_bytes=ENTITY_BYTES_MAX,
+        )
+    return packed
+
+
+def _there(entity_id: str, known: Entity | None) -> Entity:
+    if known is None:
+        raise NotFound(
+            f"there is no entity {entity_id}", hint="ksi read state:entity:query", id=entity_id
+        )
+    return known
+
+
+def _known(entity_id: str, tables: StateTables) -> Entity:
+    return _there(entity_id, tables.entities.get(entity_id))
+
+
+def _require_revision(entity_id: str, known: Entity | None, revision: int | None) -> None:
+    present = 0 if known is None else known.revision
+    if revision is not None and revision != present:
+        what = f"has the revision {present}" if present else "is not there"
+        raise Conflict(
+            f"{entity_id} {what}, not {revision}" if revision else f"{entity_id} {what}",
+            hint="read it again, and decide again",
+            id=entity_id,
+            revision=present,
+        )
+
+
+def _require_value(entity_id: str, known: Entity) -> None:
+    if known.type != VALUE:
+        raise Conflict(
+            f"{entity_id} is an entity of the type {known.type}, not a key",
+            hint="ksi help state:entity:update",
+            type=known.type,
+        )
+
+
+def _push(command: Push, sender: Sender, tables: StateTables, given: Given) -> Decision:
+    namespace, key, ttl_s = command.namespace, command.key, command.ttl_seconds
+    body = encode(command.data)
+    if len(body) > ENTITY_BYTES_MAX:
+        raise TooLarge(
+            f"{len(body)} bytes are over the limit of {ENTITY_BYTES_MAX} - at `$.data`",
+            size_bytes=len(body),
+            limit_bytes=ENTITY_BYTES_MAX,
+        )
+    queue, totals = _queue(namespace, key, tables), _totals(tables)
+    if queue.size >= QUEUE_ITEMS_MAX:
+        raise Quota(f"{namespace}:{key} has {QUEUE_ITEMS_MAX} items", limit=QUEUE_ITEMS_MAX)
+    if totals.items >= QUEUED_MAX or totals.item_bytes + len(body) > QUEUED_BYTES_MAX:
+        raise Quota(f"all queues have {totals.items} items", limit=QUEUED_MAX)
+    deadline_s = None if ttl_s is None else given.time_s + ttl_s
+    number = queue.last + 1
+    pushed = ItemPushed(namespace, key, number, body, deadline_s, given.now, sender.name)
+    reply = Queued(
+        namespace=namespace,
+        key=key,
+        number=number,
+        size=queue.size + 1,
+        expires_at=None if ttl_s is None else given.now + ttl_s,
+    )
+    return Decision((pushed,), reply)
+
+
+def _pop(command: Pop, tables: StateTables, given: Given) -> Decision:
+    namespace, key = command.namespace, command.key
+    items: list[QueueItem] = []
+    lapsed: list[int] = []
+    room = PAGE_BYTES_MAX
+    for (_, _, number), item in tables.items.range(prefix=(namespace, key)):
+        if item.deadline_s is not None and item.deadline_s <= given.time_s:
+            lapsed.append(number)
+            continue
+        room -= len(item.body)
+        if len(items) == command.count or (room < 0 and items):
+            break
+        items.append(_item_view(number, item))
+    events: list[Event] = []
+    if lapsed:
+        events.append(ItemsTaken(namespace, key, lapsed, lapsed=True))
+    if items:
+        taken = [item.number for item in items]
+        events.append(ItemsTaken(namespace, key, taken, lapsed=False))
+    left = _queue(namespace, key, tables).size - len(lapsed) - len(items)
+    return Decision(tuple(events), Popped(items=items, size=left))
+
+
+def _delete_queue(command: DeleteQueue, tables: StateTables) -> Decision:
+    size = _queue(command.namespace, command.key, tables).size
+    events = (QueueDeleted(command.namespace, command.key),) if size else ()
+    return Decision(events, QueueSize(namespace=command.namespace, key=command.key, items=size))
+
+
+def _expire_queue(command: ExpireQueue, tables: StateTables, given: Given) -> Decision:
+    size = _queue(command.namespace, command.key, tables).size
+    ttl_s = command.ttl_seconds
+    deadline_s = None if ttl_s is None else given.time_s + ttl_s
+    events = (QueueTimed(command.namespace, command.key, deadline_s),) if size else ()
+    return Decision(events, QueueSize(namespace=command.namespace, key=command.key, items=size))
+
+
+def _tick(tables: StateTables, given: Given) -> Decision:
+    """Drop items whose time has run out: a bounded number, and at once more if there are."""
+    due = tables.deadlines.range(stop=(_milliseconds(given.time_s),))
+    lapsed: dict[tuple[str, str], list[int]] = {}
+    count = 0
+    for (_, namespace, key, number), _ in islice(due, LAPSED_MAX):
+        lapsed.setdefault((namespace, key), []).append(number)
+        count += 1
+    events = tuple(ItemsTaken(*queue, numbers, lapsed=True) for queue, numbers in lapsed.items())
+    return Decision(events, tick=count == LAPSED_MAX)
+
+
+def _entity_created(event: EntityCreated, tables: StateTables) -> None:
+    revision = event.revision
+    entity = Entity(event.kind, event.properties, revision, revision, event.now, event.now)
+    entities.put(event.id, entity, tables)
+    change = Change("created", event.id, event.kind, event.now, event.by, event.properties)
+    _note(change, revision, tables, more_entities=1)
+
+
+def _entity_replaced(event: EntityReplaced, tables: StateTables) -> None:
+    _put_changed(event.id, event.kind, event.properties, event, tables)
+    change = Change("set", event.id, event.kind, event.now, event.by, event.properties)
+    _note(change, event.revision, tables)
+
+
+def _entity_updated(event: EntityUpdated, tables: StateTables) -> None:
+    properties = _decode(_known(event.id, tables).properties)
+    properties.update(_decode(event.changed))
+    for name in event.removed:
+        del properties[name]
+    _put_changed(event.id, event.kind, encode(properties), event, tables)
+    change = Change(
+        "updated", event.id, event.kind, event.now, event.by, event.changed, event.removed
+    )
+    _note(change, event.revision, tables)
+
+
+def _put_changed(
+    entity_id: str,
+    kind: str,
+    properties: bytes,
+    event: EntityReplaced | EntityUpdated,
+    tables: StateTables,
+) -> None:
+    known = _known(entity_id, tables)
+    entity = Entity(kind, properties, known.serial, event.revision, known.created_at, event.now)
+    entities.put(entity_id, entity, tables)
+
+
+def _entity_deleted(event: EntityDeleted, tables: StateTables) -> None:
+    entities.remove(event.id, tables)
+    change = Change("deleted", event.id, event.kind, event.now, event.by)
+    _note(change, event.revision, tables, more_entities=-1)
+
+
+def _relationship_created(event: RelationshipCreated, tables: StateTables) -> None:
+    source, relation_type, target = event.from_id, event.relation_type, event.to_id
+    triple = (source, relation_type, target)
+    more = int(tables.outgoing.get(triple) is None)
+    tables.outgoing.put(triple, Relation(event.metadata, event.revision, event.now))
+    tables.incoming.put((target, relation_type, source), b"")
+    count_one(tables.relation_types, relation_type, more)
+    change = Change(
+        "related", source, event.kind, event.now, event.by, event.metadata, [], target,
+        relation_type,
+    )  # fmt: skip
+    _note(change, event.revision, tables, more_relationships=more)
+
+
+def _relationship_deleted(event: RelationshipDeleted, tables: StateTables) -> None:
+    source, relation_type, target = event.from_id, event.relation_type, event.to_id
+    tables.outgoing.delete((source, relation_type, target))
+    tables.incoming.delete((target, relation_type, source))
+    count_one(tables.relation_types, relation_type, -1)
+    change = Change(
+        "unrelated", source, event.kind, event.now, event.by, None, [], target, relation_type
+    )
+    _note(change, event.revision, tables, more_relationships=-1)
+
+
+def _note(
+    change: Change,
+    revision: int,
+    tables: StateTables,
+    more_entities: int = 0,
+    more_relationships: int = 0,
+) -> None:
+    """Keep a change for those who watch, and let go of the oldest beyond the bounds."""
+    tables.changes.put((revision,), change)
+    was = _totals(tables)
+    first, size_bytes = was.first, was.change_bytes + _bytes_of(change)
+    while revision - first >= CHANGES_MAX or size_bytes > CHANGES_BYTES_MAX:
+        oldest = tables.changes.get((first,))
+        assert oldest is not None
+        size_bytes -= _bytes_of(oldest)
+        tables.changes.delete((first,))
+        first += 1
+    changed = Totals(
+        revision,
+        was.entities + more_entities,
+        was.relationships + more_relationships,
+        first,
+        size_bytes,
+        was.items,
+        was.item_bytes,
+    )
+    tables.totals.put("all", changed)
+
+
+def _bytes_of(change: Change) -> int:
+    return 128 + len(change.body or b"") + sum(map(len, change.removed))
+
+
+def _item_pushed(event: ItemPushed, tables: StateTables) -> None:
+    namespace, key, number = event.namespace, event.key, event.number
+    tables.items.put(
+        (namespace, key, number), Item(event.body, event.deadline_s, event.now, event.by)
+    )
+    _set_deadline(namespace, key, number, event.deadline_s, tables)
+    _queue_changed(namespace, key, number, 1, len(event.body), tables)
+
+
+def _items_taken(namespace: str, key: str, numbers: list[int], tables: StateTables) -> None:
+    size_bytes = 0
+    for number in numbers:
+        item = tables.items.get((namespace, key, number))
+        assert item is not None
+        size_bytes += len(item.body)
+        tables.items.delete((namespace, key, number))
+        _drop_deadline(namespace, key, number, item.deadline_s, tables)
+    _queue_changed(namespace, key, 0, -len(numbers), -size_bytes, tables)
+
+
+def _queue_timed(event: QueueTimed, tables: StateTables) -> None:
+    namespace, key = event.namespace, event.key
+    for (_, _, number), item in list(tables.items.range(prefix=(namespace, key))):
+        _drop_deadline(namespace, key, number, item.deadline_s, tables)
+        changed = msgspec.structs.replace(item, deadline_s=event.deadline_s)
+        tables.items.put((namespace, key, number), changed)
+        _set_deadline(namespace, key, number, event.deadline_s, tables)
+
+
+def _queue_changed(
+    namespace: str, key: str, last: int, size: int, size_bytes: int, tables: StateTables
+) -> None:
+    """Count items of a queue in or out; a queue that is empty leaves nothing behind."""
+    queue = _queue(namespace, key, tables)
+    changed = Queue(max(last, queue.last), queue.size + size, queue.size_bytes + size_bytes)
+    if changed.size:
+        tables.queues.put((namespace, key), changed)
+    else:
+        tables.queues.delete((namespace, key))
+    was = _totals(tables)
+    tables.totals.put(
+        "all",
+        msgspec.structs.replace(
+            was, items=was.items + size, item_bytes=was.item_bytes + size_bytes
+        ),
+    )
+
+
+def _set_deadline(
+    namespace: str, key: str, number: int, deadline_s: float | None, tables: StateTables
+) -> None:
+    if deadline_s is not None:
+        tables.deadlines.put((_milliseconds(deadline_s), namespace, key, number), b"")
+
+
+def _drop_deadline(
+    namespace: str, key: str, number: int, deadline_s: float | None, tables: StateTables
+) -> None:
+    if deadline_s is not None:
+        tables.deadlines.delete((_milliseconds(deadline_s), namespace, key, number))
+
+
+def _milliseconds(time_s: float) -> int:
+    return int(time_s * 1000)
+
+
+def _queue(namespace: str, key: str, tables: StateTables) -> Queue:
+    return tables.queues.get((namespace, key)) or Queue(0, 0, 0)
+
+
+def _totals(tables: StateTables) -> Totals:
+    return tables.totals.get("all") or Totals()
+
+
+def _words(name: str) -> str:
+    """Return an id as words of a topic: what is between `.`, `/` and `:`."""
+    words = name.replace("/", ".").replace(":", ".").split(".")
+    return ".".join(word for word in words if word)
+
+
+def _told(entity_id: str, what: str, event: Any) -> Announcement:
+    told = {"id": entity_id, "type": event.kind, "revision": event.revision}
+    return Announcement(f"state.{_words(entity_id)}.{what}", told, event.by)
+
+
+def _topic(query: ListChanges) -> str:
+    """Return under which topics the changes that a query is about are announced."""
+    if query.id is not None:
+        return f"state.{_words(query.id)}.*"
+    whole = max((query.prefix or "").rfind(mark) for mark in "./:")
+    words = _words((query.prefix or "")[: whole + 1])
+    return f"state.{words}.>" if words else "state.>"
+
+
+_TRIPLE_NAMES: Final = ("from_id", "relation_type", "to_id")  # as in a triple
+
+
+def _get_value(query: GetValue, tables: StateTables) -> ValueView:
+    entity_id = _key_id(query)
+    known = tables.entities.get(entity_id)
+    if known is None or known.type != VALUE:
+        raise NotFound(f"nothing is set under {entity_id}", hint="ksi state list", key=entity_id)
+    properties = _decode(known.properties)
+    return ValueView(
+        namespace=query.namespace,
+        key=query.key,
+        value=properties.get("value"),
+        metadata=properties.get("metadata") or {},
+        revision=known.revision,
+        **_times(known),
+    )
+
+
+def _list_keys(query: ListKeys, tables: StateTables) -> Keys:
+    before = "" if query.namespace is None else f"{query.namespace}:"
+    prefix = before + (query.prefix or "")
+    start = before + query.after + "\0" if query.after else prefix
+    found: dict[str, int] = {}
+    looked, last = 0, ""
+    for entity_id, entity in tables.entities.range(start, prefix=prefix):
+        key = entity_id[len(before) :]
+        wanted = query.pattern is None or fnmatchcase(key, query.pattern)
+        if entity.type == VALUE and wanted:
+            if len(found) == query.limit:
+                return Keys(keys=found, count=len(found), next=last)
+            found[key] = entity.revision
+        looked, last = looked + 1, key
+        if looked == SCAN_ROWS_MAX:
+            return Keys(keys=found, count=len(found), next=last)
+    return Keys(keys=found, count=len(found), next=None)
+
+
+def _query(query: QueryEntities, tables: StateTables) -> EntityPage:
+    by = order(query.order_by)
+    condition = where(query.where)
+    after = None
+    if query.after is not None:
+        after = Place(*place_of(query.after, str(by), bool, str, int))
+    page: list[EntityView] = []
+    room, left, last = PAGE_BYTES_MAX, SCAN_BYTES_MAX, after
+    placed = entities.select(query.type, condition, by, after, tables)
+    for looked, (place, entity_id) in enumerate(placed):
+        if looked == SCAN_ROWS_MAX or left < 0:
+            return _page(page, by, last, tables)
+        found = entities.find(entity_id, tables)
+        left -= len(found.entity.properties)
+        if condition.holds(found.value) and found.place(by) == place:
+            view = _view(found.id, found.entity, query.include, tables, found.properties)
+            room -= len(encode(view))
+            if len(page) == query.limit or (room < 0 and page):
+                return _page(page, by, last, tables)
+            page.append(view)
+        last = place
+    return _page(page, by, None, tables)
+
+
+def _page(
+    entities: list[EntityView], by: Order, last: Place | None, tables: StateTables
+) -> EntityPage:
+    return EntityPage(
+        entities=entities,
+        count=len(entities),
+        revision=_totals(tables).revision,
+        next=None if last is None else cursor_of(last, str(by)),
+    )
+
+
+def _view(
+    entity_id: str,
+    entity: Entity,
+    include: list[Part],
+    tables: StateTables,
+    properties: dict[str, Any] | None = None,
+) -> EntityView:
+    related, more = None, False
+    if "relationships" in include:
+        related, more = _shown_relationships(entity_id, tables)
+    if "properties" not in include:
+        properties = None
+    elif properties is None:
+        properties = _decode(entity.properties)
+    return EntityView(
+        id=entity_id,
+        type=entity.type,
+        revision=entity.revision,
+        properties=properties,
+        relationships=related,
+        more_relationships=more,
+        **_times(entity),
+    )
+
+
+def _changed(entity_id: str, entity: Entity) -> Changed:
+    return Changed(id=entity_id, type=entity.type, revision=entity.revision, **_times(entity))
+
+
+def _times(entity: Entity) -> dict[str, Any]:
+    return {
+        "created_at": entity.created_at,
+        "created_at_iso": _iso(entity.created_at),
+        "updated_at": entity.updated_at,
+        "updated_at_iso": _iso(entity.updated_at),
+    }
+
+
+def _iso(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="microseconds")
+
+
+def _shown_relationships(
+    entity_id: str, tables: StateTables
+) -> tuple[list[RelationshipView], bool]:
+    """Return the first relationships of an entity, and whether there are more."""
+    shown: list[RelationshipView] = []
+    room = RELATED_BYTES_MAX
+    for triple in _touching(entity_id, tables):
+        relation = tables.outgoing.get(triple)
+        assert relation is not None
+        room -= len(relation.metadata)
+        if len(shown) == RELATED_MAX or (room < 0 and shown):
+            return shown, True
+        shown.append(_relationship_view(triple, relation))
+    return shown, False
+
+
+def _touching(entity_id: str, tables: StateTables) -> Iterator[_Triple]:
+    """Yield the relationships from an entity, then those to it from others."""
+    for triple, _ in tables.outgoing.range(prefix=(entity_id,)):
+        yield triple
+    for (target, relation_type, source), _ in tables.incoming.range(prefix=(entity_id,)):
+        if source != entity_id:
+            yield source, relation_type, target
+
+
+def _relationship_view(triple: _Triple, relation: Relation) -> RelationshipView:
+    return RelationshipView(
+        from_id=triple[0],
+        relation_type=triple[1],
+        to_id=triple[2],
+        metadata=_decode(relation.metadata),
+        revision=relation.revision,
+        created_at=relation.created_at,
+        created_at_iso=_iso(relation.created_at),
+    )
+
+
+def _query_relationships(query: QueryRelationships, tables: StateTables) -> RelationshipPage:
+    source, target = query.from_id or query.from_, query.to_id or query.to
+    relation_type = query.relation_type or query.type
+    found: list[RelationshipView] = []
+    room, last = PAGE_BYTES_MAX, None
+    for looked, triple in enumerate(_triples(source, target, relation_type, query.after, tables)):
+        if looked == SCAN_ROWS_MAX:
+            break
+        if (target or triple[2]) == triple[2] and (relation_type or triple[1]) == triple[1]:
+            relation = tables.outgoing.get(triple)
+            assert relation is not None
+            room -= len(relation.metadata)
+            if len(found) == query.limit or (room < 0 and found):
+                break
+            found.append(_relationship_view(triple, relation))
+        last = triple
+    else:
+        last = None
+    after = None if last is None else cursor_of(last, _end(source, target))
+    return RelationshipPage(relationships=found, count=len(found), next=after)
+
+
+def _end(source: str | None, target: str | None) -> str:
+    return "to" if source is None and target is not None else "from"
+
+
+def _triples(
+    source: str | None,
+    target: str | None,
+    relation_type: str | None,
+    after: str | None,
+    tables: StateTables,
+) -> Iterator[_Triple]:
+    """Yield relationships from one entity, else to one, else all, beyond a cursor."""
+    end = _end(source, target)
+    last = () if after is None else place_of(after, end, str, str, str)
+    reverse = end == "to"
+    start = _following(tuple(reversed(last)) if reverse else last)
+    one = target if reverse else source
+    prefix = () if one is None else (one,) if relation_type is None else (one, relation_type)
+    if not reverse:
+        return (triple for triple, _ in tables.outgoing.range(start, prefix=prefix))
+    rows = tables.incoming.range(start, prefix=prefix)
+    return ((begin, kind, to) for (to, kind, begin), _ in rows)
+
+
+def _traverse(query: Traverse, tables: StateTables) -> Graph:
+    """Walk breadth first, so that each entity is met on a shortest way."""
+    depths = {query.from_id: 0}
+    entities = {query.from_id: _known(query.from_id, tables)}
+    edges: dict[_Triple, None] = {}
+    room = PAGE_BYTES_MAX - _node_bytes(query.from_id, entities[query.from_id], query)
+    waiting = deque([query.from_id])
+    truncated = False
+    while waiting and not truncated:
+        here = waiting.popleft()
+        if depths[here] == query.depth:
+            break
+        for triple, there in _neighbours(here, query, tables):
+            if triple in edges:
+                continue
+            room -= sum(map(len, triple)) + 64
+            if there not in depths:
+                entities[there] = _known(there, tables)
+                room -= _node_bytes(there, entities[there], query)
+            if room < 0 or (there not in depths and len(depths) == WALKED_MAX):
+                truncated = True
+                break
+            if there not in depths:
+                depths[there] = depths[here] + 1
+                waiting.append(there)
+            edges[triple] = None
+    include: list[Part] = ["properties"]
+    nodes = [
+        Node(
+            id=entity_id,
+            depth=depth,
+            entity=_view(entity_id, entities[entity_id], include, tables)
+            if query.include_entities
+            else None,
+        )
+        for entity_id, depth in depths.items()
+    ]
+    return Graph(
+        root=query.from_id,
+        nodes=nodes,
+        edges=[Edge(from_id=a, relation_type=kind, to_id=b) for a, kind, b in edges],
+        node_count=len(nodes),
+        edge_count=len(edges),
+        truncated=truncated,
+    )
+
+
+def _node_bytes(entity_id: str, entity: Entity, query: Traverse) -> int:
+    return len(entity_id) + (256 + len(entity.properties) if query.include_entities else 32)
+
+
+def _neighbours(
+    entity_id: str, query: Traverse, tables: StateTables
+) -> Iterator[tuple[_Triple, str]]:
+    """Yield the relationships a walk may go along from here, each with where it leads."""
+    prefixes: list[tuple[str, ...]] = [(entity_id, kind) for kind in dict.fromkeys(query.types)]
+    for prefix in prefixes or [(entity_id,)]:
+        if query.direction != "incoming":
+            for triple, _ in tables.outgoing.range(prefix=prefix):
+                yield triple, triple[2]
+        if query.direction != "outgoing":
+            for (target, kind, source), _ in tables.incoming.range(prefix=prefix):
+                yield (source, kind, target), source
+
+
+def _count(query: CountThem, tables: StateTables) -> Count:
+    """Count, from what is counted already where that is all, else from the rows."""
+    if query.group_by is not None:
+        order(query.group_by)  # It is a name, too.
+    of_entities = query.target == "entities"
+    counted = tables.types if of_entities else tables.relation_types
+    if not query.where and query.group_by in (None, "type" if of_entities else "relation_type"):
+        groups = [
+            Group(value=kind, count=number.count)
+            for kind, number in counted.range()
+            if query.type in (None, kind)
+        ]
+        total = sum(group.count for group in groups)
+        return _counts(query, total, groups, 0, None)
+    records = _entity_records if of_entities else _relation_records
+    return _counted(query, records(query, tables))
+
+
+class _Counted(NamedTuple):
+    """A record to be counted: where it stands, its size, and its values if it is asked for."""
+
+    place: tuple[Any, ...] | None  # None: it is among a few that are counted at once
+    size_bytes: int
+    value_of: Record | None
+
+
+def _counted(query: CountThem, records: Iterator[_Counted]) -> Count:
+    """Count records by the value of a name."""
+    condition = where(query.where)
+    count = without = 0
+    groups: dict[bytes, Group] = {}
+    room, left, last = PAGE_BYTES_MAX, SCAN_BYTES_MAX, None
+    for looked, record in enumerate(records):
+        if (looked == SCAN_ROWS_MAX or left < 0) and last is not None:
+            break
+        if left < 0:
+            raise Quota(f"{SCAN_BYTES_MAX} bytes or more to count at once", hint="narrow it")
+        left, last = left - record.size_bytes, record.place
+        if record.value_of is None or not condition.holds(record.value_of):
+            continue
+        count += 1
+        value = MISSING if query.group_by is None else record.value_of(query.group_by)
+        if value is MISSING:
+            without += 1
+            continue
+        key = _group_key(value)
+        known = groups.get(key)
+        room -= 0 if known else len(key)
+        if room < 0 or len(groups) + (known is None) > GROUPS_MAX:
+            raise Quota(
+                f"there are more than {GROUPS_MAX} values of {query.group_by}, or large ones",
+                hint="narrow it with where",
+                limit=GROUPS_MAX,
+            )
+        groups[key] = Group(value=value, count=1 if known is None else known.count + 1)
+    else:
+        last = None
+    return _counts(query, count, list(groups.values()), without, last)
+
+
+def _counts(query: CountThem, count: int, groups: list[Group], without: int, last: Any) -> Count:
+    groups.sort(key=lambda group: -group.count)
+    return Count(
+        count=count,
+        groups=None if query.group_by is None else groups,
+        without=0 if query.group_by is None else without,
+        next=None if last is None else cursor_of(last, query.target),
+    )
+
+
+def _group_key(value: Any) -> bytes:
+    """Return the same for what is the same, and what is different for what is not."""
+    if type(value) is str or (text := order_text(value)) is None:
+        return _encode_alike(value)
+    return text.encode()
+
+
+def _entity_records(query: CountThem, tables: StateTables) -> Iterator[_Counted]:
+    types = entities.types_of(query.type, tables)
+    narrowed = entities.among(where(query.where), types, tables)
+    if narrowed is not None:
+        for entity_id in narrowed:
+            found = entities.find(entity_id, tables)
+            yield _Counted(None, len(found.entity.properties), found.value)
+        return
+    last = None if query.after is None else place_of(query.after, query.target, int)
+    after = None if last is None else Place(False, "", *last)
+    for place, entity_id in entities.created(types, after, order(BY_CREATION), tables):
+        found = entities.find(entity_id, tables)
+        yield _Counted((place.serial,), len(found.entity.properties), found.value)
+
+
+def _relation_records(query: CountThem, tables: StateTables) -> Iterator[_Counted]:
+    last = () if query.after is None else place_of(query.after, query.target, str, str, str)
+    for triple, relation in tables.outgoing.range(_following(last)):
+        is_asked_for = query.type in (None, triple[1])
+        value_of = partial(_relation_value, triple, relation) if is_asked_for else None
+        yield _Counted(triple, len(relation.metadata), value_of)
+
+
+def _relation_value(triple: _Triple, relation: Relation, name: str) -> Any:
+    """Return what a condition on relationships calls `name`, or MISSING."""
+    if name in _TRIPLE_NAMES:
+        return triple[_TRIPLE_NAMES.index(name)]
+    if name in ("created_at", "revision"):
+        return getattr(relation, name)
+    return _decode(relation.metadata).get(name.removeprefix("metadata."), MISSING)
+
+
+def _get_queue(query: GetQueue, tables: StateTables) -> QueueView:
+    prefix = (query.namespace, query.key)
+    items: list[QueueItem] = []
+    room, following = PAGE_BYTES_MAX, None
+    for (_, _, number), item in tables.items.range((*prefix, query.after + 1), prefix=prefix):
+        room -= len(item.body)
+        if len(items) == query.limit or (room < 0 and items):
+            following = items[-1].number
+            break
+        items.append(_item_view(number, item))
+    queue = _queue(*prefix, tables)
+    return QueueView(
+        namespace=query.namespace,
+        key=query.key,
+        items=items,
+        size=queue.size,
+        bytes=queue.size_bytes,
+        next=following,
+    )
+
+
+def _item_view(number: int, item: Item) -> QueueItem:
+    return QueueItem(
+        number=number, data=_decode_any(item.body), pushed_at=item.at, pushed_by=item.by
+    )
+
+
+def _list_queues(query: ListQueues, tables: StateTables) -> QueuePage:
+    prefix = () if query.namespace is None else (query.namespace,)
+    last = () if query.after is None else place_of(query.after, "queues", str, str)
+    found: list[QueueSummary] = []
+    for (namespace, key), queue in tables.queues.range(_following(last), prefix=prefix):
+        if len(found) == query.limit:
+            place = (found[-1].namespace, found[-1].key)
+            return QueuePage(queues=found, next=cursor_of(place, "queues"))
+        found.append(
+            QueueSummary(namespace=namespace, key=key, size=queue.size, bytes=queue.size_bytes)
+        )
+    return QueuePage(queues=found, next=None)
+
+
+def _following(key: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the least key that is greater, of those that end in a text."""
+    return (*key[:-1], key[-1] + "\x01") if key else ()
+
+
+def _list_changes(query: ListChanges, tables: StateTables) -> Changes:
+    totals = _totals(tables)
+    after = totals.revision if query.after is None else query.after
+    if after > totals.revision:
+        raise Conflict(
+            f"there is no revision {after} yet, the last is {totals.revision}",
+            hint="the store was restored to what it was before: read again, and watch from there",
+            revision=totals.revision,
+        )
+    if after < totals.first - 1:
+        raise NotFound(
+            f"changes behind {after} are not kept any more, the oldest is {totals.first}",
+            hint="read again, and watch from the revision of what you read",
+            first=totals.first,
+        )
+    found: list[ChangeView] = []
+    room, looked = PAGE_BYTES_MAX, after
+    for (revision,), change in tables.changes.range((after + 1,)):
+        if revision - after > SCAN_ROWS_MAX:
+            break
+        if (query.id or change.id) == change.id and change.id.startswith(query.prefix or ""):
+            room -= _bytes_of(change)
+            if len(found) == query.limit or (room < 0 and found):
+                break
+            found.append(_change_view(revision, change))
+        looked = revision
+    return Changes(
+        changes=found, revision=looked, more=looked < totals.revision, topic=_topic(query)
+    )
+
+
+def _change_view(revision: int, change: Change) -> ChangeView:
+    body = None if change.body is None else _decode(change.body)
+    of_relation = change.relation_type is not None
+    return ChangeView(
+        revision=revision,
+        what=change.what,
+        id=change.id,
+        type=change.type,
+        at=change.at,
+        by=change.by,
+        properties=None if of_relation else body,
+        removed=change.removed or None,
+        to_id=change.to_id,
+        relation_type=change.relation_type,
+        metadata=body if of_relation else None,
+    )

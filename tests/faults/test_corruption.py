@@ -1,0 +1,132 @@
+"""A bit that has flipped on the disk is reported, or is where nothing is: it is never served."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crashing import in_child
+from left_behind import Left, history_in, project
+
+from ksi.actors.checkpoints import root_of
+from ksi.actors.followers.indexed import Verification
+from ksi.actors.reading import reader_of
+from ksi.storage import checkpoints
+from ksi.storage.errors import Corrupt
+from ksi.transport.errors import NotRunning
+
+REPORTED = 3  # What a child that looks ends with where it is told of damage.
+
+
+def view(left: Left) -> Any:
+    """Return every row of every table."""
+    tables = reader_of("sessions", left.var).reader
+    return tables.read(lambda tables, _: {name: [*tables[name].range()] for name in tables})
+
+
+def journal(left: Left) -> Any:
+    reader = reader_of("sessions", left.var)
+    whole = reader.journal()
+    return [*whole.read(whole.start(), reader.committed().position)]
+
+
+def verified_checkpoints(left: Left) -> Any:
+    root = root_of(left.var)
+    return [bool(checkpoints.verify(root / name)) for name in checkpoints.names(root)]
+
+
+def files(left: Left) -> Any:
+    """As `ksi index verify` and `ksi doctor` do: who only reads a line does not check it."""
+    verification = Verification(left.var)
+    while verification.turn():
+        pass
+    if verification.found:
+        raise Corrupt(verification.found[0])
+    return verification.rows
+
+
+WHERE: dict[str, tuple[str, Callable[[Left], Any]]] = {
+    "view": ("db/sessions/*/view/data.mdb", view),
+    "journal": ("db/sessions/*/*.log", journal),
+    "checkpoints": ("checkpoints/*/**/*.*", verified_checkpoints),
+    "archive": ("archive/sessions/*.zst", lambda left: history_in(left.var)),
+    "session files": ("logs/responses/sessions/*.jsonl", files),
+}
+
+
+def seen(left: Left, look: Callable[[Left], Any]) -> str | None:
+    """Return what a child sees; None if it is told of damage."""
+    told = left.var.parent / "seen"
+    told.write_text("nothing: it was killed")
+
+    def child() -> None:
+        try:
+            told.write_text(repr(look(left)))
+        except (Corrupt, NotRunning):  # That which cannot be opened says so, with the reason.
+            os._exit(REPORTED)
+
+    ended = in_child(child)
+    return None if ended == REPORTED else f"{ended}: {told.read_text()}"
+
+
+def flip_bits(left: Left, where: str, flips: int) -> None:
+    """Flip a bit of a file, look, and flip it back; again and again."""
+    seed = int(os.environ.get("KSI_SEED") or random.SystemRandom().randrange(1 << 32))
+    print(f"KSI_SEED={seed}")
+    chance = random.Random(seed)
+    pattern, look = WHERE[where]
+    left.put_back()
+    if where == "archive":
+        assert in_child(lambda: project(left)) == 0
+    right, reported = seen(left, look), 0
+    assert right is not None
+    assert right.startswith("0: "), right
+    for _ in range(flips):
+        path = chance.choice([each for each in sorted(left.var.glob(pattern)) if has_bytes(each)])
+        at, bit = place_in(path, chance), 1 << chance.randrange(8)
+        flip(path, at, bit)
+        found = seen(left, look)
+        assert found in (right, None), f"bit {bit} of byte {at} of {path}: {found}"[:1000]
+        reported += found is None
+        flip(path, at, bit)
+    assert seen(left, look) == right
+    print(f"{where}: {flips} bits flipped, {reported} reported, the rest changed nothing")
+    assert reported > 0 or flips < 100, "none was where something is"
+
+
+def has_bytes(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def place_in(path: Path, chance: random.Random) -> int:
+    """Draw a byte of a file, rather one that is not zero."""
+    content = path.read_bytes()
+    at = chance.randrange(len(content))
+    for _ in range(20):
+        if content[at]:
+            break
+        at = chance.randrange(len(content))
+    return at
+
+
+def flip(path: Path, at: int, bit: int) -> None:
+    with open(path, "r+b", 0) as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ bit]))
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_flipped_bit_is_reported_or_harmless(left: Left, where: str) -> None:
+    flip_bits(left, where, 12)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("where", WHERE)
+def test_very_many_flipped_bits_are_reported_or_harmless(left: Left, where: str) -> None:
+    flip_bits(left, where, 1000)

@@ -1,0 +1,323 @@
+"""Providers in trouble, with real workers: what fails, hangs, is killed, and what is said then."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from model_server import Model, serving
+from system import System
+from trouble import entries, kill, kill_all, until
+from workers import WorkerProcess, registered, state, working
+
+from ksi.transport import Client
+from ksi.transport.errors import NotFound, TooLarge, Unanswered
+
+PROGRAM = f"{sys.executable} {Path(__file__).parents[1] / 'printing.py'}"
+COMMAND = ("--provider", "command", "--command", PROGRAM)
+KSI = [sys.executable, "-P", "-m", "ksi.console"]
+SECRET = "sk-never-to-be-seen-4711"
+SOON = {"retry_s": 0.1}
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    running = System(tmp_path_factory.mktemp("providers") / "var")
+    yield running
+    running.end()
+
+
+@pytest.fixture(scope="module")
+def model(system: System) -> Iterator[str]:
+    """A worker that asks a server, for as long as it is wanted; yields what it offers."""
+    with serving() as url:
+        words = ("--provider", "openai", "--base-url", f"{url}/v1", "--model", "m1")
+        env = {"OPENAI_API_KEY": SECRET}
+        with working(system, "asking", slots=4, provider=words, env=env):
+            yield "openai"
+
+
+@pytest.fixture
+def alice(system: System) -> Iterator[Client]:
+    with system.client("alice") as client:
+        yield client
+
+
+@pytest.fixture
+def session_id(alice: Client) -> str:
+    return str(alice.ask("session:create")["session_id"])
+
+
+def submit(client: Client, session_id: str, prompt: str, **more: Any) -> str:
+    fields = {"session_id": session_id, "prompt": prompt, **more}
+    return str(client.ask("completion:async", fields)["request_id"])
+
+
+def test_an_answer_is_waited_for_seen_growing_counted_and_recorded(
+    system: System, alice: Client, session_id: str, model: str
+) -> None:
+    heard: list[tuple[int, str]] = []
+    outcome = alice.complete(
+        session_id, "hello", requires=model, on_tokens=lambda *piece: heard.append(piece)
+    )
+    assert outcome["result"]["response"] == "you said hello "
+    took = {"input_tokens": 21, "output_tokens": 7, "cached_tokens": 5, "cost_usd": None}
+    assert outcome["result"]["usage"] == took
+    assert heard[0] == (0, "you ")
+    usage = alice.read("completion:token_usage", agent_id="alice", model="m1")
+    assert usage["output_tokens"] >= 7
+    until(lambda: len(entries(system, session_id)) == 2)
+    said = entries(system, session_id)[1]["data"]
+    assert (said["model"], said["provider"], said["usage"]) == ("m1", "openai", took)
+
+
+def test_the_conversation_goes_on_also_behind_requests_that_waited_and_over_a_restart(
+    system: System, alice: Client, session_id: str, model: str
+) -> None:
+    waiting = [submit(alice, session_id, f"p{n}", requires=model) for n in range(110)]
+    for each in waiting:
+        assert alice.outcome(each)["status"] == "completed"
+    told = [each["content"] for each in Model.asked[-1]["messages"]]
+    said = [[f"p{n}", f"you said p{n} "] for n in range(9, 109)]  # As many turns as are told.
+    assert told == [*[text for turn in said for text in turn], "p109"]
+    kill_all(system)
+    system.start()
+    with system.client("alice") as again:
+        until(lambda: "asking" in registered(again))
+        again.complete(session_id, "p110", requires=model)
+    told = [each["content"] for each in Model.asked[-1]["messages"]]
+    assert told[-3:] == ["p109", "you said p109 ", "p110"]
+
+
+def test_a_fork_is_told_what_was_said_before_it(alice: Client, session_id: str, model: str) -> None:
+    alice.complete(session_id, "one", requires=model)
+    until(lambda: alice.read("session:get", session_id=session_id)["seq"] == 2)
+    fork = alice.ask("session:fork", session_id=session_id)["session_id"]
+    alice.complete(session_id, "not in the fork", requires=model)
+    alice.complete(fork, "two", requires=model)
+    told = [each["content"] for each in Model.asked[-1]["messages"]]
+    assert told == ["one", "you said one ", "two"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"), [("500", "provider_error"), ("empty", "provider_error"), ("cut", None)]
+)
+def test_what_may_pass_is_tried_three_times_and_its_session_goes_on(
+    alice: Client, session_id: str, model: str, prompt: str, kind: str | None
+) -> None:
+    begun = len(Model.asked)
+    with pytest.raises(Unanswered) as failed:
+        alice.complete(session_id, prompt, requires=model, **SOON)
+    assert failed.value.details["kind"] in (
+        (kind,) if kind else ("network_error", "provider_error")
+    )
+    assert len(Model.asked) - begun == 3
+    outcome = alice.read("completion:status", request_id=failed.value.details["request_id"])
+    assert (outcome["attempt"], outcome["failures"]) == (3, 2)
+    assert alice.complete(session_id, "go on", requires=model)["status"] == "completed"
+
+
+def test_one_that_is_told_to_slow_down_waits_as_long_as_it_was_told(
+    alice: Client, session_id: str, model: str
+) -> None:
+    request_id = submit(alice, session_id, "429", requires=model, attempts_max=2, **SOON)
+    until(lambda: alice.read("completion:status", request_id=request_id)["failures"])
+    waiting = alice.read("completion:status", request_id=request_id)
+    assert (waiting["kind"], waiting["status"]) == ("api_rate_limit", "queued")
+    outcome = alice.outcome(request_id)
+    assert outcome["finished_at"] - outcome["queued_at"] > 0.4
+    assert SECRET not in outcome["reason"]
+
+
+def test_a_dead_letter_is_retried_by_command(
+    system: System, alice: Client, session_id: str, model: str
+) -> None:
+    with pytest.raises(Unanswered, match="failed") as failed:
+        alice.complete(session_id, "401", requires=model)
+    request_id = failed.value.details["request_id"]
+
+    def ksi(*words: str) -> subprocess.CompletedProcess[str]:
+        line = [*KSI, "--var", str(system.var), *words]
+        return subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+
+    assert request_id in ksi("queue", "list", "--status", "dead").stdout
+    done = ksi("queue", "retry", request_id)
+    assert f"{request_id} is asked once more as req_" in done.stdout, done.stderr
+    again = done.stdout.split()[-1]
+    assert alice.outcome(again)["retry_of"] == request_id
+    assert ksi("queue", "retry", request_id).returncode == 5
+    assert ksi("queue", "retry").returncode == 2
+    assert "openai" in ksi("queue", "providers").stdout
+    assert "m1" in ksi("queue", "usage", "--last", "1h").stdout
+
+
+def test_a_key_is_nowhere_but_where_it_was_given(system: System, model: str) -> None:
+    assert SECRET in Model.keys[0]
+    kept = [path for path in system.var.rglob("*") if path.is_file() and path.suffix != ".stat"]
+    assert [path for path in kept if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_a_provider_that_hangs_is_given_up_in_time_and_the_next_attempt_may_succeed(
+    alice: Client, session_id: str, model: str
+) -> None:
+    hung = submit(alice, session_id, "hang", requires=model, run_s=0.4, attempts_max=2, **SOON)
+    outcome = alice.outcome(hung, timeout_s=20)
+    assert (outcome["status"], outcome["kind"], outcome["attempt"]) == ("failed", "timeout", 2)
+    assert alice.complete(session_id, "go on", requires=model)["status"] == "completed"
+
+
+def test_cancelling_ends_the_call_and_frees_the_session_though_the_program_takes_its_time(
+    system: System, alice: Client, session_id: str, tmp_path: Path
+) -> None:
+    noted = tmp_path / "pid"
+    with working(system, "printing", provider=COMMAND, slots=2):
+        running = submit(alice, session_id, f"stubborn:{noted}", requires="command")
+        behind = submit(alice, session_id, "text", requires="command")
+        pid = int(until(lambda: noted.exists() and noted.read_text()))
+        alice.ask("completion:cancel", request_id=running)
+        assert alice.outcome(behind, timeout_s=10)["status"] == "completed"
+        until(lambda: not psutil.pid_exists(pid))
+
+
+def test_a_worker_that_is_killed_takes_its_program_along_and_costs_one_attempt(
+    system: System, alice: Client, session_id: str, tmp_path: Path
+) -> None:
+    noted = tmp_path / "pid"
+    with working(system, "doomed", provider=COMMAND) as [doomed]:
+        request_id = submit(alice, session_id, f"hang:{noted}", requires="command")
+        pid = int(until(lambda: noted.exists() and noted.read_text()))
+        noted.unlink()
+        doomed.kill()
+        until(lambda: not psutil.pid_exists(pid))
+        with working(system, "heir", provider=COMMAND):
+            until(lambda: state(alice, request_id) == "active" and noted.exists())
+            held = alice.read("completion:status", request_id=request_id)
+            assert (held["attempt"], held["failures"], held["worker"]) == (2, 0, "heir")
+            alice.ask("completion:cancel", request_id=request_id)
+
+
+@pytest.mark.parametrize("prompt", ["half", "crash"])
+def test_a_program_that_goes_wrong_is_called_again(
+    system: System, alice: Client, session_id: str, prompt: str
+) -> None:
+    with working(system, "trying", provider=COMMAND):
+        request_id = submit(alice, session_id, prompt, requires="command", attempts_max=2, **SOON)
+        outcome = alice.outcome(request_id, timeout_s=20)
+    assert (outcome["status"], outcome["attempt"]) == ("failed", 2)
+    assert outcome["kind"] == "provider_error"
+
+
+def test_the_owner_killed_while_a_request_waits_for_its_next_attempt_goes_on_waiting(
+    system: System, alice: Client, session_id: str, model: str
+) -> None:
+    request_id = submit(alice, session_id, "500", requires=model, attempts_max=2, retry_s=0.6)
+    until(lambda: alice.read("completion:retry_status")["waiting"])
+    kill(system, "completion")
+    outcome = alice.outcome(request_id, timeout_s=20)
+    assert (outcome["status"], outcome["attempt"]) == ("failed", 2)
+
+
+def test_a_session_closed_or_transferred_while_its_request_waits_for_its_next_attempt(
+    alice: Client, model: str
+) -> None:
+    closed, moved = (alice.ask("session:create")["session_id"] for _ in range(2))
+    first, second = (
+        submit(alice, each, "500", requires=model, attempts_max=2, retry_s=1.0)
+        for each in (closed, moved)
+    )
+    until(lambda: alice.read("completion:retry_status")["waiting"] == 2)
+    alice.ask("session:close", session_id=closed)
+    alice.ask("session:transfer", session_id=moved, to_agent="bob")
+    assert alice.outcome(first, timeout_s=10)["status"] == "cancelled"
+    assert alice.outcome(second, timeout_s=20)["attempt"] == 2
+
+
+def test_a_prompt_of_ten_megabytes_is_refused_and_one_of_half_a_megabyte_answered(
+    alice: Client, session_id: str, model: str
+) -> None:
+    with pytest.raises(TooLarge):
+        submit(alice, session_id, "x" * 10_000_000)
+    large = alice.complete(session_id, "x" * 400_000, requires=model)
+    assert len(large["result"]["response"]) > 400_000
+
+
+def test_a_model_that_does_not_exist_fails_at_once_and_says_so(
+    alice: Client, session_id: str, model: str
+) -> None:
+    with pytest.raises(Unanswered) as failed:
+        alice.complete(session_id, "hi", requires=model, model="missing")
+    assert failed.value.details["kind"] == "model_not_found"
+
+
+def test_a_missing_key_is_said_by_the_worker_and_to_whoever_submits(
+    system: System, alice: Client, session_id: str
+) -> None:
+    words = ("--provider", "openai", "--offers", "keyless")
+    worker = WorkerProcess(system.var, "keyless", provider=words, env={"OPENAI_API_KEY": ""})
+    code, said = worker.ended(60.0)
+    assert (code, "OPENAI_API_KEY is not set" in said) == (2, True), said
+    with pytest.raises(NotFound, match="OPENAI_API_KEY is not set"):
+        submit(alice, session_id, "hi", requires="keyless")
+    with working(system, "keyed", provider=words, env={"OPENAI_API_KEY": SECRET}, slots=1):
+        waiting = submit(alice, session_id, "hi", requires="keyless", attempts_max=1)
+        alice.ask("completion:cancel", request_id=waiting)
+
+
+def test_a_rate_is_kept_and_calls_come_evenly(system: System, alice: Client) -> None:
+    ids = [alice.ask("session:create")["session_id"] for _ in range(5)]
+    words = ("--provider", "echo", "--offers", "slowly", "--rate", "5/s")
+    with working(system, "even", slots=5, provider=words):
+        asked = [submit(alice, each, "x", requires="slowly") for each in ids]
+        ends = sorted(alice.outcome(each)["finished_at"] for each in asked)
+    assert ends[-1] - ends[0] > 0.7
+
+
+def test_a_requester_that_comes_back_hears_the_end_of_a_request_that_was_retried(
+    system: System, session_id: str, model: str
+) -> None:
+    with system.client("passing") as passing:
+        request_id = submit(passing, session_id, "500", requires=model, retry_s=0.3)
+    found: list[Any] = []
+    with system.client("passing") as back:
+        waiting = threading.Thread(target=lambda: found.append(back.outcome(request_id)))
+        waiting.start()
+        kill(system, "completion")
+        waiting.join(20)
+    assert [each["failures"] for each in found] == [2]
+
+
+def test_a_supervised_worker_is_started_by_command_killed_and_back_again(
+    system: System, alice: Client, session_id: str
+) -> None:
+    def ksi(*words: str) -> subprocess.CompletedProcess[str]:
+        line = [*KSI, "--var", str(system.var), *words]
+        return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+
+    done = ksi("start", "--worker", "echo --offers parrot --slots 2 --lease 1s")
+    assert done.returncode == 0, done.stderr
+    assert "worker-parrot takes part" in done.stderr
+    waited = ksi(
+        "ask", "completion:async", "--session-id", session_id, "--prompt", "hi", "--requires",
+        "parrot", "--wait",
+    )  # fmt: skip
+    assert '"response": "hi"' in waited.stdout, waited.stderr
+    epoch = registered(alice)["worker-parrot"]["epoch"]
+    os.kill(alice.read("agent:info", agent_id="worker-parrot")["pid"], signal.SIGKILL)
+    until(lambda: registered(alice).get("worker-parrot", {}).get("epoch", 0) > epoch)
+    failed = ksi(
+        "ask", "completion:async", "--session-id", session_id, "--prompt", "x", "--requires",
+        "parrot", "--options", '{"delay_s": -1}', "--wait",
+    )  # fmt: skip
+    assert (failed.returncode, "unanswered" in failed.stderr) == (1, True)
+    assert '"kind": "invalid_request"' in failed.stdout
+    with system.client("operator", role="operator") as operator:
+        operator.ask("agent:terminate", agent_id="worker-parrot")
+    until(lambda: "worker-parrot" not in registered(alice))

@@ -1,0 +1,66 @@
+"""The supervisor is killed, again and again: nobody is left, and nothing acknowledged is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from system import System
+from trouble import entries
+
+from ksi.actors.supervision.lock import holder
+
+ORPHANS_S = 1.0  # The promise: nobody outlives the supervisor by more than this.
+
+
+def kill_supervisors(system: System, kills: int) -> None:
+    slowest_s, session = 0.0, ""
+    for number in range(kills):
+        held = holder(system.var)
+        assert held is not None
+        below = psutil.Process(held.pid).children(recursive=True)
+        assert len(below) > 6
+        with system.client("alice") as alice:
+            session = session or alice.ask("session:create")["session_id"]
+            alice.ask("session:append", session_id=session, event="n", data={"n": number})
+            if number % 3 == 1:  # One that is stopped cannot even see that its parent has ended.
+                system.kill("sessions", signal.SIGSTOP)
+            killed_s = time.monotonic()
+            os.kill(held.pid, signal.SIGKILL)
+            left = gone(below, killed_s + ORPHANS_S)
+        for each in left:
+            each.kill()
+        assert left == [], f"after {ORPHANS_S} s these are still there: {left}"
+        slowest_s = max(slowest_s, time.monotonic() - killed_s)
+        system.start()
+    said = [each["data"]["n"] for each in entries(system, session)]
+    assert said == list(range(kills))
+    print(f"{kills} supervisors killed, the last child gone after {slowest_s:.3f} s at most")
+
+
+def gone(processes: list[psutil.Process], until_s: float) -> list[psutil.Process]:
+    """Return those that are still there when the time is over."""
+    while left := [each for each in processes if lives(each)]:
+        if time.monotonic() > until_s:
+            return left
+        time.sleep(0.005)
+    return []
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_killed_supervisor_leaves_nobody_and_loses_nothing(system: System) -> None:
+    kill_supervisors(system, 4)
+
+
+@pytest.mark.soak
+def test_a_hundred_killed_supervisors_leave_nobody_and_lose_nothing(system: System) -> None:
+    kill_supervisors(system, 100)

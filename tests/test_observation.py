@@ -1,0 +1,352 @@
+"""Observation: shown once what was asked for, the rest counted, and the observed never wait."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system import System
+from test_events import NOON, log
+from test_events import choose as choose_of_the_log
+from trouble import kill, paused, until
+
+from ksi.actors.followers.recorded import EventLogView
+from ksi.actors.owner import EventLog, Query, Reply, Sender
+from ksi.actors.owners.events import OWNER, GetNewest, Newest
+from ksi.actors.owners.observation import BREAKER_S, Count, Counted
+from ksi.actors.testing import Asked, Twin, check_owner
+from ksi.console.observe import _observed, replayed
+from ksi.transport.errors import Busy, Forbidden, NotFound, Unavailable
+
+ALICE = Sender("alice", "agent")
+
+
+class Observed(Twin):
+    """The owner of observations over an event log in files, which the test writes."""
+
+    def __init__(self, var: Path) -> None:
+        super().__init__(OWNER)
+        self.var = var
+        self.log_view = EventLogView(var)
+        self.caches[EventLog] = self.log_view
+        self.facts = self.fact
+
+    def fact(self, query: Query[Any]) -> Reply:
+        if isinstance(query, GetNewest):
+            return Newest(n=self.log_view.newest())
+        found: Reply = self.read("observation:count", **{
+            name: value for name in query.__struct_fields__
+            if (value := getattr(query, name)) is not None
+        })  # fmt: skip
+        return found
+
+    def happens(self, *events: dict[str, Any]) -> None:
+        log(self.var, [{"agents": ["target"], **event} for event in events]).close()
+
+    def begin(self, **fields: Any) -> dict[str, str]:
+        asked = {"target": "target", "subscription_id": "eye", **fields}
+        return {
+            "subscription_id": self.ask("watcher", "observation:subscribe", **asked).subscription_id
+        }
+
+    def shown(self, place: Mapping[str, str], limit: int = 1000) -> list[int]:
+        """Take all that is shown now, and acknowledge it."""
+        found: list[int] = []
+        while True:
+            page = self.read("observation:next", **place, limit=limit)
+            found += [event["n"] for event in page.events]
+            self.ask("watcher", "observation:ack", **place, upto=page.upto)
+            if not page.more:
+                return found
+
+    def counts(self) -> tuple[int, int, int, int]:
+        (row,) = self.read("observation:list").subscriptions
+        return row.shown, row.sampled_out, row.rate_limited, row.missed
+
+
+@pytest.fixture
+def twin(tmp_path: Path) -> Observed:
+    return Observed(tmp_path)
+
+
+def choose(chance: random.Random) -> Asked:
+    who = Sender(chance.choice(("alice", "bob")), "agent")
+    who = Sender("op", "operator") if chance.random() < 0.2 else who
+    place = {"subscription_id": chance.choice(("o1", "o2", "o3"))}
+    target = {"target": chance.choice(("carol", "dave"))}
+    limits = {"rate_limit": {"max_events": 2}, "sampling_rate": 0.5, "exclude": ["a:*"]}
+    operation, fields = chance.choice(
+        [
+            ("observation:subscribe", {**place, **target, "after": chance.randrange(3)}),
+            ("observation:subscribe", {**place, **target, "filter": limits, "breaker_s": 60.0}),
+            ("observation:subscribe", target),
+            ("observation:unsubscribe", place),
+            ("observation:unsubscribe", target),
+            ("observation:ack", {**place, "upto": chance.randrange(9)}),
+            ("observation:list", target),
+            ("observation:next", place),
+            ("observation:count", place),
+            ("observation:query", target),
+            ("observation:replay", target),
+            ("observation:analyze", {**target, "analysis_type": "errors"}),
+        ]
+    )
+    return Asked(who, operation, fields)
+
+
+def test_the_owner_of_the_log_and_of_observations_passes_the_conformance_kit() -> None:
+    check_owner(OWNER, lambda chance: chance.choice((choose, choose_of_the_log))(chance))
+
+
+def test_an_observer_is_shown_what_his_target_does_from_now_on_and_each_event_once(
+    twin: Observed,
+) -> None:
+    twin.happens({}, {})
+    place = twin.begin(events=["session:*"])
+    twin.happens({}, {"agents": ["other"]}, {"event": "agent:status"}, {"agents": ["x", "target"]})
+    assert twin.shown(place) == [3, 6]
+    assert twin.shown(place) == []
+    twin.happens(*[{}] * 25)
+    assert twin.shown(place, limit=7) == list(range(7, 32))
+    assert twin.counts() == (27, 0, 0, 0)
+
+
+def test_a_target_may_be_a_pattern(twin: Observed) -> None:
+    place = twin.begin(target="work*")
+    twin.happens({"agents": ["worker1"]}, {"agents": ["boss"]}, {"agents": ["boss", "work"]})
+    assert twin.shown(place) == [1, 3]
+
+
+def test_excluded_is_stronger_than_wanted(twin: Observed) -> None:
+    place = twin.begin(events=["session:*"], filter={"exclude": ["session:joined"]})
+    twin.happens({"event": "session:joined"}, {"event": "session:appended"})
+    assert twin.shown(place) == [2]
+    assert twin.counts() == (1, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("match", "shown"),
+    [
+        ({"field": "status", "value": "failed"}, [1]),
+        ({"field": "data.status", "value": "failed"}, [1]),
+        ({"field": "size", "value": 5, "operator": "gt"}, [2]),
+        ({"field": "size", "value": 5, "operator": "lt"}, [1]),
+        ({"field": "size", "value": True}, []),
+        ({"field": "is_new", "value": 1}, []),
+        ({"field": "is_new", "value": True}, [3]),
+        ({"field": "text", "value": "hill", "operator": "contains"}, [2]),
+        ({"field": "tags", "value": "b", "operator": "contains"}, [3]),
+        ({"field": "status", "pattern": "f*d"}, [1]),
+        ({"field": "agents", "value": "target", "operator": "contains"}, [1, 2, 3]),
+        ({"field": "nowhere.at.all", "value": None}, []),
+        ({"field": "text", "value": 3, "operator": "gt"}, []),
+    ],
+)
+def test_content_is_matched_by_type_and_operator(
+    twin: Observed, match: dict[str, Any], shown: list[int]
+) -> None:
+    place = twin.begin(filter={"content_match": match})
+    twin.happens(
+        {"data": {"status": "failed", "size": 1}},
+        {"data": {"size": 6, "text": "over the hills " * 1000}},
+        {"data": {"is_new": True, "tags": ["a", "b"]}},
+    )
+    assert twin.shown(place) == shown
+
+
+def test_of_a_rate_limit_of_ten_a_second_ten_are_shown_and_the_rest_is_counted(
+    twin: Observed,
+) -> None:
+    place = twin.begin(filter={"rate_limit": {"max_events": 10, "window_seconds": 1.0}})
+    twin.happens(*({"timestamp": NOON + n / 100} for n in range(100)))
+    assert twin.shown(place, limit=3) == list(range(1, 11))
+    assert twin.counts() == (10, 0, 90, 0)
+    twin.happens(*({"timestamp": NOON + 1 + n / 100} for n in range(100)))
+    assert twin.shown(place) == list(range(101, 111))
+    assert twin.counts() == (20, 0, 180, 0)
+
+
+def test_a_sample_is_the_same_whoever_asks_and_what_is_not_in_it_is_counted(
+    twin: Observed,
+) -> None:
+    place = twin.begin(filter={"sampling_rate": 0.25})
+    twin.happens(*[{}] * 400)
+    before = [event["n"] for event in twin.read("observation:next", **place, limit=1000).events]
+    assert twin.shown(place, limit=11) == before
+    shown, sampled_out, _, _ = twin.counts()
+    assert (shown, sampled_out) == (len(before), 400 - len(before))
+    assert 60 < shown < 140
+
+
+def test_what_was_acknowledged_twice_is_counted_once(twin: Observed) -> None:
+    place = twin.begin()
+    twin.happens({}, {}, {})
+    for upto in (2, 2, 1, 3, 99):
+        twin.ask("watcher", "observation:ack", **place, upto=upto)
+    assert twin.counts() == (3, 0, 0, 0)
+
+
+def test_an_acknowledgement_whose_counts_are_of_another_place_comes_again(twin: Observed) -> None:
+    place = twin.begin()
+    twin.happens({}, {})
+    stale: Any = twin.fact(Count(subscription_id="eye", upto=1))
+    assert isinstance(stale, Counted)
+    twin.ask("watcher", "observation:ack", **place, upto=1)
+    twin.facts = lambda _query: stale
+    with pytest.raises(Busy):
+        twin.ask("watcher", "observation:ack", **place, upto=2)
+
+
+def test_the_breaker_of_a_hung_observer_opens_and_what_he_misses_is_counted(
+    twin: Observed,
+) -> None:
+    place = twin.begin()
+    twin.happens({}, {})
+    assert twin.shown(place) == [1, 2]
+    for _ in range(4):  # A sign of life is enough.
+        twin.pass_time(BREAKER_S / 2)
+        twin.ask("watcher", "observation:ack", **place, upto=2)
+    twin.happens(*[{}] * 1500)
+    twin.pass_time(BREAKER_S + 1)
+    page = twin.read("observation:next", **place)
+    assert (page.events, page.breaker) == ([], "open")
+    twin.ask("watcher", "observation:ack", **place, upto=page.upto)
+    assert twin.counts() == (2, 0, 0, 1500)
+    twin.happens({})
+    assert twin.shown(place) == [1503]
+
+
+def test_whoever_observes_again_under_his_id_keeps_place_and_counts(twin: Observed) -> None:
+    place = twin.begin()
+    twin.happens({}, {})
+    twin.shown(place)
+    twin.happens({}, {"event": "agent:status"})
+    again = twin.begin(events=["agent:*"])
+    assert twin.shown(again) == [4]
+    assert twin.counts() == (3, 0, 0, 0)
+
+
+def test_nobody_changes_or_ends_the_observation_of_another(twin: Observed) -> None:
+    place = twin.begin()
+    for operation, more in (
+        ("observation:subscribe", {"target": "target"}),
+        ("observation:ack", {"upto": 1}),
+        ("observation:unsubscribe", {}),
+    ):
+        with pytest.raises(Forbidden):
+            twin.ask(ALICE, operation, **place, **more)
+    with pytest.raises(NotFound):
+        twin.ask(ALICE, "observation:unsubscribe", target="target")
+    twin.ask("watcher", "observation:unsubscribe", target="target")
+    assert twin.read("observation:list").subscriptions == []
+
+
+def test_a_replay_is_oldest_first_marked_and_in_its_time(twin: Observed) -> None:
+    twin.happens(*({"timestamp": NOON + n * 2.0} for n in range(2500)), {"agents": ["other"]})
+    now = [0.0]
+    at: list[float] = []
+    found = []
+
+    def read(_owner: str, operation: str, **fields: Any) -> dict[str, Any]:
+        page = twin.read(operation, **fields)
+        return {"events": page.events, "begin": page.begin, "next": page.next}
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    before = twin.store.rows()
+    for event in replayed(read, {"target": "target", "speed": 10.0}, lambda: now[0], wait):  # type: ignore[arg-type]
+        found.append(event)
+        at.append(now[0])
+    assert [event["n"] for event in found] == list(range(1, 2501))
+    assert all(event["replay"] is True for event in found)
+    assert at == pytest.approx([n * 0.2 for n in range(2500)])
+    assert twin.store.rows() == before
+    assert twin.log_view.newest() == 2501
+
+
+def test_history_is_asked_without_a_subscription(twin: Observed) -> None:
+    twin.happens({}, {"event": "agent:status"}, {"agents": ["other"]})
+    fields = {"target": "target", "exclude": ["agent:*"]}
+    assert [event["n"] for event in twin.read("observation:query", **fields).events] == [1]
+    page = twin.read("observation:query", target="target", reverse=True, limit=1)
+    assert ([event["n"] for event in page.events], page.next) == ([2], 2)
+
+
+def test_an_analysis_counts_finds_failures_and_times_completions(twin: Observed) -> None:
+    def completion(name: str, at: float, n: int, **data: Any) -> dict[str, Any]:
+        event = {"event": f"completion:{name}", "timestamp": NOON + at, "data": data}
+        return {**event, "correlation_id": f"r{n}"}
+
+    twin.happens(
+        completion("queued", 0.0, 1),
+        completion("queued", 0.0, 2),
+        completion("granted", 1.0, 1),
+        completion("ended", 4.0, 1, status="completed"),
+        completion("granted", 4.0, 2),
+        completion("requeued", 5.0, 2, lapsed=True, reason="gone"),
+        completion("granted", 5.0, 2),
+        completion("ended", 6.0, 2, status="failed", reason="no answer"),
+        completion("queued", 8.0, 3),
+    )
+
+    def analysed(kind: str) -> Any:
+        return twin.read("observation:analyze", target="target", analysis_type=kind).found
+
+    assert analysed("frequency")["by_event"]["completion:queued"] == 3
+    assert analysed("frequency")["per_s"] == 9 / 8
+    errors = analysed("errors")
+    assert (errors["count"], errors["newest"][-1]["reason"]) == (2, "no answer")
+    times = analysed("performance")
+    assert times["ran_s"] == {"count": 2, "mean": 2.0, "p50": 3.0, "p95": 3.0, "max": 3.0}
+    assert (times["waited_s"]["max"], times["open"]) == (5.0, 1)
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    running = System(tmp_path_factory.mktemp("observation") / "var")
+    yield running
+    running.end()
+
+
+def test_an_observation_survives_kills_of_all_it_stands_on(system: System) -> None:
+    with system.client("target") as target, system.client("watcher") as watcher:
+        target.ask("session:create", session_id="seen")
+        place = watcher.ask("observation:subscribe", target="target", events=["session:appended"])
+        place = {"subscription_id": place["subscription_id"]}
+        seen: list[int] = []
+        for n in range(4):
+            for _ in range(20):
+                target.tell("session:append", session_id="seen", event="note")
+            target.flush(20.0)
+            if n % 2:
+                kill(system, "events")
+            wanted = 20 * (n + 1)
+            following = _observed(watcher.read, watcher.ask, place, wanted - len(seen))
+            seen += [event["data"]["seq"] for event in following]
+        assert seen == list(range(1, 81))
+        shown = watcher.ask("observation:list", observer="watcher")["subscriptions"][0]
+        assert (shown["shown"], shown["missed"]) == (80, 0)
+
+
+def test_a_hung_observer_and_a_hung_owner_of_the_log_hold_up_nobody(system: System) -> None:
+    with system.client("busy") as busy, system.client("hung") as hung:
+        busy.ask("session:create", session_id="on")
+        place = hung.ask("observation:subscribe", target="busy", subscription_id="hung")
+        with paused(system, "events"):
+            for n in range(50):
+                assert busy.ask("session:append", session_id="on", event="note")["seq"] == n + 1
+            with pytest.raises(Unavailable):
+                hung.ask("observation:ack", subscription_id="hung", upto=1, timeout_s=0.2)
+        page = until(
+            lambda: (
+                found
+                if len((found := hung.read("observation:next", subscription_id="hung"))["events"])
+                >= 51
+                else None
+            )
+        )
+        assert page["breaker"] == place["breaker"] == "closed"
