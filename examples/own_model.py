@@ -8,7 +8,7 @@ Here the worker and two agents share one process; they would be three, anywhere 
 import asyncio
 from typing import Any
 
-from ksi.adapters.providers import Grant, Say
+from ksi.adapters.providers import Grant, Talk
 from ksi.adapters.worker import Worker
 from ksi.transport import AsyncClient
 
@@ -18,11 +18,11 @@ class Backwards:
 
     name = "backwards"
 
-    async def complete(self, grant: Grant, say: Say) -> dict[str, Any]:
+    async def complete(self, grant: Grant, talk: Talk) -> dict[str, Any]:
         """Answer one prompt; what is raised here fails the request with these words."""
         if not grant.prompt:
             raise ValueError("there is nothing to say")
-        await say({"words": len(grant.prompt.split())})
+        await talk.say({"words": len(grant.prompt.split())})
         response = await asyncio.to_thread(lambda: grant.prompt[::-1])  # a model that blocks
         return {"response": response, "model": "backwards-1"}
 

@@ -960,6 +960,16 @@ def test_who_requires_what_nobody_can_offer_is_told_why(twin: Twin) -> None:
     assert (provider.unfit, provider.workers, provider.used) == (None, 1, 1)
 
 
+def test_what_is_given_up_because_its_worker_registers_again_and_again_is_recorded(
+    twin: Twin,
+) -> None:
+    request_id = submit(twin)
+    for _ in range(LAPSES_MAX + 1):
+        register(twin)
+    assert status(twin, request_id).status == "failed"
+    assert recorded(twin)[-1] == ("completion:failed", request_id)
+
+
 # What it takes.
 
 TOOK = {"input_tokens": 30, "output_tokens": 12, "cost_usd": 0.25}

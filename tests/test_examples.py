@@ -34,7 +34,7 @@ PRINTED = {
         r"the line: {'response': 'It is.', 'role': 'analyst'}",
     ],
     "own_model": [
-        r"completed {'response': 'stressed', 'model': 'backwards-1'}",
+        r"completed {'response': 'stressed', 'model': 'backwards-1', 'provider': 'backwards'}",
         r"8 entries in sess_",
         r"the worker has left",
     ],

@@ -424,7 +424,8 @@ def test_the_limits_of_the_page_are_those_of_the_code() -> None:
 
 
 def test_the_codes_of_the_page_are_those_of_the_code() -> None:
-    local = {"unavailable", "not_running", "restored"}  # concluded by a client, never sent
+    # Concluded by a client, never sent.
+    local = {"unavailable", "not_running", "restored", "unanswered"}
     table = {code: conclusive == "yes" for code, conclusive, _ in rows("7. Refusals")}
     ours = {
         code: error.conclusive

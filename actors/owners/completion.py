@@ -207,8 +207,8 @@ class Completion(Owner[CompletionTables]):
         match command:
             case Async():
                 return sessions.Get(session_id=command.session_id, agent_id=sender.name)
-            case Cancel() | Retry() if command.session_id is not None:
-                return sessions.Get(session_id=command.session_id)
+            case Cancel(session_id=str(session_id)) | Retry(session_id=str(session_id)):
+                return sessions.Get(session_id=session_id)
             case _:
                 return None
 
@@ -749,10 +749,10 @@ def _register(
     command: RegisterWorker, sender: Sender, tables: CompletionTables, given: Given
 ) -> Decision:
     name = sender.name
-    requeued: tuple[Event, ...] = ()
+    former = Decision()
     if tables.workers.get(name) is not None:
         reason = f"another registered as {name}"
-        requeued = _left(name, reason, tables, given, lapsed=True).events
+        former = _left(name, reason, tables, given, lapsed=True)
     elif tables.workers.count() >= WORKERS_MAX:
         raise Quota(f"there are {WORKERS_MAX} workers", limit=WORKERS_MAX)
     event = WorkerRegistered(
@@ -765,7 +765,7 @@ def _register(
         given.time_s,
     )
     reply = Registered(worker=name, epoch=event.epoch, lease_s=command.lease_s)
-    return Decision((*requeued, event), reply, tick=True)
+    return Decision((*former.events, event), reply, former.sends, tick=True)
 
 
 def _renew(

@@ -13,6 +13,7 @@ its standard input ends.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -178,6 +179,7 @@ def main() -> NoReturn:
         raise
     sys.stdout.flush()
     sys.stderr.flush()
+    atexit._run_exitfuncs()  # `multiprocessing` removes its directory.
     os._exit(code)  # All it was for has ended in order; to take down an interpreter takes 50 ms.
 
 

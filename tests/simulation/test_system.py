@@ -380,6 +380,9 @@ def require_as_told(world: World) -> None:
     expected = [
         (f"completion:{what}", each) for what in ("request", "result") for each in completed
     ]
+    requests = twins["completion"].store.tables["requests"].range()
+    for given_up in (key for key, row in requests if row.status == "failed"):
+        expected += [("completion:request", given_up), ("completion:failed", given_up)]
     assert told == Counter(expected)
     for agent in world.agents:
         entries = logs[agent.session]
