@@ -57,7 +57,7 @@ def speak(var: Path, watcher: Client, say: Callable[[str], None]) -> dict[str, A
     Raises:
         Failed: its worker does not take part.
     """
-    program = (sys.executable, "-P", "-m", "ksi.console.main", "worker", "--var", str(var))
+    program = (sys.executable, "-P", "-m", "ksi.console", "worker", "--var", str(var))
     process = subprocess.Popen(
         [*program, "--as", "model", "--provider", "local"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

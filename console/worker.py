@@ -168,7 +168,7 @@ def spawn(options: Options, name: str, words: list[str]) -> None:
         Failed: it does not.
     """
     # Its environment is that of the system: what is passed on here would be stored.
-    argv = [sys.executable, "-P", "-m", "ksi.console.main", "worker", "--grace", GRACE, *words]
+    argv = [sys.executable, "-P", "-m", "ksi.console", "worker", "--grace", GRACE, *words]
     with options.client() as client:
         with contextlib.suppress(Conflict):  # It runs already.
             client.ask(

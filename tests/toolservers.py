@@ -26,7 +26,7 @@ WAIT_S = 20.0
 
 def words(var: Path, *more: str, name: str = "alice") -> list[str]:
     """Return the command line of a server."""
-    common = ["-P", "-m", "ksi.console.main", "--var", str(var), "--as", name]
+    common = ["-P", "-m", "ksi.console", "--var", str(var), "--as", name]
     return [sys.executable, *common, "mcp", "serve", *more]
 
 

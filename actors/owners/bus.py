@@ -71,6 +71,7 @@ RESERVED: Final = frozenset(
         "conversation",
         "worker",
         "index",
+        "conversation",
         "state",
         "async_state",
         INBOX,

@@ -23,7 +23,7 @@ from ksi.transport.errors import NotFound, TooLarge, Unanswered
 
 PROGRAM = f"{sys.executable} {Path(__file__).parents[1] / 'printing.py'}"
 COMMAND = ("--provider", "command", "--command", PROGRAM)
-KSI = [sys.executable, "-P", "-m", "ksi.console.main"]
+KSI = [sys.executable, "-P", "-m", "ksi.console"]
 SECRET = "sk-never-to-be-seen-4711"
 SOON = {"retry_s": 0.1}
 
