@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import anthropic
 
-from ksi.actors.owners.spending import Usage
+from ksi.actors.declarations.spending import Usage
 from ksi.adapters.providers import (
     Failed,
     Grant,

@@ -32,7 +32,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ksi.actors.owners.spending import Usage
+from ksi.actors.declarations.spending import Usage
 from ksi.adapters.providers import Failed, Grant, Past, Settings, Talk, kind_of_words
 from ksi.transport.errors import Invalid
 from ksi.transport.limits import OUTPUT_BYTES_MAX

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import openai
 
-from ksi.actors.owners.spending import Usage
+from ksi.actors.declarations.spending import Usage
 from ksi.adapters.providers import (
     Failed,
     Grant,

@@ -23,8 +23,8 @@ from typing import Annotated, Any, Final, NamedTuple, Protocol, runtime_checkabl
 
 import msgspec
 
-from ksi.actors.owners.completion_declared import PASSING, Kind
-from ksi.actors.owners.spending import Usage
+from ksi.actors.declarations.completion import PASSING, Kind
+from ksi.actors.declarations.spending import Usage
 from ksi.transport.errors import Invalid
 from ksi.transport.limits import HISTORY_BYTES_MAX, HISTORY_TURNS_MAX
 

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ksi.actors.owners.spending import Usage
+from ksi.actors.declarations.spending import Usage
 from ksi.adapters.providers import Failed, Grant, Opened, Provider
 from ksi.adapters.talk import SessionTalk
 from ksi.transport import AsyncClient

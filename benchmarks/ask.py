@@ -29,7 +29,7 @@ from benchmarks.measuring import (
     spread,
     timed,
 )
-from ksi.actors.owners.sessions import Get
+from ksi.actors.declarations.sessions import Get
 from ksi.transport import AsyncClient, Client, wire
 from ksi.transport.message import encode
 from ksi.transport.window import Window

@@ -33,7 +33,7 @@ from benchmarks.measuring import (
     spread,
     timed,
 )
-from ksi.actors.owners.sessions import Get
+from ksi.actors.declarations.sessions import Get
 from ksi.transport import Client
 from ksi.transport.message import encode
 

@@ -27,12 +27,12 @@ from trouble import until
 from ksi.actors import checkpoints as making
 from ksi.actors import restoring
 from ksi.actors.checkpoints import root_of
+from ksi.actors.declarations.sessions import GetHistory
 from ksi.actors.followers.files import LogFollower
 from ksi.actors.followers.indexed import Verification
 from ksi.actors.followers.indexing import IndexFollower
 from ksi.actors.owner import Sender
 from ksi.actors.owners import OWNERS, load
-from ksi.actors.owners.sessions import GetHistory
 from ksi.actors.process import open_store
 from ksi.actors.reading import reader_of
 from ksi.actors.supervision.lock import holder

@@ -12,7 +12,7 @@ import pytest
 from system import System
 from trouble import entries, kill, kill_all, living, paused, paused_supervisor, rows, rss_mb, until
 
-from ksi.actors.owners.sessions import Append, Create
+from ksi.actors.declarations.sessions import Append, Create
 from ksi.actors.stat import read_stat
 from ksi.transport import AsyncClient
 from ksi.transport.errors import (

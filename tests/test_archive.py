@@ -16,10 +16,10 @@ from system import System
 from trouble import until
 
 from ksi.actors.checkup import Checkup
+from ksi.actors.declarations.sessions import GetHistory
 from ksi.actors.followers.files import LogFollower
 from ksi.actors.followers.indexed import Verification
 from ksi.actors.owners import OWNERS
-from ksi.actors.owners.sessions import GetHistory
 from ksi.actors.reading import reader_of
 from ksi.actors.supervision.lock import holder
 from ksi.console.main import main

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from ksi.actors.declarations.registry import AgentPage, AgentView, Describe, DiscoverPeers
 from ksi.actors.owner import Announcement, Query, Reply, Sender
 from ksi.actors.owners import bus, load_all
 from ksi.actors.owners.bus import OWNER, RESERVED
-from ksi.actors.owners.registry import AgentPage, AgentView, Describe, DiscoverPeers
 from ksi.actors.testing import Asked, Twin, check_owner
 from ksi.transport.errors import Conflict, Forbidden, Invalid, KsiError, NotFound, Quota
 

@@ -15,9 +15,9 @@ import pytest
 from system import System
 from trouble import entries, kill, kill_all, living, paused, paused_supervisor, rows, rss_mb, until
 
+from ksi.actors.declarations.bus import ListWaiting
+from ksi.actors.declarations.sessions import Append, Create, Get, ListSessions
 from ksi.actors.owners import load
-from ksi.actors.owners.bus import ListWaiting
-from ksi.actors.owners.sessions import Append, Create, Get, ListSessions
 from ksi.actors.process import open_store
 from ksi.storage.store import restore
 from ksi.transport import Client

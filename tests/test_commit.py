@@ -7,11 +7,12 @@ import msgspec
 import pytest
 
 from ksi.actors import commit, delivery
+from ksi.actors.declarations.sessions import Append, SessionTables
 from ksi.actors.delivery import EVICTED, GOODBYE, SENT, Record
 from ksi.actors.owner import Decision, Given, Reply, Send, Sender, Tick
 from ksi.actors.owners import bus, registry
 from ksi.actors.owners.registry import Registry
-from ksi.actors.owners.sessions import Append, Sessions, SessionTables
+from ksi.actors.owners.sessions import Sessions
 from ksi.actors.testing import Twin, reply_of, work_of
 from ksi.transport import wire
 from ksi.transport.errors import (

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from ksi.actors.declarations.sessions import SessionView
 from ksi.actors.owner import Query, Reply, Sender
 from ksi.actors.owners import completion
 from ksi.actors.owners.completion import OWNER
-from ksi.actors.owners.sessions import SessionView
 from ksi.actors.testing import Asked, Twin, TwinTable, check_owner
 from ksi.transport.errors import (
     Busy,

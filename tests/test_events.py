@@ -20,6 +20,7 @@ from trouble import kill, until
 
 from ksi.actors.checkpoints import _logged
 from ksi.actors.commit import batch_decoder
+from ksi.actors.declarations.sessions import EntryAppended, Joined, OwnerSeen
 from ksi.actors.delivery import Batch, Record
 from ksi.actors.followers.recorded import (
     Describer,
@@ -33,7 +34,6 @@ from ksi.actors.followers.recording import EventFollower, _Taken
 from ksi.actors.owner import EventLog, Sender
 from ksi.actors.owners import OWNERS, load, load_all
 from ksi.actors.owners.events import OWNER
-from ksi.actors.owners.sessions import EntryAppended, Joined, OwnerSeen
 from ksi.actors.reading import reader_of
 from ksi.actors.testing import START, Asked, Twin
 from ksi.storage import eventlog

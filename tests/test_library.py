@@ -697,9 +697,7 @@ def test_locks_survive_a_kill_and_a_silent_holder_is_fenced_off(library: Library
         eager.ask("conversation:release_lock", request_id="r")
 
 
-@pytest.mark.skipif(
-    not CORPORA.is_dir(), reason="no real logs and compositions beside the checkout"
-)
+@pytest.mark.extra
 def test_real_logs_and_compositions_are_indexed_completely(tmp_path: Path) -> None:
     folder = CORPORA / "compositions"
     settings = {"compositions.folder": str(folder), "compositions.exclude": ""}

@@ -13,10 +13,11 @@ from test_events import NOON, log
 from test_events import choose as choose_of_the_log
 from trouble import kill, paused, until
 
+from ksi.actors.declarations.events import GetNewest, Newest
+from ksi.actors.declarations.observation import BREAKER_S, Count, Counted
 from ksi.actors.followers.recorded import EventLogView
 from ksi.actors.owner import EventLog, Query, Reply, Sender
-from ksi.actors.owners.events import OWNER, GetNewest, Newest
-from ksi.actors.owners.observation import BREAKER_S, Count, Counted
+from ksi.actors.owners.events import OWNER
 from ksi.actors.testing import Asked, Twin, check_owner
 from ksi.console.observe import _observed, replayed
 from ksi.transport.errors import Busy, Forbidden, NotFound, Unavailable

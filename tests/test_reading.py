@@ -2,8 +2,8 @@
 
 from system import System
 
-from ksi.actors.owners.registry import AgentDetails, Describe
-from ksi.actors.owners.sessions import Get, SessionView
+from ksi.actors.declarations.registry import AgentDetails, Describe
+from ksi.actors.declarations.sessions import Get, SessionView
 from ksi.actors.reading import Facts
 from ksi.transport.errors import NotFound
 

@@ -24,7 +24,7 @@ import zmq
 from system import System
 from trouble import WAIT_S, entries, kill, kill_all, paused, until
 
-from ksi.actors.owners.sessions import Get
+from ksi.actors.declarations.sessions import Get
 from ksi.actors.supervision.lock import holder
 from ksi.console.main import main
 from ksi.transport import AsyncClient, Client

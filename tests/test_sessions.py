@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from ksi.actors.declarations.sessions import ENTRIES_MAX
 from ksi.actors.owner import Sender
 from ksi.actors.owners import sessions
-from ksi.actors.owners.sessions import ENTRIES_MAX, OWNER, detect_pattern, detect_role
+from ksi.actors.owners.sessions import OWNER, detect_pattern, detect_role
 from ksi.actors.testing import Asked, Twin, check_owner
 from ksi.transport.errors import (
     Conflict,

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 
 from ksi.actors import testing
-from ksi.actors.owner import Announcement, Decision, Given, Line, Reply, Sender
-from ksi.actors.owners.registry import Beat, Registry, RegistryTables
-from ksi.actors.owners.sessions import (
+from ksi.actors.declarations.registry import Beat, RegistryTables
+from ksi.actors.declarations.sessions import (
     Append,
     Close,
     EntryAppended,
     Ownership,
     SessionCreated,
-    Sessions,
     SessionTables,
 )
+from ksi.actors.owner import Announcement, Decision, Given, Line, Reply, Sender
+from ksi.actors.owners.registry import Registry
+from ksi.actors.owners.sessions import Sessions
 from ksi.actors.testing import Asked, Twin, check_owner, work_of
 from ksi.transport.errors import Forbidden, Internal, Quota
 

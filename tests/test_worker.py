@@ -12,7 +12,7 @@ import click
 import pytest
 from system import System
 
-from ksi.actors.owners.spending import Usage
+from ksi.actors.declarations.spending import Usage
 from ksi.adapters.providers import PROVIDERS, Echo, Failed, Grant, Provider, Talk
 from ksi.adapters.worker import Pace, Worker
 from ksi.console.worker import PROVIDER_NAMES, require_fit

@@ -15,8 +15,8 @@ from system import System
 from trouble import until
 
 from ksi.actors.commit import batch_decoder
+from ksi.actors.declarations.completion import Deferred, Ended, Granted, Queued, Requeued
 from ksi.actors.owners import completion
-from ksi.actors.owners.completion_declared import Deferred, Ended, Granted, Queued, Requeued
 from ksi.actors.reading import reader_of
 from ksi.transport.errors import KsiError
 

@@ -343,7 +343,7 @@ def _try(step: Callable[[], bool]) -> bool:
 
 
 def _identities(var: Path) -> Page:
-    from ksi.actors.owners.registry import ListIdentities
+    from ksi.actors.declarations.registry import ListIdentities
 
     make_directory(var / "state")
     return Page("registry", var, ListIdentities(), var / "state" / "agent_identities.json")

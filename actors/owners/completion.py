@@ -20,7 +20,7 @@ Owns the queue of every session, the grants that workers hold, and the outcomes.
 Grants are decided once a commit, in the tick that follows, over heads of queues and free workers
 only: the cost depends on neither how many requests wait nor how many sessions there are.
 
-What is said, and the rows, are in `completion_declared.py`; what it costs is in `spending.py`.
+What it costs is in `spending.py`.
 
 Source: "KSI State Management Analysis" 4, completion service: a queue a session against forks.
 Leases with fencing tokens: Chubby's sequencers; redelivery after a lease: NATS JetStream's AckWait.
@@ -39,23 +39,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from ksi.actors.owner import (
-    Announcement,
-    Decision,
-    Event,
-    Given,
-    Interrupted,
-    Owner,
-    Query,
-    Reply,
-    Restored,
-    Send,
-    Sender,
-    Table,
-    Tick,
-)
-from ksi.actors.owners import sessions, spending
-from ksi.actors.owners.completion_declared import (
+from ksi.actors.declarations import sessions
+from ksi.actors.declarations.completion import (
     ANYTHING,
     FINAL,
     PAGE_REQUESTS_MAX,
@@ -126,6 +111,31 @@ from ksi.actors.owners.completion_declared import (
     WorkerRenewed,
     WorkerView,
 )
+from ksi.actors.declarations.spending import (
+    BudgetPage,
+    BudgetSet,
+    GetTokenUsage,
+    ListBudgets,
+    SetBudget,
+    Taken,
+    UsageForgotten,
+)
+from ksi.actors.owner import (
+    Announcement,
+    Decision,
+    Event,
+    Given,
+    Interrupted,
+    Owner,
+    Query,
+    Reply,
+    Restored,
+    Send,
+    Sender,
+    Table,
+    Tick,
+)
+from ksi.actors.owners import spending
 from ksi.transport.errors import (
     Busy,
     Conflict,
@@ -198,9 +208,9 @@ class Completion(Owner[CompletionTables]):
         | Retried
         | Buried
         | FoundUnfit
-        | spending.Taken
-        | spending.BudgetSet
-        | spending.UsageForgotten
+        | Taken
+        | BudgetSet
+        | UsageForgotten
     )
 
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
@@ -244,7 +254,7 @@ class Completion(Owner[CompletionTables]):
                 return Decision((LimitSet(command.limit),), reply, tick=True)
             case ReportUnfit():
                 return _found_unfit(command, tables, given)
-            case spending.SetBudget():
+            case SetBudget():
                 return _set_budget(command, tables, given)
             case _:
                 raise TypeError(command)
@@ -302,11 +312,11 @@ class Completion(Owner[CompletionTables]):
                 _buried(event, tables)
             case FoundUnfit():
                 _count(tables, event.provider, unfit=event.reason)
-            case spending.Taken():
+            case Taken():
                 spending.apply_taken(event, tables)
-            case spending.BudgetSet():
+            case BudgetSet():
                 spending.apply_budget(event, tables)
-            case spending.UsageForgotten():
+            case UsageForgotten():
                 tables.usage.delete((event.hour, event.agent_id, event.model))
             case _:
                 raise TypeError(event)
@@ -325,9 +335,9 @@ class Completion(Owner[CompletionTables]):
                 return _retry_status(query, tables)
             case GetProviderStatus():
                 return _provider_status(query, tables)
-            case spending.GetTokenUsage():
+            case GetTokenUsage():
                 return spending.token_usage(query, tables)
-            case spending.ListBudgets():
+            case ListBudgets():
                 return spending.budgets(query, tables)
             case ListWorkers():
                 rows = islice(tables.workers.range(), query.limit)
@@ -1614,11 +1624,11 @@ def _found_unfit(command: ReportUnfit, tables: CompletionTables, given: Given) -
     return Decision((FoundUnfit(command.provider, command.reason, given.now),))
 
 
-def _set_budget(command: spending.SetBudget, tables: CompletionTables, given: Given) -> Decision:
+def _set_budget(command: SetBudget, tables: CompletionTables, given: Given) -> Decision:
     event = spending.set_budget(command, tables, given.now)
     budget = spending.after(event, tables)
     views = [] if budget is None else [spending.view(event.holder, event.name, budget)]
-    return Decision((event,), spending.BudgetPage(budgets=views), tick=True)
+    return Decision((event,), BudgetPage(budgets=views), tick=True)
 
 
 def _place(after: str | None, *kinds: type) -> Any:

@@ -20,62 +20,39 @@ Source: "KSI State Management Analysis", 7. Conversation Service and 8. Composit
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Any
 
-from ksi.actors.owner import (
-    Announcement,
-    Compositions,
-    Conversations,
-    Decision,
-    Given,
-    Keyed,
-    Owner,
-    Reply,
-    Sender,
-    Table,
-    Tables,
-    Tick,
-)
-from ksi.actors.owners import compositions, conversations, locks
-from ksi.actors.owners.compositions import RebuildCompositions
-from ksi.actors.owners.conversations import (
+from ksi.actors.declarations.compositions import RebuildCompositions
+from ksi.actors.declarations.conversations import (
     Forget,
     Import,
     ImportChanged,
-    ImportRow,
     Order,
     OrderGiven,
     RebuildConversations,
 )
-from ksi.actors.owners.locks import (
-    Count,
+from ksi.actors.declarations.library import (
+    LibraryTables,
+)
+from ksi.actors.declarations.locks import (
     ForkDetected,
-    ForkRow,
-    Held,
-    Lock,
     LockForgotten,
     LockFreed,
     LockGranted,
     LockLeft,
     LockQueued,
     LockRenewed,
-    Parent,
-    Waiter,
 )
-
-
-class LibraryTables(Tables):
-    orders: Table[Order]  # by kind
-    imports: Table[ImportRow]  # by the hash of their path
-    locks: Table[Lock]  # by conversation
-    waiting: Annotated[Table[Waiter], Keyed(str, int)]  # by conversation and ticket
-    requests: Annotated[Table[Held], Keyed(str, str)]  # by agent and request
-    due: Annotated[Table[bytes], Keyed(int, str)]  # by owner time in ms and conversation
-    forks: Annotated[Table[ForkRow], Keyed(str, str)]  # by parent and child
-    parents: Table[Parent]  # by child
-    counters: Table[Count]
-    compositions: Compositions
-    conversations: Conversations
+from ksi.actors.owner import (
+    Announcement,
+    Decision,
+    Given,
+    Owner,
+    Reply,
+    Sender,
+    Tick,
+)
+from ksi.actors.owners import compositions, conversations, locks
 
 
 class Library(Owner[LibraryTables]):

@@ -30,7 +30,7 @@ from workers import (
     working,
 )
 
-from ksi.actors.owners.completion_declared import Granted, Queued
+from ksi.actors.declarations.completion import Granted, Queued
 from ksi.transport import AsyncClient
 
 AGENTS, EACH = 20, 100

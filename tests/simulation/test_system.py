@@ -24,9 +24,9 @@ from workers import require_one_at_a_time
 
 from ksi.actors import host as host_module
 from ksi.actors import outbox as outbox_module
+from ksi.actors.declarations.completion import GetGrants
 from ksi.actors.outbox import Outbox
 from ksi.actors.owners import OWNERS, load, load_all
-from ksi.actors.owners.completion_declared import GetGrants
 from ksi.actors.testing import START, Twin
 from ksi.transport.errors import KsiError
 from ksi.transport.limits import TICK_S

@@ -1,7 +1,7 @@
-"""What is said to, by and within the owner of completions: messages, replies, events and rows.
+"""The owner `completion` in its forms: what it is told and answers, what happens, what it keeps.
 
-`completion.py` decides over them. A field that is added to an event or a row goes last and has a
-default: journals and views of former versions are read with it.
+What it does: `actors/owners/completion.py`. A field that is added to an event or a row goes last
+and has a default: journals and views of former versions are read with it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
+from ksi.actors.declarations.spending import SpendingTables, Usage
 from ksi.actors.owner import Command, Event, Keyed, Query, Reply, Table
-from ksi.actors.owners.spending import SpendingTables, Usage
 from ksi.transport.errors import (
     Busy,
     Conflict,
