@@ -30,8 +30,7 @@ from ksi.transport.errors import (
     StaleEpoch,
 )
 
-BESIDE = Path(__file__).resolve().parents[2] / "shared" / "corpora"
-CORPORA = Path(os.environ.get("KSI_CORPORA") or BESIDE)
+CORPORA = Path(os.environ.get("KSI_CORPORA", "corpora"))  # of logs and compositions
 KILLS = 5
 WORDS = ["lease", "epoch", "journal", "mailbox", "owner", "fork", "cursor", "checkpoint"]
 
