@@ -20,6 +20,7 @@ Python 3.11 imports it again in every child.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import importlib
@@ -120,6 +121,7 @@ class ForkServer:
         self._spare: _Waiting | None = None
         self._modules = ",".join(("ksi.actors.supervision.forkserver", *modules))
         multiprocessing.set_forkserver_preload(["ksi.actors.supervision.preload"])
+        atexit.register(self._end_spare)
 
     def start(self) -> None:
         """Start the server if it does not run; it loads its modules while the caller goes on."""
@@ -184,6 +186,14 @@ class ForkServer:
         if self._spare is None:
             with contextlib.suppress(OSError, EOFError):  # The server is dying: another time.
                 self._spare = self._forked()
+
+    def _end_spare(self) -> None:
+        """Kill the spare: at the end `multiprocessing` waits for all children, and it for us."""
+        if self._spare is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._spare.pidfd, signal.SIGKILL)
+            self._spare.close()
+            self._spare = None
 
     def _forked(self) -> _Waiting:
         self.start()
