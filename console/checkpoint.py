@@ -38,13 +38,13 @@ def create(options: Options, timeout: float) -> None:
         checkpoint_id = client.ask("checkpoint:create")["id"]
         while True:
             now = client.ask("checkpoint:list")
-            made = [each for each in now["checkpoints"] if each["id"] == checkpoint_id]
-            if made or now["making"] != checkpoint_id:
+            if now["making"] != checkpoint_id:  # Whole, and another may be asked for.
                 break
             if time.monotonic() - begun_s > timeout:
                 text = f"the checkpoint {checkpoint_id} is not whole after {timeout:g} s"
                 raise Failed(text, hint=f"ksi{options.words()} checkpoint list")
             time.sleep(LOOK_S)  # A poll that ends.
+    made = [each for each in now["checkpoints"] if each["id"] == checkpoint_id]
     if not made:
         why = now["failed"] if now["failed_id"] == checkpoint_id else "it ended"
         raise Failed(f"no checkpoint was made: {why}", hint=f"ksi{options.words()} logs checkpoint")

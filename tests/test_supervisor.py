@@ -280,7 +280,7 @@ def test_the_phase_is_that_of_the_first_child_that_does_not_answer(system: Syste
     assert [(line["child"], line["phase"]) for line in system.progress] == [
         (child["name"], child["phase"]) for child in PHASED
     ]
-    assert is_in("ready")
+    until(lambda: is_in("ready"))
     (system.var / "c.go").unlink()
     os.kill(system.pid_of("c"), signal.SIGKILL)
     until(lambda: is_in("context"))
