@@ -265,7 +265,9 @@ def _exec(spec: ChildSpec, channel: Connection) -> None:
     try:
         if spec.cwd is not None:
             os.chdir(spec.cwd)
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
+        for number in (
+            signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ,
+        ):  # fmt: skip
             signal.signal(number, signal.SIG_DFL)
         for descriptor in map(int, os.listdir("/proc/self/fd")):
             if descriptor > 2:
