@@ -22,7 +22,7 @@ from typing import Final
 import msgspec
 
 from ksi.storage.atomic import sync_directory, write_atomically
-from ksi.storage.errors import Corrupt
+from ksi.storage.errors import Corrupt, reading
 from ksi.storage.snapshots import Manifest, check_rows, is_whole, read_manifest
 from ksi.transport.errors import NotFound
 
@@ -104,10 +104,8 @@ def read(path: Path) -> Checkpoint:
     """
     if not path.is_dir():
         raise NotFound(f"there is no checkpoint {path.name}", hint="ksi checkpoint list")
-    try:
+    with reading(f"checkpoint {path}", path / MANIFEST):
         found = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Checkpoint)
-    except (OSError, ValueError) as error:
-        raise Corrupt(f"checkpoint {path}: {error}", file=str(path / MANIFEST)) from error
     if found.format != CHECKPOINT_FORMAT or found.id != path.name:
         raise Corrupt(f"checkpoint {path} is of format {found.format} and says it is {found.id}")
     return found
@@ -141,12 +139,9 @@ def read_files(path: Path) -> Iterator[File]:
     Raises:
         Corrupt: it cannot be read.
     """
-    try:
-        with open(path / FILES, "rb") as lines:
-            for line in lines:
-                yield msgspec.json.decode(line, type=File)
-    except (OSError, ValueError) as error:
-        raise Corrupt(f"checkpoint {path}: {error}", file=str(path / FILES)) from error
+    with reading(f"checkpoint {path}", path / FILES), open(path / FILES, "rb") as lines:
+        for line in lines:
+            yield msgspec.json.decode(line, type=File)
 
 
 def write_files(path: Path, files: Iterable[File]) -> tuple[int, int, str]:
@@ -211,8 +206,5 @@ def _looks_whole(path: Path, checkpoint: Checkpoint) -> bool:
 
 
 def _hash(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise Corrupt(f"{path}: {error.strerror}", file=str(path)) from error
+    with reading(str(path), path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,7 +23,7 @@ import msgspec
 
 from ksi.storage.atomic import sync_directory, write_atomically
 from ksi.storage.environment import open_copy
-from ksi.storage.errors import Corrupt
+from ksi.storage.errors import Corrupt, reading
 from ksi.storage.journal import Position
 from ksi.storage.tables import Instant, ReadTable, TableSpec, intact
 
@@ -148,8 +148,9 @@ def seal(path: Path, store: str, seq: int, position: Position, time_s: float) ->
 def is_whole(path: Path, manifest: Manifest) -> bool:
     """Return whether the data of a snapshot are those its manifest was written for."""
     try:
-        return _hash(path / "data.mdb") == (manifest.sha256, manifest.data_bytes)
-    except OSError:
+        with reading(f"snapshot {path}", path / "data.mdb"):
+            return _hash(path / "data.mdb") == (manifest.sha256, manifest.data_bytes)
+    except Corrupt:
         return False
 
 
@@ -204,10 +205,8 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         Corrupt: there is none, or it cannot be read.
     """
-    try:
+    with reading(f"snapshot {path}", path / "manifest.json"):
         manifest = msgspec.json.decode((path / "manifest.json").read_bytes(), type=Manifest)
-    except (OSError, ValueError) as error:
-        raise Corrupt(f"snapshot {path}: {error}", file=str(path / "manifest.json")) from error
     if manifest.format != MANIFEST_FORMAT:
         raise Corrupt(f"snapshot {path} is of format {manifest.format}, not {MANIFEST_FORMAT}")
     return manifest

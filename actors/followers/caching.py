@@ -4,40 +4,28 @@ A cache is made of what others have written, in SQLite, and is never the truth: 
 piece at a turn, and built again when somebody has ordered it, when it was deleted or is damaged,
 when it has been through a crash of the machine, or is of something else. The new one is made beside
 the old, which is read on until then, and replaces it when it is whole.
-
-They have a thread of their own, since to build a cache again may take minutes, and their owner
-answers meanwhile.
 """
 
 from __future__ import annotations
 
-import os
 import sqlite3
-import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-import zmq
-
-from ksi.actors.process import Beside, run_owner, wait_for_room
 from ksi.actors.reading import reader_of
 from ksi.actors.supervision.reports import write_follower
 from ksi.storage.errors import Corrupt
 from ksi.storage.sqlite import is_damage
 from ksi.transport.errors import KsiError, NotRunning
-from ksi.transport.identity import bell_endpoint, run_directory
+from ksi.transport.identity import run_directory
 from ksi.transport.limits import TICK_S
-from ksi.transport.mailbox import listen
 
-GROUP_S: Final = 0.02  # What comes within this time is taken together.
 SETTLE_S: Final = 1.0  # How often databases are looked after, and what was written moved into them.
 SETTLE_LINES: Final = 50_000  # The same under load: what readers have to look through.
 TELL_S: Final = 0.2  # How often it says how far it is.
-CLOSE_S: Final = 3.0  # For the last lines at the end; a supervisor waits 5.
 RETRY_S: Final = 0.5  # After trouble that may pass; doubled each time ...
 RETRY_S_MAX: Final = 30.0  # ... up to this.
 
@@ -276,67 +264,3 @@ class CacheFollower(ABC, Generic[W]):
             with suppress(OSError):  # There will be room for it another time.
                 write_follower(self._run, self.name, told)
             self._told, self._told_s = told, now_s
-
-
-Make = Callable[[Path, Any], Sequence[CacheFollower[Any]]]
-
-
-def run_with(owner: str, var: str, make: Make, *, group_s: float = GROUP_S) -> None:
-    """Run an owner on `var`, and followers beside it, until SIGTERM.
-
-    Args:
-        make: makes them, for a var directory and a logger.
-        group_s: what is said within this time is taken together.
-    """
-    os.nice(10)  # Behind the owners clients wait for, and the files it follows.
-    run_owner(owner, var, _beside(owner, make, group_s))
-
-
-def _beside(owner: str, make: Make, group_s: float) -> Beside:
-    def start(var: Path, logger: Any) -> Callable[[], None]:
-        stopping = threading.Event()
-        woken = os.eventfd(0, os.EFD_CLOEXEC)
-        arguments = (owner, make, var, logger, stopping, woken, group_s)
-        thread = threading.Thread(target=_follow, args=arguments, daemon=True)
-        thread.start()
-
-        def end() -> None:
-            stopping.set()
-            os.eventfd_write(woken, 1)
-            thread.join(CLOSE_S)  # What it is doing may as well be done again after the next start.
-
-        return end
-
-    return start
-
-
-def _follow(
-    owner: str,
-    make: Make,
-    var: Path,
-    logger: Any,
-    stopping: threading.Event,
-    woken: int,
-    group_s: float,
-) -> None:
-    try:
-        followers = wait_for_room(lambda: make(var, logger), logger)
-        context = zmq.Context()
-        bell = listen(context, bell_endpoint(var, "sessions"))
-        news = zmq.Poller()
-        for each in (bell, woken):
-            news.register(each, zmq.POLLIN)
-        while not stopping.is_set():
-            if sum(each.turn() for each in followers):  # Each has its turn.
-                continue
-            wait_s = min(group_s if each.is_behind() else each.wait_s for each in followers)
-            if news.poll(int(wait_s * 1000)) and not stopping.is_set():
-                while bell.poll(0):
-                    bell.recv()
-                time.sleep(group_s)  # What comes meanwhile goes with it.
-        for follower in followers:
-            follower.close()
-        context.destroy(linger=0)
-    except BaseException:
-        logger.exception(f"a follower beside {owner} ended")
-        os._exit(1)

@@ -16,13 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from ksi.actors.followers.beside import GROUP_S, run_with
 from ksi.actors.followers.caching import (
-    GROUP_S,
     SETTLE_LINES,
     CacheFollower,
     Outdated,
     Writer,
-    run_with,
 )
 from ksi.actors.followers.indexed import (
     Describer,

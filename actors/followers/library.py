@@ -20,7 +20,8 @@ import msgspec
 
 from ksi.actors.config import load
 from ksi.actors.followers import composed, conversed
-from ksi.actors.followers.caching import CacheFollower, Making, Outdated, run_with
+from ksi.actors.followers.beside import run_with
+from ksi.actors.followers.caching import CacheFollower, Making, Outdated
 from ksi.actors.followers.composed import Rejected
 from ksi.actors.followers.indexing import Rebuild, Source
 from ksi.actors.followers.watching import FileFollower, Roots, files_of, signature_of

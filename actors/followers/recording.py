@@ -8,39 +8,31 @@ read now is waited for, and the others go on.
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from heapq import merge
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import zmq
-
 from ksi.actors.delivery import Batch
+from ksi.actors.followers.beside import run_with
 from ksi.actors.followers.recorded import Describer, LoggedEvent, Source, event_directory, line_of
 from ksi.actors.owners import OWNERS, load
-from ksi.actors.process import run_owner, wait_for_room
 from ksi.actors.reading import OwnerReader, reader_of
 from ksi.storage.errors import Corrupt
 from ksi.storage.eventlog import EventWriter, Followed, days_in
 from ksi.storage.journal import Batch as StoredBatch
 from ksi.storage.journal import Position
 from ksi.transport.errors import KsiError, NotFound, NotRunning
-from ksi.transport.identity import bell_endpoint
 from ksi.transport.limits import TICK_S
-from ksi.transport.mailbox import listen
 from ksi.transport.moments import day_of
 
-GROUP_S: Final = 0.02  # Events that come within this time are written together.
 SAVE_S: Final = 0.5  # How often the place is noted: what a start after a kill reads back.
 SYNC_S: Final = 30.0  # How often the log is synced; sooner, owners would wait behind it.
 SWEEP_S: Final = 60.0  # How often days that are over their time are looked for.
 TURN_BATCHES: Final = 256  # Journal batches of one owner taken in one turn ...
 TURN_BYTES: Final = 1 << 20  # ... or about so much of its journal: it is all in memory.
-CLOSE_S: Final = 3.0  # For the last events at the end; a supervisor waits 5.
 LAST_S: Final = 0.3  # Spent on them: what is left is logged after the next start.
 RETRY_S: Final = 0.5  # After trouble that may pass.
 DAY_S: Final = 86_400.0
@@ -115,13 +107,13 @@ class EventFollower:
         self._trouble: set[str] = set()
 
     def turn(self) -> bool:
-        """Log what is new; return whether there was anything."""
+        """Log what is new, or as much of it as one turn takes; return whether there is more."""
         if time.monotonic() < self._until_s:
             return False
         try:
             if self._writer is None:
                 self._writer = EventWriter(self._directory)
-            busy = self._turn(self._writer)
+            more = self._turn(self._writer)
             self._save_if_due(self._writer)
             self._trouble.discard("")
         except (KsiError, OSError) as error:
@@ -129,7 +121,16 @@ class EventFollower:
             self._say("", error)
             self._until_s = time.monotonic() + RETRY_S
             return False
-        return busy
+        return more
+
+    def is_behind(self) -> bool:
+        """Return False: what is in a journal can be logged at once."""
+        return False
+
+    @property
+    def wait_s(self) -> float:
+        """How long it may sleep where nobody rings."""
+        return TICK_S
 
     def close(self) -> None:
         """Log what there is, or some of it if that is much, sync and close."""
@@ -172,11 +173,10 @@ class EventFollower:
                 behind.add(each.journal)  # With all that follows, if the clock goes back.
             if each.journal not in behind:
                 self._add(writer, each)
-        busy = any(taken)
-        if busy:
+        if any(taken):
             writer.write()
             self._unsaved = self._unsynced = True
-        return busy
+        return horizon < float("inf")
 
     def _add(self, writer: EventWriter, taken: _Taken) -> None:
         name, stored = taken.journal.name, taken.stored
@@ -247,44 +247,8 @@ def _described(taken: _Taken, store: str) -> Iterator[tuple[int, int, LoggedEven
 
 def run_events(var: str, keep_days: str) -> None:
     """Run the owner of event subscriptions on `var`, and the follower beside it, until SIGTERM."""
-    os.nice(15)  # Behind all that clients wait for: the log may come later.
-    run_owner("events", var, lambda root, logger: _start(root, logger, int(keep_days)))
 
+    def make(root: Path, logger: Any) -> list[EventFollower]:
+        return [EventFollower(root, logger, int(keep_days))]
 
-def _start(var: Path, logger: Any, keep_days: int) -> Callable[[], None]:
-    """Start the follower; return what ends it."""
-    stopping = threading.Event()
-    arguments = (var, logger, keep_days, stopping)
-    thread = threading.Thread(target=_follow, args=arguments, daemon=True)
-    thread.start()
-
-    def end() -> None:
-        stopping.set()
-        thread.join(CLOSE_S)
-
-    return end
-
-
-def _follow(var: Path, logger: Any, keep_days: int, stopping: threading.Event) -> None:
-    try:
-        follower = wait_for_room(lambda: EventFollower(var, logger, keep_days), logger)
-        context = zmq.Context()
-        bells = zmq.Poller()
-        for owner in OWNERS:
-            bells.register(listen(context, bell_endpoint(var, owner)), zmq.POLLIN)
-        while not stopping.is_set():
-            if follower.turn():
-                time.sleep(GROUP_S)
-                continue
-            rung = bells.poll(int(TICK_S * 1000))
-            for bell, _event in rung:
-                with suppress(zmq.Again):
-                    while True:
-                        bell.recv(zmq.DONTWAIT)
-            if rung:
-                time.sleep(GROUP_S)
-        follower.close()
-        context.destroy(linger=0)
-    except BaseException:
-        logger.exception("the follower of all journals ended")
-        os._exit(1)
+    run_with("events", var, make, bells=OWNERS, nice=15)  # Of all followers it is waited for least.
