@@ -2,7 +2,8 @@
 
 Nothing is overwritten: former stores stay where they are, and session files that are longer than
 they were then are kept aside in `archive/before-restore-<id>/` first. Readers and clients are told
-by the id of the store, which is another.
+by the id of the store, which is another. What an earlier restore kept aside comes back with a
+checkpoint that knows of it.
 
 It is done under the lock of the var directory, with no owner running. `db/RESTORING` stands from
 its first step to its last: while it is there nothing starts, and the same restore goes on where it
@@ -16,6 +17,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
+from zlib import crc32
 
 import msgspec
 
@@ -30,7 +33,7 @@ from ksi.actors.supervision import lock
 from ksi.storage import checkpoints
 from ksi.storage.archive import Archive
 from ksi.storage.atomic import make_directory, sync_directory, write_atomically
-from ksi.storage.checkpoints import LATEST, Checkpoint
+from ksi.storage.checkpoints import LATEST, Checkpoint, File
 from ksi.storage.errors import Corrupt
 from ksi.storage.files import log_name
 from ksi.storage.format import check_format
@@ -38,6 +41,8 @@ from ksi.storage.snapshots import read_copy
 from ksi.storage.store import is_as_restored, restore
 from ksi.storage.tables import TableSpec
 from ksi.transport.errors import Conflict, NotFound
+
+_PIECE_BYTES: Final = 1 << 20
 
 
 class _Begun(msgspec.Struct, frozen=True):
@@ -56,7 +61,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         unchanged: those whose store is what the checkpoint has.
         shortened: session files that are longer than in the checkpoint.
         removed: session files it does not know. Like those, they are kept in `aside`.
-        missing: session files that lack bytes the checkpoint knows of; they stay as they are.
+        returned: session files that lack bytes the checkpoint knows of, which an earlier restore
+            kept aside.
+        missing: session files that lack bytes which are nowhere; they stay as they are.
         queued: how many requests wait in each session: they will go on doing so, in their order.
         interrupted: requests that were running; the `rule` says what becomes of them: they wait
             again in their place, or end as failed with the reason `daemon_restart`, once.
@@ -69,6 +76,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     unchanged: list[str]
     shortened: list[str]
     removed: list[str]
+    returned: list[str]
     missing: list[str]
     aside: str
     queued: dict[str, int]
@@ -78,7 +86,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_nothing(self) -> bool:
         """Whether all is as the checkpoint has it."""
-        return not (self.owners or self.shortened or self.removed)
+        return not (self.owners or self.shortened or self.removed or self.returned)
 
 
 def plan(var: Path, checkpoint_id: str = LATEST) -> Plan:
@@ -102,9 +110,15 @@ def plan(var: Path, checkpoint_id: str = LATEST) -> Plan:
         for owner, manifest in found.owners.items()
         if is_as_restored(var / "db" / owner, manifest)
     }
-    sizes = {file.key: file.size for file in checkpoints.read_files(root / found.id)}
+    files = {file.key: file for file in checkpoints.read_files(root / found.id)}
     present = dict(_present(log_directory(var)))
     archive = Archive(archive_directory(var))
+    lacking = [
+        file
+        for key, file in files.items()
+        if present.get(key, 0) < file.size and (archive.size(key) or 0) < file.size
+    ]
+    returned = {file.key for file in lacking if _kept(var, file)}
     waits = Open({}, []) if "completion" in as_it_is else _open_in(root / found.id)
     return Plan(
         id=found.id,
@@ -112,13 +126,10 @@ def plan(var: Path, checkpoint_id: str = LATEST) -> Plan:
         damaged=damaged,
         owners={name: each.seq for name, each in found.owners.items() if name not in as_it_is},
         unchanged=sorted(as_it_is),
-        shortened=sorted(k for k, size in present.items() if k in sizes and size > sizes[k]),
-        removed=sorted(present.keys() - sizes.keys()),
-        missing=sorted(
-            key
-            for key, size in sizes.items()
-            if present.get(key, 0) < size and (archive.size(key) or 0) < size
-        ),
+        shortened=sorted(k for k, size in present.items() if k in files and size > files[k].size),
+        removed=sorted(present.keys() - files.keys()),
+        returned=sorted(returned),
+        missing=sorted(file.key for file in lacking if file.key not in returned),
         aside=aside,
         queued=waits.waiting,
         interrupted=waits.active,
@@ -157,13 +168,19 @@ def _carry_out(var: Path, planned: Plan) -> None:
     make_directory(var / "db")
     mark = var / "db" / RESTORING
     write_atomically(mark, msgspec.json.encode(_Begun(planned.id, planned.aside)))
-    sizes = {file.key: file.size for file in checkpoints.read_files(root / planned.id)}
-    aside = var / "archive" / planned.aside
+    files = {file.key: file for file in checkpoints.read_files(root / planned.id)}
     directory = log_directory(var)
-    if planned.shortened or planned.removed:
-        _keep(directory, [*planned.shortened, *planned.removed], aside)
+    changed = [*planned.shortened, *planned.removed, *planned.returned]
+    if changed:
+        make_directory(directory)
+        _keep(directory, changed, var / "archive" / planned.aside)
         for key in planned.shortened:
-            _shorten(directory / log_name(key), sizes[key])
+            path = directory / log_name(key)
+            _put(path, path, files[key].size)
+        for key in planned.returned:
+            kept = _kept(var, files[key])
+            if kept:
+                _put(kept, directory / log_name(key), files[key].size)
         for key in planned.removed:
             (directory / log_name(key)).unlink()
         sync_directory(directory)
@@ -177,21 +194,41 @@ def _keep(directory: Path, keys: list[str], aside: Path) -> None:
     """Keep files aside as they are, durably: only then may anything happen to them."""
     make_directory(aside)
     for key in keys:
-        with suppress(FileExistsError):  # We did, and were cut short.
+        with suppress(
+            FileExistsError, FileNotFoundError
+        ):  # We did, and were cut short; no file yet.
             os.link(directory / log_name(key), aside / log_name(key))
     sync_directory(aside)
 
 
-def _shorten(path: Path, size: int) -> None:
-    """Let the first bytes of a file, which is kept aside, take its place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(path, "rb") as whole, open(temporary, "wb") as short:
+def _kept(var: Path, file: File) -> Path | None:
+    """Return a file that an earlier restore kept aside and that begins with what `file` was."""
+    for aside in sorted((var / "archive").glob("before-restore-*")):
+        path = aside / log_name(file.key)
+        with suppress(FileNotFoundError):
+            if path.stat().st_size >= file.size and _crc(path, file.size) == file.crc:
+                return path
+    return None
+
+
+def _crc(path: Path, size: int) -> int:
+    crc = 0
+    with open(path, "rb") as content:
+        while piece := content.read(min(_PIECE_BYTES, size)):
+            crc, size = crc32(piece, crc), size - len(piece)
+    return crc
+
+
+def _put(source: Path, target: Path, size: int) -> None:
+    """Let the first bytes of a file, which is kept aside, take the place of `target`."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    with open(source, "rb") as whole, open(temporary, "wb") as short:
         shutil.copyfileobj(whole, short)
         short.truncate(size)
         short.flush()
         os.fchmod(short.fileno(), 0o600)
         os.fsync(short.fileno())
-    os.rename(temporary, path)
+    os.rename(temporary, target)
 
 
 def _good(root: Path, checkpoint_id: str) -> tuple[Checkpoint, dict[str, str]]:

@@ -44,6 +44,8 @@ def restore(options: Options, checkpoint_id: str, dry_run: bool) -> None:
     aside = len(done.shortened) + len(done.removed)
     if aside:
         print(f"  {aside} session files {would}kept in archive/{done.aside}")
+    if done.returned:
+        print(f"  {len(done.returned)} session files {would}taken back: a restore kept them aside")
     if done.missing:
         print(f"  {len(done.missing)} session files lack what the checkpoint knows of")
     if done.queued:

@@ -145,6 +145,33 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(
     assert list(done.damaged) == [newest]
 
 
+def test_after_an_older_checkpoint_the_newest_can_still_be_restored_whole(system: System) -> None:
+    older = grown(system)
+    newest = checkpoints.whole(root_of(system.var))[0].id
+    restoring.run(system.var, older)
+
+    planned = restoring.plan(system.var, newest)
+    assert (planned.returned, planned.missing) == (["early", "late"], [])
+    assert restoring.run(system.var, newest) == planned
+    assert restoring.run(system.var, newest).is_nothing
+    assert (written(system, "early"), written(system, "late")) == ([1, 2, 3], [1])
+    system.start()
+    assert (noted(system, "early"), noted(system, "late")) == ([1, 2, 3], [1])
+
+
+def test_a_file_kept_aside_that_is_not_what_the_checkpoint_knows_stays_there(
+    system: System,
+) -> None:
+    older = grown(system)
+    newest = checkpoints.whole(root_of(system.var))[0].id
+    aside = system.var / "archive" / restoring.run(system.var, older).aside
+    (aside / "late.jsonl").write_bytes((aside / "late.jsonl").read_bytes().replace(b"1", b"7"))
+
+    done = restoring.run(system.var, newest)
+    assert (done.returned, done.missing) == (["early"], ["late"])
+    assert not system.file("late").exists()
+
+
 def test_a_former_store_goes_behind_the_last_checkpoint_of_it(var: Path) -> None:
     system = System(var, **{"checkpoint.former_s": 0, "checkpoint.keep": 2})
     try:
