@@ -9,10 +9,26 @@ from pathlib import Path
 
 import mutants
 import pytest
+import soaked
 from left_behind import Left, left_behind
 from system import System
 
 mutants.apply()
+_reached: dict[str, soaked.Reached] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note what a slow proof reached; with workers, the process that started them hears of all."""
+    if report.when == "call" and "soak" in report.keywords:
+        said = soaked.reached(report.outcome, report.capstdout, report.duration)
+        _reached[report.nodeid] = said
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the report, in the process that has heard of all."""
+    is_first = not hasattr(session.config, "workerinput")
+    if _reached and is_first and mutants.VARIABLE not in os.environ:
+        soaked.write(_reached)
 
 
 @pytest.fixture

@@ -125,18 +125,22 @@ def writing(dev: Dev) -> Iterator[Writer]:
 def test_each_of_many_edits_in_a_row_is_answered_by_fresh_code_and_clients_lose_nothing(
     dev: Dev, edits: int
 ) -> None:
-    pids = [dev.said("ready")["pid"]]
+    pids, spent_s = [dev.said("ready")["pid"]], list[float]()
     with dev.client("asking") as client, writing(dev) as writer:
         client.ask("session:create", session_id="asked")
         for number in range(edits):
             client.ask("completion:async", session_id="asked", prompt="x", request_id=f"r{number}")
             before = len(writer.seqs)
+            began_s = time.monotonic()
             dev.edit(f"edit{number}")
             pids.append(dev.said("ready")["pid"])
             made = client.ask("session:create", timeout_s=30.0)["session_id"]
+            spent_s.append(time.monotonic() - began_s)
             assert made.startswith(f"edit{number}_")
             until(lambda count=before: len(writer.seqs) > count + 1)
         queued = client.read("completion:list")["requests"]
+    slowest_s, median_s = max(spent_s), sorted(spent_s)[edits // 2]
+    print(f"{edits} edits, fresh code answered after {median_s:.2f} s, {slowest_s:.2f} at most")
 
     assert len(set(pids)) == edits + 1
     assert writer.seqs == [*range(1, len(writer.seqs) + 1)]

@@ -267,6 +267,7 @@ def test_a_hundred_thousand_requests_wait_and_the_queue_goes_on_as_before(system
     asyncio.run(fill())
     with system.client("alice") as alice, working(system, "w1", lease="15s"):
         assert alice.read("completion:list", limit=1)["waiting"] == 100_000
+        print("100000 requests wait")
         refused = alice.ask  # one more waits for room, and is told so in the end
         with pytest.raises(Exception, match="100000 requests wait"):
             refused("completion:async", session_id="free", prompt="one more", timeout_s=1.0)

@@ -113,6 +113,7 @@ def connect_with_noise(system: System, connections: int) -> None:
                     assert stranger.is_served()
     assert living(system) == pid
     until(lambda: len(os.listdir(f"/proc/{pid}/fd")) < 100)
+    print(f"{connections} connections full of noise, the owner is the same")
 
 
 def test_connections_full_of_noise_end_nobody(system: System, session: str) -> None:

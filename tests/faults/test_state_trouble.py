@@ -163,6 +163,7 @@ def transactions_and_kills(system: System, alice: Client, kills: int) -> None:
         counter.join(60)
     assert not failed, failed
     assert values(alice) == {done[0]}
+    print(f"{kills} kills, {done[0]} transactions, each whole or absent at any time")
 
 
 def steps(number: int) -> list[dict[str, Any]]:

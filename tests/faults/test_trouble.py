@@ -441,6 +441,7 @@ def fill_and_free(full: FullDisk, rounds: int) -> None:
     assert details["free_bytes"] < details["needed_bytes"]
     assert noted(system, session) == list(range(count))
     assert {name: living(system, name) for name in OWNERS} == pids
+    print(f"{rounds} times full and freed")
 
 
 def test_a_disk_that_fills_up_between_two_looks_loses_nothing(full: FullDisk) -> None:

@@ -112,6 +112,7 @@ def second_starts(system: System, count: int) -> None:
             alice.ask("session:append", session_id=session, event="meanwhile")
     assert len(entries(system, session)) == count
     assert {name: living(system, name) for name in OWNERS} == pids
+    print(f"{count} second starts refused")
 
 
 def test_a_second_start_is_refused_and_the_first_goes_on(system: System) -> None:
