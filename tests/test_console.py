@@ -281,6 +281,10 @@ def test_discover_and_help_show_every_operation_from_its_declaration(nothing: Sh
     assert nothing("help", "message:waiting", "--json").json["own"] == "agent_id"
     assert "(over a network: operator)" in nothing("help", "agent:spawn").out
 
+    assert "`start_time` for `since`" in nothing("help", "monitor:query").out
+    assert "The same as event_log:query." in nothing("help", "monitor:query").out
+    assert "--start-time" in nothing("read", "event_log:query", "--help").out
+
     shown = nothing("help", "session:append").out
     example = shown.splitlines()[-1]
     assert example.startswith("  ksi ask session:append --session-id ")

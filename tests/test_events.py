@@ -156,6 +156,7 @@ def choose(chance: random.Random) -> Asked:
             ("event_log:newest", {}),
             ("event_log:stats", {}),
             ("monitor:get_stats", {}),
+            ("monitor:get_status", {"limit": 3}),
             ("monitor:get_events", {"until": "5m"}),
             ("monitor:get_session_events", {"session_id": "s"}),
             ("monitor:get_correlation_chain", {"correlation_id": "c"}),
@@ -183,6 +184,86 @@ def test_only_an_operator_clears_and_never_today() -> None:
     assert twin.ask(operator, "event_log:clear").before == day_of(twin.now)
     ahead = twin.ask(operator, "event_log:clear", before=twin.now + 9 * DAY_S)
     assert ahead.before == day_of(twin.now)
+
+
+class Monitored(Twin):
+    """The owner of events over a log in files: three of alice, a minute apart, and one of bob."""
+
+    def __init__(self, var: Path) -> None:
+        super().__init__(OWNER)
+        alice = [{"agents": ["alice"], "timestamp": NOON + 60 * n} for n in range(3)]
+        log(var, [*alice, {"agents": ["bob"], "timestamp": NOON + 180}]).close()
+        self.caches[EventLog] = EventLogView(var)
+
+    def found(self, operation: str, **fields: Any) -> list[int]:
+        return [event["n"] for event in self.read(operation, **fields).events]
+
+
+def test_monitors_of_ksi_ask_under_the_names_they_know(tmp_path: Path) -> None:
+    twin = Monitored(tmp_path)
+    twin.ask("alice", "monitor:subscribe", client_id="tui", event_patterns=["session:*"])
+    twin.ask("alice", "monitor:subscribe", _agent_id="tui", event_patterns=["agent:*"])
+    (kept,) = twin.read("monitor:get_subscriptions").subscriptions
+    assert (kept.subscriber, kept.name, kept.event_patterns) == ("alice", "tui", ["agent:*"])
+    twin.ask("alice", "monitor:unsubscribe", client_id="tui")
+    assert twin.read("event_log:subscriptions").subscriptions == []
+
+    status = twin.read("monitor:get_status", limit=2)
+    assert [event["n"] for event in status.events] == [4, 3]
+    assert status.stats == twin.read("monitor:get_stats") == twin.read("event_log:stats")
+    assert twin.found("monitor:query") == [1, 2, 3, 4]
+    with pytest.raises(Forbidden):
+        twin.ask("alice", "monitor:clear_log")
+    assert twin.ask(Sender("op", "operator"), "monitor:clear_log").before == day_of(twin.now)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"_agent_id": "alice"}, [1, 2, 3]),
+        ({"source_agent": "bob"}, [4]),
+        ({"originator_id": "bob", "_agent_id": "bob"}, None),
+        ({"start_time": NOON + 60, "end_time": "2026-05-04T12:03:00Z"}, [2, 3]),
+        ({"start_time": "10m"}, []),
+        ({"start_time": NOON, "since": NOON}, None),
+        ({"source_agent": None, "end_time": NOON + 1, "limit": 3}, [1]),
+        ({"source_agent": "../x"}, None),
+    ],
+)
+def test_fields_are_taken_by_the_names_they_had_too_but_not_twice(
+    tmp_path: Path, fields: dict[str, Any], found: list[int] | None
+) -> None:
+    twin = Monitored(tmp_path)
+    for operation in ("event_log:query", "monitor:query"):
+        if found is None:
+            with pytest.raises(Invalid):
+                twin.read(operation, **fields)
+        else:
+            assert twin.found(operation, **fields) == found
+            newest_first = twin.found("monitor:get_events", **fields)
+            assert newest_first == found[::-1]
+            assert twin.found("monitor:get_events", **fields, reverse=False) == found
+
+
+@pytest.mark.parametrize(
+    ("operation", "fields", "hint"),
+    [
+        ("monitor:query", {"query": "SELECT * FROM events"}, "event_patterns"),
+        ("monitor:get_events", {"context_bundle": "full"}, "resolve_references"),
+        ("monitor:get_events", {"_agent_id": "alice", "context_fields": []}, "resolve_references"),
+        ("monitor:get_status", {"include_agents": True}, "agent:list"),
+        ("observation:replay", {"target": "a", "as_new_events": True}, "changes nothing"),
+        ("observation:replay", {"event_patterns": ["*"], "target_agent": "b"}, "leave it out"),
+        ("observation:query", {"target": "a", "observer": "b"}, "leave it out"),
+        ("observation:query", {"target": "a", "scope": 1}, "ksi help observation:query"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_with_what_to_do_instead(
+    operation: str, fields: dict[str, Any], hint: str
+) -> None:
+    with pytest.raises(Invalid) as refused:
+        Twin(OWNER).read(operation, **fields)
+    assert hint in (refused.value.hint or "")
 
 
 def test_what_is_a_sign_of_life_is_not_logged(tmp_path: Path) -> None:
@@ -635,6 +716,10 @@ def test_remote_clients_ask_what_local_ones_read(happening: Happening) -> None:
     assert asked == happening.alice.read("monitor:get_events", **wanted)
     assert asked["events"][0]["session_id"] == "plan"
     assert happening.alice.read("event_log:stats")["dropped"] == 0
+    older = {"event_patterns": ["session:created"], "source_agent": "alice", "start_time": "1h"}
+    found = happening.alice.read("monitor:query", older)
+    assert found == happening.alice.ask("monitor:query", older)
+    assert found["events"] == asked["events"]
 
 
 def test_every_owner_is_followed() -> None:

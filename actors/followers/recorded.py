@@ -201,10 +201,10 @@ class EventLogView:
         """Return `events` that agree with all that is wanted, in the order of their numbers.
 
         Args:
-            wanted: `patterns` of names, `agent_id` or patterns of `agents`, `session_id`,
-                `correlation_id`, moments `since` and `until`, a number `after`, `offset`,
-                `limit`, `reverse`, and `resolve` for values in the place of references; all may
-                be missing.
+            wanted: `patterns` of names, and of those to `exclude`, `agent_id` or patterns of
+                `agents`, `session_id`, `correlation_id`, moments `since` and `until`, a number
+                `after`, `offset`, `limit`, `reverse`, and `resolve` for values in the place of
+                references; all may be missing.
 
         Returns:
             `events`; `next` and `offset`: what `after` and `offset` of the next page are, None at
@@ -365,6 +365,8 @@ def _needles(wanted: Mapping[str, Any]) -> list[bytes]:
 def _filter(wanted: Mapping[str, Any], times: TimeRange) -> Callable[[bytes], bool]:
     """Return what tells whether a line is wanted."""
     named = matcher(tuple(wanted.get("patterns") or ()))
+    exclude = tuple(wanted.get("exclude") or ())
+    is_excluded = matcher(exclude)
     agent_id, session_id = wanted.get("agent_id"), wanted.get("session_id")
     correlation_id = wanted.get("correlation_id")
     target: Sequence[str] = wanted.get("agents") or ()
@@ -379,6 +381,7 @@ def _filter(wanted: Mapping[str, Any], times: TimeRange) -> Callable[[bytes], bo
         return (
             (is_open or times.holds(head.timestamp))
             and named(head.event)
+            and not (exclude and is_excluded(head.event))
             and (agent_id is None or agent_id in head.agents)
             and (not target or any(map(is_meant, head.agents)))
             and session_id in (None, head.session_id)
