@@ -20,8 +20,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from heapq import merge
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -367,10 +368,11 @@ def read_payload(directory: Path, day: str, offset: int, size_bytes: int) -> byt
     return content if len(content) == size_bytes else None
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """The whole lines of a file, and the numbers of the first and the last of them."""
 
     directory: Path
+    inode: int
     size: int
     first: int
     last: int
@@ -380,6 +382,7 @@ class Scan:
     """One look through the log, over what was there when it began.
 
     Attributes:
+        parts: the files of it.
         last: number of the newest event, 0 where there is none.
         read_bytes: how much was looked through so far.
     """
@@ -390,17 +393,24 @@ class Scan:
         # in the second, whatever file it is in.
         places = [directory / day for day in days]
         self.last = max((each.last for each in map(_part, places) if each), default=0)
-        self._parts = [each for each in map(_part, places) if each and each.first <= self.last]
+        self.parts = [each for each in map(_part, places) if each and each.first <= self.last]
 
     def lines(
-        self, needles: Sequence[bytes], *, after: int | None, reverse: bool
+        self,
+        needles: Sequence[bytes],
+        *,
+        after: int | None,
+        reverse: bool,
+        days: Container[str] | None = None,
     ) -> Iterator[tuple[int, bytes]]:
         """Yield events in the order of their numbers, or backwards, those beyond `after`.
 
-        Only lines that hold all of `needles`. In between, an empty line says how far it has come.
+        Only lines that hold all of `needles`, and of all days or some. In between, an empty line
+        says how far it has come.
         """
-        parts = sorted(self._parts, key=lambda part: part.first, reverse=reverse)
-        groups: list[list[_Part]] = []
+        parts = [part for part in self.parts if days is None or part.directory.name in days]
+        parts.sort(key=lambda part: part.last if reverse else part.first, reverse=reverse)
+        groups: list[list[Part]] = []
         reached = 0
         for part in parts:  # Days hardly ever overlap: only those that do are merged.
             meets = part.last >= reached if reverse else part.first <= reached
@@ -418,7 +428,7 @@ class Scan:
             )
 
     def _part_lines(
-        self, part: _Part, needles: Sequence[bytes], after: int | None, reverse: bool
+        self, part: Part, needles: Sequence[bytes], after: int | None, reverse: bool
     ) -> Iterator[tuple[int, bytes]]:
         try:
             file = _opened(part.directory, EVENTS)
@@ -449,7 +459,17 @@ def _opened(directory: Path, key: str):  # type: ignore[no-untyped-def]
     return os.fdopen(fd, "rb", buffering=0)
 
 
-def _part(directory: Path) -> _Part | None:
+def _part(directory: Path) -> Part | None:
+    try:
+        found = os.stat(directory / f"{EVENTS}.jsonl", follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return _part_of(directory, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _part_of(directory: Path, inode: int, _size: int, _mtime_ns: int) -> Part | None:
+    """Return the part a file is as long as it is this file, of this size and time."""
     try:
         size = whole_bytes(directory, EVENTS)
         if not size:
@@ -460,7 +480,7 @@ def _part(directory: Path) -> _Part | None:
             last = next(
                 (
                     n
-                    for each in _blocks_backwards(fd, 0, size, _PIECE_BYTES)
+                    for each in _blocks_backwards(fd, 0, size)
                     for line in reversed(_picked(each, ()))
                     if (n := _number(line))
                 ),
@@ -468,7 +488,7 @@ def _part(directory: Path) -> _Part | None:
             )
     except FileNotFoundError:
         return None
-    return _Part(directory, size, first, last)
+    return Part(directory, inode, size, first, last)
 
 
 def _number(line: bytes) -> int:
@@ -504,10 +524,14 @@ def _lines(directory: Path, start: int, stop: int) -> Iterator[bytes]:
 
 
 def _blocks(fd: int, start: int, stop: int) -> Iterator[bytes]:
-    """Yield [start, stop), which begins and ends with whole lines, in pieces that do so, too."""
-    rest = b""
+    """Yield [start, stop), which begins and ends with whole lines, in pieces that do so, too.
+
+    Pieces grow: often the first are enough.
+    """
+    rest, block_bytes = b"", _PIECE_BYTES
     while start < stop:
-        content = os.pread(fd, min(BLOCK_BYTES, stop - start), start)
+        content = os.pread(fd, min(block_bytes, stop - start), start)
+        block_bytes = min(2 * block_bytes, BLOCK_BYTES)
         if not content:
             return
         start += len(content)
@@ -519,13 +543,12 @@ def _blocks(fd: int, start: int, stop: int) -> Iterator[bytes]:
             rest += content
 
 
-def _blocks_backwards(
-    fd: int, start: int, stop: int, block_bytes: int = BLOCK_BYTES
-) -> Iterator[bytes]:
+def _blocks_backwards(fd: int, start: int, stop: int) -> Iterator[bytes]:
     """Yield the same from its end to its beginning."""
-    rest = b""
+    rest, block_bytes = b"", _PIECE_BYTES
     while start < stop:
         begin = max(start, stop - block_bytes)
+        block_bytes = min(2 * block_bytes, BLOCK_BYTES)
         content = os.pread(fd, stop - begin, begin) + rest
         stop = begin
         cut = 0 if begin == start else content.find(b"\n", 0, len(content) - 1) + 1

@@ -133,6 +133,18 @@ def origins(found: Sequence[dict[str, Any]], *owners: str) -> list[tuple[str, in
     ]
 
 
+def pages(view: EventLogView | None, wanted: dict[str, Any], var: Path = Path()) -> list[Any]:
+    """Return the events of three pages, of a view or of a new one each time: from the files."""
+    found = []
+    for _ in range(3):
+        page = (view or EventLogView(var)).find(wanted)
+        found.append(page["events"])
+        if page["next"] is None:
+            break
+        wanted = {**wanted, "after": page["next"], "offset": page["offset"]}
+    return found
+
+
 def find(var: Path, **wanted: Any) -> list[int]:
     return [event["n"] for event in EventLogView(var).find({"limit": 1000, **wanted})["events"]]
 
@@ -479,8 +491,9 @@ def test_events_are_found_by_what_they_are_about(tmp_path: Path) -> None:
 def test_pages_join_up_in_both_directions(tmp_path: Path) -> None:
     """Days overlap in numbers, as where an owner was late at midnight."""
     chance = random.Random(3)
-    events = [{"timestamp": NOON + chance.choice((0, 0, 1, 2)) * DAY_S} for _ in range(300)]
-    log(tmp_path, events).close()
+    days = [1, 0] + [chance.choice((0, 0, 1)) for _ in range(98)]
+    days += [chance.choice((1, 2, 2)) for _ in range(199)] + [1]  # One is around another one.
+    log(tmp_path, [{"timestamp": NOON + day * DAY_S} for day in days]).close()
     view = EventLogView(tmp_path)
     whole = list(range(1, 301))
     assert find(tmp_path) == whole
@@ -522,6 +535,54 @@ def test_the_first_of_a_hundred_thousand_is_found_by_its_correlation_id(
         page = view.find({"correlation_id": "c99999", "after": page["next"]})
         pages += 1
     assert (page["events"][0]["n"], pages > 3) == (100_000, True)
+
+
+def test_what_is_in_memory_is_what_is_in_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a log that grows, over days that overlap, until its oldest days go and it begins anew."""
+    monkeypatch.setattr("ksi.actors.followers.recorded.EVENT_RING_MAX", 60)
+    monkeypatch.setattr("ksi.actors.followers.recorded.EVENT_RING_BYTES_MAX", 12_000)
+    chance = random.Random(11)
+    directory = event_directory(tmp_path)
+    view = EventLogView(tmp_path)
+    sizes = set()
+    for step in range(36):
+        if step in (12, 20):
+            shutil.rmtree(directory / days_in(directory)[0])
+        elif step == 30:
+            shutil.rmtree(directory)
+        day = NOON + step // 6 * DAY_S
+        log(tmp_path, [
+            {
+                "timestamp": day + chance.choice((0.0, 0.0, 9.0, DAY_S)),
+                "event": chance.choice(("session:appended", "agent:seen")),
+                "agents": chance.sample(["alice", "bob", "carol"], 2),
+                "data": {"text": "x" * chance.randrange(200)},
+            }
+            for _ in range(chance.choice((0, 1, 3, 30, 70)))
+        ]).close()  # fmt: skip
+        if step % 7 == 3:
+            with (directory / days_in(directory)[-1] / "events.jsonl").open("ab") as file:
+                file.write(b'{"no":"event"}\nhello\n')
+        for _ in range(10):
+            wanted = {
+                "reverse": chance.random() < 0.6,
+                "limit": chance.choice((1, 7, 100)),
+                "offset": chance.choice((0, 0, 5, 90)),
+                "after": chance.choice((None, 0, view.newest(), chance.randrange(2000))),
+                "patterns": chance.choice(([], ["*:seen"], ["session:*"])),
+                "exclude": chance.choice(([], ["agent:*"])),
+                "agent_id": chance.choice((None, "alice")),
+                "since": chance.choice((None, None, day)),
+                "until": chance.choice((None, None, day + 9)),
+            }
+            assert pages(view, wanted) == pages(None, wanted, tmp_path), wanted
+        held = view._ring._held.events if view._ring is not None else []
+        sizes.add(len(held))
+        assert sum(len(line) for _, line, _ in held) <= 12_000
+    assert max(sizes) <= 60
+    assert len(sizes) > 5
 
 
 def test_what_is_too_large_for_a_line_is_kept_to_the_byte(tmp_path: Path) -> None:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import sha256
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Final
+from sys import intern
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -32,7 +35,13 @@ from ksi.storage.eventlog import (
 )
 from ksi.transport.errors import KsiError
 from ksi.transport.identity import RESERVED
-from ksi.transport.limits import EVENT_PAYLOAD_BYTES, EVENT_SCAN_BYTES_MAX, FRAME_BYTES_MAX
+from ksi.transport.limits import (
+    EVENT_PAYLOAD_BYTES,
+    EVENT_RING_BYTES_MAX,
+    EVENT_RING_MAX,
+    EVENT_SCAN_BYTES_MAX,
+    FRAME_BYTES_MAX,
+)
 from ksi.transport.moments import TimeRange, day_of, time_range
 from ksi.transport.patterns import matcher, plain_part
 
@@ -74,13 +83,12 @@ class LoggedEvent(msgspec.Struct, omit_defaults=True):
     correlation_id: str | None = None
 
 
-class Head(msgspec.Struct):
+class Head(msgspec.Struct, gc=False):
     """Of a line, what filters look at."""
 
-    n: int
     event: str
     timestamp: float
-    agents: list[str] = []
+    agents: tuple[str, ...] = ()
     session_id: str | None = None
     correlation_id: str | None = None
 
@@ -189,13 +197,82 @@ def _agents(fields: Mapping[str, Any], record: Record[Any]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name and name not in RESERVED]
 
 
+# An event that was met on the way through the log: its number, its line and what filters look at.
+# The line is empty where it only says how far one has come; then, and where the line is none of
+# ours, there is no head.
+Met = tuple[int, bytes, Head | None]
+
+
+class _Held(NamedTuple):
+    """What a ring holds.
+
+    Attributes:
+        files: those that were read, by day, with their inodes and sizes; upto: which number.
+        events: in order; first: the log has no other event from this number on.
+    """
+
+    files: dict[str, tuple[int, int]]
+    upto: int
+    events: list[Met]
+    first: int
+
+
+class Ring:
+    """The newest events in memory, each as it is in its file.
+
+    What it holds is replaced, never changed: whoever goes through it goes on undisturbed.
+    """
+
+    def __init__(self) -> None:
+        self._held = _Held({}, 0, [], 0)
+
+    def follow(self, scan: Scan) -> tuple[list[Met], int]:
+        """Return the newest events of a scan, and from which number on they are all there are.
+
+        They are in order. It reads what has come since it was asked last, or all that it may hold,
+        where it holds none or a file is not the one it has read.
+        """
+        files = {part.directory.name: (part.inode, part.size) for part in scan.parts}
+        known = self._held if _have_grown(self._held.files, files) else _Held({}, 0, [], 0)
+        if (files, scan.last) == (known.files, known.upto):
+            return known.events, known.first
+        last = known.events[-1][0] if known.events else 0
+        fresh: list[Met] = []
+        before: list[Met] = []
+        first, room = 0, EVENT_RING_BYTES_MAX
+        for n, line, head in map(_met, scan.lines((), after=None, reverse=True)):
+            if head is None:
+                continue
+            if n <= last:
+                before, first = known.events, known.first
+                break
+            room -= len(line)
+            if fresh and (len(fresh) == EVENT_RING_MAX or room < 0):
+                first = fresh[-1][0]
+                break
+            fresh.append((n, line, _shared(head)))
+        events = [*before, *reversed(fresh)]
+        over = _over(events)
+        if over:
+            events = events[over:]
+            first = events[0][0]
+        self._held = _Held(files, scan.last, events, first)
+        return events, first
+
+
 class EventLogView:
-    """The event log of one var, for queries: see `ksi.actors.owner.EventLog`."""
+    """The event log of one var, for queries: see `ksi.actors.owner.EventLog`.
+
+    Whoever asks again for the newest has them in memory. The first question, often the only one of
+    its process, does not wait for that; and whoever only follows has no use for it.
+    """
 
     def __init__(self, var: Path) -> None:
         self._var = var
         self._directory = event_directory(var)
         self._sessions: Any = None
+        self._ring: Ring | None = None
+        self._is_asked = False  # for the newest
 
     def find(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Return `events` that agree with all that is wanted, in the order of their numbers.
@@ -218,11 +295,13 @@ class EventLogView:
         room, skip = PAGE_BYTES, wanted.get("offset", 0)
         after, reverse = wanted.get("after"), wanted.get("reverse", False)
         limit, resolve = wanted.get("limit", 100), wanted.get("resolve", False)
-        scan = Scan(self._directory, _days(self._directory, times))
+        scan = Scan(self._directory, days_in(self._directory))
         upto = (after or 0) if after is not None else (scan.last if reverse else 0)
         agrees = _filter(wanted, times)
-        for n, line in scan.lines(_needles(wanted), after=after, reverse=reverse):
-            if line and agrees(line):
+        for n, line, head in self._met(scan, wanted, _days(self._directory, times)):
+            if head is None and line:  # Its number is not one of ours either.
+                continue
+            if head is not None and agrees(head):
                 if skip:
                     skip -= 1
                 else:
@@ -237,6 +316,24 @@ class EventLogView:
         else:
             return {"events": found, "next": None, "offset": None, "upto": upto}
         return {"events": found, "next": upto, "offset": skip, "upto": upto}
+
+    def _met(self, scan: Scan, wanted: Mapping[str, Any], days: Container[str]) -> Iterator[Met]:
+        """Yield events that may be wanted, in order: from memory as far as they are there."""
+        after, reverse = wanted.get("after"), wanted.get("reverse", False)
+        if reverse and self._is_asked and self._ring is None:
+            self._ring = Ring()
+        self._is_asked = self._is_asked or reverse
+        if self._ring is not None:
+            events, first = self._ring.follow(scan)
+            if reverse:
+                stop = len(events) if after is None else bisect_left(events, (after,))
+                yield from reversed(events[:stop])
+                after = first if after is None else min(first, after)
+            elif (after or 0) + 1 >= first:
+                yield from events[bisect_right(events, after or 0, key=itemgetter(0)) :]
+                return
+        lines = scan.lines(_needles(wanted), after=after, reverse=reverse, days=days)
+        yield from map(_met, lines)
 
     def newest(self) -> int:
         """Return the number of the newest event, 0 where there is none."""
@@ -342,6 +439,41 @@ class EventLogView:
         return content
 
 
+def _met(found: tuple[int, bytes]) -> Met:
+    n, line = found
+    try:
+        head = head_of(line) if line else None
+    except msgspec.MsgspecError:  # Somebody has written into the file.
+        head = None
+    return n, line, head
+
+
+def _shared(head: Head) -> Head:
+    """Return a head whose names are those of others, too: thousands are held, and names are few."""
+    head.event = intern(head.event)
+    head.agents = tuple(map(intern, head.agents))
+    head.session_id = head.session_id and intern(head.session_id)
+    return head
+
+
+def _have_grown(before: Mapping[str, tuple[int, int]], now: Mapping[str, tuple[int, int]]) -> bool:
+    """Return whether files that were there are there, with what was in them."""
+    return all(
+        day in now and now[day][0] == inode and now[day][1] >= size
+        for day, (inode, size) in before.items()
+    )
+
+
+def _over(events: Sequence[Met]) -> int:
+    """Return how many of some events, the oldest, are more than a ring may hold."""
+    over = max(0, len(events) - EVENT_RING_MAX)
+    size = sum(len(line) for _, line, _ in events[over:])
+    while size > EVENT_RING_BYTES_MAX:
+        size -= len(events[over][1])
+        over += 1
+    return over
+
+
 def _days(directory: Path, times: TimeRange) -> list[str]:
     """Return the days that may hold events of a range."""
     days = days_in(directory)
@@ -362,30 +494,34 @@ def _needles(wanted: Mapping[str, Any]) -> list[bytes]:
     return [needle for needle in needles if needle.isascii()]
 
 
-def _filter(wanted: Mapping[str, Any], times: TimeRange) -> Callable[[bytes], bool]:
-    """Return what tells whether a line is wanted."""
-    named = matcher(tuple(wanted.get("patterns") or ()))
-    exclude = tuple(wanted.get("exclude") or ())
-    is_excluded = matcher(exclude)
+def _filter(wanted: Mapping[str, Any], times: TimeRange) -> Callable[[Head], bool]:
+    """Return what tells whether an event is wanted."""
+    named = cache(matcher(tuple(wanted.get("patterns") or ())))
+    is_excluded = cache(matcher(tuple(wanted.get("exclude") or ())))
+    is_meant = matcher(tuple(wanted.get("agents") or ()))
     agent_id, session_id = wanted.get("agent_id"), wanted.get("session_id")
     correlation_id = wanted.get("correlation_id")
-    target: Sequence[str] = wanted.get("agents") or ()
-    is_meant = matcher(tuple(target))
-    is_open = times.since is None and times.until is None
-
-    def agrees(line: bytes) -> bool:
-        try:
-            head = head_of(line)
-        except msgspec.MsgspecError:  # Somebody has written into the file.
-            return False
-        return (
-            (is_open or times.holds(head.timestamp))
-            and named(head.event)
-            and not (exclude and is_excluded(head.event))
-            and (agent_id is None or agent_id in head.agents)
-            and (not target or any(map(is_meant, head.agents)))
-            and session_id in (None, head.session_id)
-            and correlation_id in (None, head.correlation_id)
-        )
-
+    checks: dict[str, Callable[[Head], bool]] = {
+        "since": lambda head: times.holds(head.timestamp),
+        "until": lambda head: times.holds(head.timestamp),
+        "patterns": lambda head: named(head.event),
+        "exclude": lambda head: not is_excluded(head.event),
+        "agent_id": lambda head: agent_id in head.agents,
+        "agents": lambda head: any(map(is_meant, head.agents)),
+        "session_id": lambda head: session_id == head.session_id,
+        "correlation_id": lambda head: correlation_id == head.correlation_id,
+    }
+    # Thousands are looked at: only what is asked is checked.
+    agrees: Callable[[Head], bool] = _every
+    for name, check in checks.items():
+        if wanted.get(name) not in (None, [], ()):
+            agrees = check if agrees is _every else _both(agrees, check)
     return agrees
+
+
+def _every(_head: Head) -> bool:
+    return True
+
+
+def _both(one: Callable[[Head], bool], other: Callable[[Head], bool]) -> Callable[[Head], bool]:
+    return lambda head: one(head) and other(head)
