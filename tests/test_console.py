@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -883,3 +884,7 @@ def test_a_thousand_events_of_one_moment_have_files_of_their_own(tmp_path: Path)
     names = {path.name for path in (tmp_path / "2026-05-04").iterdir()}
     assert len(names) == 1000
     assert "evt_1777896000.123000_agent_spawned.json" in names
+    if shutil.which("jq") is not None:
+        command = ["jq", "-r", ".event", *sorted((tmp_path / "2026-05-04").iterdir())]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == ["agent:spawned"] * 1000

@@ -461,6 +461,28 @@ def test_retention_and_clearing_remove_whole_days_only(tmp_path: Path) -> None:
     assert [event["n"] for event in lines(tmp_path)] == [11, 12, 13, 14]
 
 
+def test_stats_say_how_much_there_is_from_when_to_when_and_how_fast_it_comes(
+    tmp_path: Path,
+) -> None:
+    now = time.time()
+    last = [{"timestamp": round(now - 10.0 + n / 10, 3)} for n in range(30)]
+    log(tmp_path, [{"timestamp": NOON}, {"timestamp": now - 3600.0}, *last]).close()
+    state = EventLogView(tmp_path).state()
+    assert (state["events"], state["n"], state["dropped"]) == (32, 32, 0)
+    assert sum(state["days"].values()) == 32
+    assert state["days"][day_of(NOON)] == 1
+    assert (state["oldest"], state["newest"]) == (NOON, last[-1]["timestamp"])
+    assert state["per_s"] == 30 / 60
+
+
+def test_a_span_is_counted_back_from_now(tmp_path: Path) -> None:
+    now = time.time()
+    log(tmp_path, [{"timestamp": now - ago} for ago in (7200.0, 1200.0, 60.0, 0.0)]).close()
+    assert find(tmp_path, since="10m") == [3, 4]
+    assert find(tmp_path, since="1h", until="10m") == [2]
+    assert find(tmp_path, since="1d", reverse=True) == [4, 3, 2, 1]
+
+
 def test_events_are_found_by_what_they_are_about(tmp_path: Path) -> None:
     log(
         tmp_path,
@@ -768,6 +790,19 @@ def test_the_files_of_a_day_are_read_with_jq(happening: Happening) -> None:
     command = ["jq", "-r", ".event", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [event["event"] for event in found]
+
+
+def test_an_operator_has_the_days_before_today_removed_and_nothing_of_today(
+    happening: Happening,
+) -> None:
+    found = happening.caught_up()
+    directory = event_directory(happening.system.var)
+    before = directory / day_of(time.time() - 2 * DAY_S)
+    before.mkdir()
+    (before / "events.jsonl").write_bytes(b"{}\n")
+    happening.operator.ask("monitor:clear_log")
+    until(lambda: not before.exists(), 20.0)
+    assert happening.caught_up()[: len(found)] == found
 
 
 def test_remote_clients_ask_what_local_ones_read(happening: Happening) -> None:
