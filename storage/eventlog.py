@@ -20,7 +20,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Container, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from heapq import merge
@@ -33,7 +34,7 @@ from ksi.storage.atomic import make_directory, sync_directory, write_atomically
 from ksi.storage.boot import this_boot
 from ksi.storage.files import LogGap, LogWriter, log_size
 from ksi.storage.journal import Position
-from ksi.transport.limits import EVENTS_UNSYNCED_MAX
+from ksi.transport.limits import EVENT_SCAN_BYTES_MAX, EVENTS_UNSYNCED_MAX
 
 EVENTS: Final = "events"  # the keys of the two files of a day
 PAYLOADS: Final = "payloads"
@@ -43,6 +44,7 @@ BLOCK_BYTES: Final = 1 << 20  # Read at once: thousands of lines.
 _PIECE_BYTES: Final = 1 << 16  # Read at once to find the last line.
 _LINE_BYTES: Final = 4096  # Read at once to find the end of a line: most are shorter.
 _NUMBER: Final = b'{"n":'  # How each line begins.
+_TIME: Final = re.compile(rb',"timestamp":(\d+(?:\.\d+)?)')
 _DAY: Final = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 
 
@@ -377,6 +379,11 @@ class Part(NamedTuple):
     first: int
     last: int
 
+    @property
+    def file(self) -> tuple[Path, int, int]:
+        """Which file it is, also where another one has taken its place."""
+        return self.directory, self.inode, self.first
+
 
 class Scan:
     """One look through the log, over what was there when it began.
@@ -401,14 +408,16 @@ class Scan:
         *,
         after: int | None,
         reverse: bool,
-        days: Container[str] | None = None,
+        days: Mapping[str, float] | None = None,
     ) -> Iterator[tuple[int, bytes]]:
         """Yield events in the order of their numbers, or backwards, those beyond `after`.
 
-        Only lines that hold all of `needles`, and of all days or some. In between, an empty line
-        says how far it has come.
+        Only lines that hold all of `needles`, and of all days or some; of a day, events before
+        the time that is given with it may be left out. In between, an empty line says how far it
+        has come.
         """
-        parts = [part for part in self.parts if days is None or part.directory.name in days]
+        days = {part.directory.name: 0.0 for part in self.parts} if days is None else days
+        parts = [part for part in self.parts if part.directory.name in days]
         parts.sort(key=lambda part: part.last if reverse else part.first, reverse=reverse)
         groups: list[list[Part]] = []
         reached = 0
@@ -420,7 +429,10 @@ class Scan:
                 groups.append([part])
             reached = min(reached or part.first, part.first) if reverse else max(reached, part.last)
         for group in groups:
-            sources = [self._part_lines(part, needles, after, reverse) for part in group]
+            sources = [
+                self._part_lines(part, needles, after, reverse, days[part.directory.name])
+                for part in group
+            ]
             yield from (
                 sources[0]
                 if len(sources) == 1
@@ -428,7 +440,7 @@ class Scan:
             )
 
     def _part_lines(
-        self, part: Part, needles: Sequence[bytes], after: int | None, reverse: bool
+        self, part: Part, needles: Sequence[bytes], after: int | None, reverse: bool, since: float
     ) -> Iterator[tuple[int, bytes]]:
         try:
             file = _opened(part.directory, EVENTS)
@@ -441,6 +453,8 @@ class Scan:
                 stop = _offset_of(fd, part.size, after)
             elif after is not None:
                 start = _offset_of(fd, part.size, after + 1)
+            if since:
+                start = max(start, _times_of(part.file).start(fd, part, since))
             blocks = _blocks_backwards if reverse else _blocks
             for block in blocks(fd, start, stop):
                 self.read_bytes += len(block)
@@ -452,6 +466,39 @@ class Scan:
                 edge = block if reverse else block[block.rfind(b"\n", 0, -1) + 1 :]
                 if 0 < (n := _number(edge)) <= self.last:
                     yield n, b""
+
+
+class _Times:
+    """How late the lines of a file are: up to where none is of a time or later.
+
+    Events may be logged late, so lines are not in the order of their times: kept is the greatest
+    time up to some places. A time within what an event holds may be taken for one: it costs no more
+    than looking at lines in vain.
+    """
+
+    def __init__(self) -> None:
+        self._ends: list[tuple[float, int]] = []  # the greatest time up to an offset
+
+    def start(self, fd: int, part: Part, since: float) -> int:
+        """Return an offset before which all lines of a file are of times before `since`."""
+        ends = self._ends if not self._ends or self._ends[-1][1] <= part.size else []
+        greatest, end = ends[-1] if ends else (0.0, 0)
+        fresh = []
+        for block in _blocks(fd, end, min(part.size, end + EVENT_SCAN_BYTES_MAX)):
+            if len(block) < _PIECE_BYTES // 2:
+                break  # It grows: whatever is in it is looked at.
+            end += len(block)
+            greatest = max(greatest, max(map(float, _TIME.findall(block)), default=0.0))
+            fresh.append((greatest, end))
+        self._ends = ends = [*ends, *fresh]
+        passed = bisect_left(ends, (since,))
+        return ends[passed - 1][1] if passed else 0
+
+
+@lru_cache(maxsize=64)
+def _times_of(_file: tuple[Path, int, int]) -> _Times:
+    """Return what is known of the times in a file; it only grows."""
+    return _Times()
 
 
 def _opened(directory: Path, key: str):  # type: ignore[no-untyped-def]

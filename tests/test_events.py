@@ -26,6 +26,7 @@ from ksi.actors.followers.recorded import (
     Describer,
     EventLogView,
     LoggedEvent,
+    Ring,
     Source,
     event_directory,
     line_of,
@@ -483,6 +484,48 @@ def test_a_span_is_counted_back_from_now(tmp_path: Path) -> None:
     assert find(tmp_path, since="1d", reverse=True) == [4, 3, 2, 1]
 
 
+def test_what_was_logged_late_is_found_by_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ksi.storage.eventlog._PIECE_BYTES", 500)
+    monkeypatch.setattr("ksi.storage.eventlog.BLOCK_BYTES", 1000)
+    chance = random.Random(8)
+    for step in range(12):
+        at = NOON + 100.0 * step
+        ago = [chance.choice((0.0, 150.0))] * 12 + [chance.choice((0.0, 700.0))] * 13
+        log(tmp_path, [
+            {"timestamp": at + n - late, "data": {"timestamp": chance.choice((NOON, at + 40.0))}}
+            for n, late in enumerate(ago)
+        ]).close()  # fmt: skip
+        whole = lines(tmp_path)
+        for since in (
+            NOON,
+            at - 300.0,
+            at,
+            at + 12.0,
+            at + 24.0,
+            at + 600.0,
+            whole[-3]["timestamp"],
+        ):
+            within = [event["n"] for event in whole if event["timestamp"] >= since]
+            assert find(tmp_path, since=since) == within
+            assert find(tmp_path, since=since, reverse=True) == within[::-1]
+            assert find(tmp_path, since=since, after=9) == [n for n in within if n > 9]
+
+
+def test_of_a_long_day_only_what_may_be_late_enough_is_looked_at(tmp_path: Path) -> None:
+    log(tmp_path, [{"timestamp": NOON + n} for n in range(20_000)]).close()
+    directory = event_directory(tmp_path)
+    scan = eventlog.Scan(directory, days_in(directory))
+    whole = scan.parts[0].size
+    days = {day_of(NOON): NOON + 19_500}
+    for reverse in (False, True):
+        before = scan.read_bytes
+        numbers = [n for n, line in scan.lines((), after=None, reverse=reverse, days=days) if line]
+        assert {*range(19_501, 20_001)} <= {*numbers}
+        assert scan.read_bytes - before < whole / 2
+
+
 def test_events_are_found_by_what_they_are_about(tmp_path: Path) -> None:
     log(
         tmp_path,
@@ -605,6 +648,16 @@ def test_what_is_in_memory_is_what_is_in_the_files(
         assert sum(len(line) for _, line, _ in held) <= 12_000
     assert max(sizes) <= 60
     assert len(sizes) > 5
+
+
+def test_what_was_written_while_a_scan_began_comes_with_the_next_one(tmp_path: Path) -> None:
+    log(tmp_path, [{}, {}]).close()
+    directory, ring = event_directory(tmp_path), Ring()
+    scan = eventlog.Scan(directory, days_in(directory))
+    scan.last = 1  # Its second look at the files has met one more.
+    assert [n for n, _, _ in ring.follow(scan)[0]] == [1]
+    again = eventlog.Scan(directory, days_in(directory))
+    assert [n for n, _, _ in ring.follow(again)[0]] == [1, 2]
 
 
 def test_what_is_too_large_for_a_line_is_kept_to_the_byte(tmp_path: Path) -> None:

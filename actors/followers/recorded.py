@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from hashlib import sha256
@@ -207,11 +207,11 @@ class _Held(NamedTuple):
     """What a ring holds.
 
     Attributes:
-        files: those that were read, by day, with their inodes and sizes; upto: which number.
+        files: those that were read, with their sizes; upto: which number.
         events: in order; first: the log has no other event from this number on.
     """
 
-    files: dict[str, tuple[int, int]]
+    files: dict[Hashable, int]
     upto: int
     events: list[Met]
     first: int
@@ -232,8 +232,9 @@ class Ring:
         They are in order. It reads what has come since it was asked last, or all that it may hold,
         where it holds none or a file is not the one it has read.
         """
-        files = {part.directory.name: (part.inode, part.size) for part in scan.parts}
-        known = self._held if _have_grown(self._held.files, files) else _Held({}, 0, [], 0)
+        files: dict[Hashable, int] = {part.file: part.size for part in scan.parts}
+        has_grown = all(files.get(file, -1) >= size for file, size in self._held.files.items())
+        known = self._held if has_grown else _Held({}, 0, [], 0)
         if (files, scan.last) == (known.files, known.upto):
             return known.events, known.first
         last = known.events[-1][0] if known.events else 0
@@ -317,7 +318,9 @@ class EventLogView:
             return {"events": found, "next": None, "offset": None, "upto": upto}
         return {"events": found, "next": upto, "offset": skip, "upto": upto}
 
-    def _met(self, scan: Scan, wanted: Mapping[str, Any], days: Container[str]) -> Iterator[Met]:
+    def _met(
+        self, scan: Scan, wanted: Mapping[str, Any], days: Mapping[str, float]
+    ) -> Iterator[Met]:
         """Yield events that may be wanted, in order: from memory as far as they are there."""
         after, reverse = wanted.get("after"), wanted.get("reverse", False)
         if reverse and self._is_asked and self._ring is None:
@@ -382,9 +385,10 @@ class EventLogView:
         if newest is None or newest < now - RATE_S:
             return 0.0
         times = time_range(now - RATE_S, None)
-        scan = Scan(self._directory, _days(self._directory, times))
+        days = _days(self._directory, times)
+        scan = Scan(self._directory, [*days])
         count = 0
-        for _, line in scan.lines((), after=None, reverse=True):
+        for _, line in scan.lines((), after=None, reverse=True, days=days):
             if line and head_of(line).timestamp >= now - RATE_S:
                 count += 1
             elif line or scan.read_bytes > EVENT_SCAN_BYTES_MAX:
@@ -456,14 +460,6 @@ def _shared(head: Head) -> Head:
     return head
 
 
-def _have_grown(before: Mapping[str, tuple[int, int]], now: Mapping[str, tuple[int, int]]) -> bool:
-    """Return whether files that were there are there, with what was in them."""
-    return all(
-        day in now and now[day][0] == inode and now[day][1] >= size
-        for day, (inode, size) in before.items()
-    )
-
-
 def _over(events: Sequence[Met]) -> int:
     """Return how many of some events, the oldest, are more than a ring may hold."""
     over = max(0, len(events) - EVENT_RING_MAX)
@@ -474,14 +470,16 @@ def _over(events: Sequence[Met]) -> int:
     return over
 
 
-def _days(directory: Path, times: TimeRange) -> list[str]:
-    """Return the days that may hold events of a range."""
-    days = days_in(directory)
-    if times.since is not None:
-        days = [day for day in days if day >= day_of(times.since)]
-    if times.until is not None:
-        days = [day for day in days if day <= day_of(times.until)]
-    return days
+def _days(directory: Path, times: TimeRange) -> dict[str, float]:
+    """Return the days that may hold events of a range, and of each from when on; 0.0: all."""
+    since = 0.0 if times.since is None else times.since
+    first = day_of(since)
+    last = None if times.until is None else day_of(times.until)
+    return {
+        day: since if day == first else 0.0
+        for day in days_in(directory)
+        if first <= day and (last is None or day <= last)
+    }
 
 
 def _needles(wanted: Mapping[str, Any]) -> list[bytes]:
