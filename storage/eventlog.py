@@ -17,6 +17,7 @@ Invariants:
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -444,9 +445,9 @@ class Scan:
                     yield n, b""
 
 
-def _opened(directory: Path, key: str):  # type: ignore[no-untyped-def]
+def _opened(directory: Path, key: str) -> io.FileIO:
     fd = os.open(directory / f"{key}.jsonl", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    return os.fdopen(fd, "rb", buffering=0)
+    return io.FileIO(fd, "rb")
 
 
 def _part(directory: Path) -> _Part | None:
