@@ -24,9 +24,11 @@ import msgspec
 
 from ksi.actors.delivery import HOST_RECORDS, Record
 from ksi.actors.owner import Event, Owner
+from ksi.storage.archive import Archive
 from ksi.storage.errors import Corrupt
 from ksi.storage.eventlog import (
     EVENTS,
+    PAYLOADS,
     Scan,
     days_in,
     read_payload,
@@ -107,6 +109,24 @@ _entry_of: Final = msgspec.json.Decoder(_Entry).decode
 def event_directory(var: Path) -> Path:
     """Return where the event log is."""
     return var / "logs" / "events"
+
+
+def event_archive(var: Path) -> Path:
+    """Return where days are that are not in it any more."""
+    return var / "archive" / "events"
+
+
+def archived_days(var: Path) -> dict[str, dict[str, int]]:
+    """Return the days in the archive: `size_bytes` of each, and `archived_bytes` it takes there."""
+    found = {}
+    for day in days_in(event_archive(var)):
+        archive = Archive(event_archive(var) / day)
+        sizes = {key: size for key in (EVENTS, PAYLOADS) if (size := archive.size(key)) is not None}
+        found[day] = {
+            "size_bytes": sum(sizes.values()),
+            "archived_bytes": sum(archive.path(key).stat().st_size for key in sizes),
+        }
+    return found
 
 
 class Describer:
@@ -233,8 +253,11 @@ class Ring:
         where it holds none or a file is not the one it has read.
         """
         files: dict[Hashable, int] = {part.file: part.size for part in scan.parts}
-        has_grown = all(files.get(file, -1) >= size for file, size in self._held.files.items())
-        known = self._held if has_grown else _Held({}, 0, [], 0)
+        known = self._held
+        has_grown = all(files.get(file, -1) >= size for file, size in known.files.items())
+        is_news = all(p.first > known.upto for p in scan.parts if p.file not in known.files)
+        if not (has_grown and is_news):  # A day was removed, or came back from the archive.
+            known = _Held({}, 0, [], 0)
         if (files, scan.last) == (known.files, known.upto):
             return known.events, known.first
         last = known.events[-1][0] if known.events else 0
