@@ -170,6 +170,7 @@ def choose(chance: random.Random) -> Asked:
             ("event_log:ack", {**name, "upto": chance.randrange(9)}),
             ("event_log:clear", {"before": chance.choice((START, "2024-12-30", "1d"))}),
             ("event_log:clear", {}),
+            ("event_log:restore", {"days": ["2024-12-30"]}),
             ("event_log:query", {"since": chance.choice((None, "10m", "2024-12-30"))}),
             ("event_log:next", {"subscriber": who.name, **name}),
             ("event_log:subscriptions", {"subscriber": chance.choice((None, "bob"))}),
