@@ -570,32 +570,29 @@ def _opened(directory: Path, key: str) -> io.FileIO:
 def _part(directory: Path) -> Part | None:
     try:
         found = os.stat(directory / f"{EVENTS}.jsonl", follow_symlinks=False)
+        return _part_of(directory, found.st_ino, found.st_size, found.st_mtime_ns)
     except FileNotFoundError:
         return None
-    return _part_of(directory, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
 def _part_of(directory: Path, inode: int, _size: int, _mtime_ns: int) -> Part | None:
     """Return the part a file is as long as it is this file, of this size and time."""
-    try:
-        size = whole_bytes(directory, EVENTS)
-        if not size:
-            return None
-        with _opened(directory, EVENTS) as file:
-            fd = file.fileno()
-            first = _number(os.pread(fd, 32, 0))
-            last = next(
-                (
-                    n
-                    for each in _blocks_backwards(fd, 0, size)
-                    for line in reversed(_picked(each, ()))
-                    if (n := _number(line))
-                ),
-                0,
-            )
-    except FileNotFoundError:
+    size = whole_bytes(directory, EVENTS)
+    if not size:
         return None
+    with _opened(directory, EVENTS) as file:
+        fd = file.fileno()
+        first = _number(os.pread(fd, 32, 0))
+        last = next(
+            (
+                n
+                for each in _blocks_backwards(fd, 0, size)
+                for line in reversed(_picked(each, ()))
+                if (n := _number(line))
+            ),
+            0,
+        )
     return Part(directory, inode, size, first, last)
 
 
