@@ -199,6 +199,17 @@ def test_a_transient_refusal_settles_nothing_and_holds_up_all_behind_it(
     assert window.commands[2].refused is None
 
 
+def test_a_refused_command_is_not_tried_again_when_its_answer_would_be_late(
+    window: Window,
+) -> None:
+    window.add_command("session:append", b"", 10.05)
+    sent(window)
+    assert settled(window, refusal(1, StorageFull("no room")), now_s=10.0) == []
+    assert sent(window, 10.05) == []
+    assert window.commands[1].refused is not None  # What its caller is told at the end.
+    assert sent(window, 10.05 + RETRY_S) == [(Kind.COMMANDS, [1], 0, True)]
+
+
 def test_a_transient_refusal_of_a_query_settles_it(window: Window) -> None:
     window.add_query("session:get", b"", None)
     sent(window)

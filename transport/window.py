@@ -29,6 +29,7 @@ from ksi.transport.limits import FRAME_BYTES_MAX, WINDOW_BYTES_MAX, WINDOW_COMMA
 from ksi.transport.wire import Kind
 
 RETRY_S: Final = 0.02  # After a transient refusal that does not say how long to wait.
+ANSWER_S: Final = 0.1  # With less time left nothing is tried again: its answer would be late.
 _FRAME_ROOM: Final = FRAME_BYTES_MAX - 512  # What is left of a frame beside its header.
 
 _decode_frame = msgspec.msgpack.Decoder(wire.OwnerFrame).decode
@@ -282,6 +283,9 @@ class Window:
         if not pending.doubtful:  # Else it says nothing of what was sent before.
             pending.refused = error
         self.not_before_s = now_s + float(error.details.get("retry_after_s") or RETRY_S)
+        if pending.deadline_s:  # At the end its caller is to be told why, and not: who knows.
+            left_s = pending.deadline_s - self.not_before_s
+            self.not_before_s += left_s + RETRY_S if 0.0 < left_s < ANSWER_S else 0.0
         self._resend_from(pending.number)
 
     def _resend_from(self, number: int) -> None:

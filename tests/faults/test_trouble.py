@@ -428,7 +428,7 @@ def fill_and_free(full: FullDisk, rounds: int) -> None:
             note(alice, session, count)
             full.fill()
             with pytest.raises(StorageFull) as refused:
-                note(alice, session, -1, timeout_s=0.1)
+                note(alice, session, -1, timeout_s=1.0)
             alice.tell("session:append", session_id=session, event="n", data={"n": count + 1})
             assert noted(system, session) == list(range(count + 1))
             assert alice.ask("session:get", session_id=session)["seq"] == count + 1
@@ -483,7 +483,7 @@ def test_what_ends_on_a_full_disk_starts_again_once_there_is_room(full: FullDisk
         time.sleep(3.0)  # Longer than it takes to start six times and be given up.
         assert noted(system, session) == [1]
         with pytest.raises(KsiError):
-            note(alice, session, -1, timeout_s=0.1)
+            note(alice, session, -1, timeout_s=1.0)
         full.free()
 
         assert note(alice, session, 2, timeout_s=20.0)["seq"] == 2
