@@ -73,9 +73,10 @@ def _become_server(supervisor_pid: int, modules: list[str]) -> None:
             load(place)
         except Exception:
             traceback.print_exc(file=sys.stderr)  # a child that needs it fails and says so again
-    gc.collect()
+    # No child's collector touches, and so copies, the pages they share. Nor is anything collected
+    # here: each child would fill the holes, one in many pages. Source: `gc.freeze` in the library.
+    gc.freeze()
     gc.enable()
-    gc.freeze()  # no child's collector touches, and so copies, the pages they share
 
 
 if SUPERVISOR_PID in os.environ:
