@@ -584,7 +584,8 @@ def caches_of(declared: type[Tables]) -> list[Any]:
     return [kind for kind in _hints(declared).values() if kind in CACHES]
 
 
-def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
+@cache
+def table_types(owner: Owner[Any]) -> Mapping[str, tuple[Any, ...]]:
     """Return how each table in the owner's store is declared, the host's among them: the type of a
     row, the types of a key, and where it says so how many rows to keep decoded."""
     types: dict[str, tuple[Any, ...]] = dict(HOST_TABLES)
