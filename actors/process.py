@@ -10,7 +10,7 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 import zmq
@@ -43,6 +43,9 @@ def warm() -> None:
         batch_decoder(owner.events)
         for types in table_types(owner).values():
             row_decoder(types[0])
+    # The first look at the annotations of a class makes them, and so marks each of its subclasses
+    # as changed, in pages of the server. pyzmq looks at these when it sets an option.
+    getattr(Generic, "__annotations__", {})
 
 
 def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
