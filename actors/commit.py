@@ -576,12 +576,12 @@ def bind(
 
 def is_beside(kind: Any) -> bool:
     """Return whether what is declared lies outside of the store."""
-    return kind is Log or kind in CACHES
+    return kind is Log or (isinstance(kind, type) and kind in CACHES)
 
 
 def caches_of(declared: type[Tables]) -> list[Any]:
     """Return the caches among the declared tables."""
-    return [kind for kind in _hints(declared).values() if kind in CACHES]
+    return [kind for kind in _hints(declared).values() if is_beside(kind) and kind is not Log]
 
 
 @cache
