@@ -576,15 +576,16 @@ def bind(
 
 def is_beside(kind: Any) -> bool:
     """Return whether what is declared lies outside of the store."""
-    return kind is Log or kind in CACHES
+    return kind is Log or (isinstance(kind, type) and kind in CACHES)
 
 
 def caches_of(declared: type[Tables]) -> list[Any]:
     """Return the caches among the declared tables."""
-    return [kind for kind in _hints(declared).values() if kind in CACHES]
+    return [kind for kind in _hints(declared).values() if is_beside(kind) and kind is not Log]
 
 
-def table_types(owner: Owner[Any]) -> dict[str, tuple[Any, ...]]:
+@cache
+def table_types(owner: Owner[Any]) -> Mapping[str, tuple[Any, ...]]:
     """Return how each table in the owner's store is declared, the host's among them: the type of a
     row, the types of a key, and where it says so how many rows to keep decoded."""
     types: dict[str, tuple[Any, ...]] = dict(HOST_TABLES)

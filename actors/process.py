@@ -6,11 +6,10 @@ and the socket is bound last, so that whoever is answered is answered by the onl
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 import zmq
@@ -20,6 +19,7 @@ from ksi.actors.checkpoints import Cuts, root_of
 from ksi.actors.commit import CommitLoop, batch_decoder, table_types
 from ksi.actors.delivery import Counter
 from ksi.actors.host import Host, fresh_ids
+from ksi.actors.memory import settle
 from ksi.actors.outbox import Outbox
 from ksi.actors.owner import Owner, Restored
 from ksi.actors.owners import load, load_all
@@ -43,6 +43,9 @@ def warm() -> None:
         batch_decoder(owner.events)
         for types in table_types(owner).values():
             row_decoder(types[0])
+    # The first look at the annotations of a class makes them, and so marks each of its subclasses
+    # as changed, in pages of the server. pyzmq looks at these when it sets an option.
+    getattr(Generic, "__annotations__", {})
 
 
 def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
@@ -90,8 +93,7 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
     outbox = Outbox(store.meta.lineage, to_owner, logger)
     logger.info("open", store=store.id, journal_seq=store.meta.seq)
     end = beside(root, logger) if beside is not None else None
-    gc.collect()
-    gc.freeze()  # What is here now stays; the collector need not walk it in every pass.
+    settle()
     cuts = Cuts(name, root, store, logger)
     Host.start(loop, store, reader_of(owner, root), mailbox, outbox, stat, cuts, logger)
     if end is not None:

@@ -44,7 +44,7 @@ def idle_mb(system: System) -> dict[str, float]:
     assert {"registry", "sessions", "files"} <= set(names.values()), names
     shares = {"supervisor": pss_mb(system.supervisor_pid)}
     for process in psutil.Process(system.supervisor_pid).children(recursive=True):
-        name = names.get(process.pid, "fork server and tracker")
+        name = names.get(process.pid, "fork server and spare")
         shares[name] = shares.get(name, 0.0) + pss_mb(process.pid)
     return shares
 

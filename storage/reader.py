@@ -52,8 +52,8 @@ class _Opened:
         self.begin = environment.lmdb.begin
         self.instant = Instant()
         self.meta_database = environment.database(META_TABLE)
-        self.tables = {
-            name: ReadTable[Any](name, spec, environment.database(name), self.instant)
+        self.tables: dict[str, ReadTable[Any]] = {
+            name: ReadTable(name, spec, environment.database(name), self.instant)
             for name, spec in specs.items()
         }
 

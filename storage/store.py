@@ -478,7 +478,7 @@ def read_current(directory: Path) -> str | None:
 def read_mark(directory: Path, boot_id: str) -> Mark:
     """Return what STATE says about the view of the store in `directory`."""
     try:
-        state = msgspec.json.decode((directory / "STATE").read_bytes(), type=_State)
+        state = _decode_state((directory / "STATE").read_bytes())
     except (OSError, ValueError):
         return Mark.OTHER_BOOT
     if state.clean:
@@ -519,6 +519,10 @@ def is_no_room(error: BaseException | None) -> bool:
 class _State(msgspec.Struct):
     boot_id: str
     clean: bool
+
+
+# Made at import, in the fork server: once for all owners, in pages that they share.
+_decode_state: Final = msgspec.json.Decoder(_State).decode
 
 
 def _write_state(directory: Path, boot_id: str, *, clean: bool) -> None:

@@ -592,6 +592,13 @@ def test_a_death_of_the_fork_server_takes_its_children_and_all_come_back(system:
     until(lambda: not any(map(is_alive, pids)), wait_s=1.0)
 
 
+def test_a_supervisor_starts_its_fork_server_itself_and_nothing_else(system: System) -> None:
+    system.start({"name": "a"})
+    server = psutil.Process(system.pid_of("a")).ppid()
+
+    assert [child.pid for child in psutil.Process(system.pid).children()] == [server]
+
+
 def test_a_child_that_was_forked_ahead_takes_the_place_of_another_and_is_no_loss(
     system: System,
 ) -> None:

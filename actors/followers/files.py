@@ -25,6 +25,7 @@ import msgspec
 import zmq
 
 from ksi.actors import log
+from ksi.actors.memory import settle
 from ksi.actors.process import wait_for_room
 from ksi.actors.reading import (
     OwnerReader,
@@ -308,6 +309,7 @@ def run_files(var: str) -> None:
     logs = wait_for_room(lambda: LogFollower("sessions", root, logger, alive), logger)
     page = wait_for_room(lambda: _identities(root), logger)
     stat.state = "running"
+    settle()
     while not stopping:
         stat.begin_turn(time.monotonic())
         busy = any([_try(logs.turn), _try(page.turn)])

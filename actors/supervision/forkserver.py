@@ -26,6 +26,7 @@ import faulthandler
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import tempfile
@@ -35,7 +36,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ksi.actors import log
 from ksi.actors.supervision import preload
@@ -122,6 +123,7 @@ class ForkServer:
         self._modules = ",".join(("ksi.actors.supervision.forkserver", *modules))
         multiprocessing.set_forkserver_preload(["ksi.actors.supervision.preload"])
         atexit.register(self._end_spare)
+        _track_nothing()
 
     def start(self) -> None:
         """Start the server if it does not run; it loads its modules while the caller goes on."""
@@ -209,6 +211,14 @@ class ForkServer:
             except BaseException:
                 ours.close()
                 raise
+
+
+def _track_nothing() -> None:
+    """Keep `multiprocessing` from starting its tracker of semaphores and shared memory: there are
+    none, and it is an interpreter of 7 MB. As in whom it has spawned, a descriptor is given."""
+    tracker: Any = multiprocessing.resource_tracker._resource_tracker
+    if tracker._fd is None:
+        tracker._fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def _parent_of(pid: int) -> int:

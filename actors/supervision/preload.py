@@ -19,10 +19,13 @@ import sys
 import traceback
 from typing import Final
 
+from ksi.actors.memory import settle
+
 SUPERVISOR_PID: Final = "KSI_FORK_SERVER_OF"  # set while the fork server is started
 MODULES: Final = "KSI_FORK_SERVER_MODULES"
 
 _PR_SET_PDEATHSIG: Final = 1
+_prctl: Final = ctypes.CDLL(None, use_errno=True).prctl  # a class is made for it: not in each child
 
 server_pid = 0  # of the fork server; its children inherit the value
 
@@ -33,8 +36,7 @@ def die_with(parent_pid: int) -> None:
     The bond is to the *thread* that forked, does not pass on to children, and survives exec.
     Source: prctl(2), PR_SET_PDEATHSIG.
     """
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    if prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+    if _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG")
     if os.getppid() != parent_pid:
         os._exit(1)
@@ -73,9 +75,8 @@ def _become_server(supervisor_pid: int, modules: list[str]) -> None:
             load(place)
         except Exception:
             traceback.print_exc(file=sys.stderr)  # a child that needs it fails and says so again
-    gc.collect()
+    settle()  # No child's collector touches, and so copies, the pages they share.
     gc.enable()
-    gc.freeze()  # no child's collector touches, and so copies, the pages they share
 
 
 if SUPERVISOR_PID in os.environ:

@@ -47,6 +47,7 @@ import pykka
 import zmq
 
 from ksi.actors import config, log
+from ksi.actors.memory import settle
 from ksi.actors.owner import Sender
 from ksi.actors.stat import StatWriter, read_stat
 from ksi.actors.supervision import checkpointed, reports
@@ -379,6 +380,7 @@ class Supervisor(pykka.ThreadingActor):
         if all(each.state == "RUNNING" for each in self._own):
             self._up = True
             spent_s = round(time.monotonic() - self._started_s, 4)
+            settle()
             self._progress({"ready": True, "pid": os.getpid(), "seconds": spent_s})
 
     # What is to be done: the next steps from what each child is to what it should be.
