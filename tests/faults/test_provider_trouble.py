@@ -16,8 +16,9 @@ import pytest
 from model_server import Model, serving
 from system import System
 from trouble import entries, kill, kill_all, until
-from workers import WorkerProcess, registered, state, working
+from workers import WorkerProcess, happened, registered, state, working
 
+from ksi.actors.declarations.completion import Granted
 from ksi.transport import Client
 from ksi.transport.errors import NotFound, TooLarge, Unanswered
 
@@ -159,8 +160,11 @@ def test_a_dead_letter_is_retried_by_command(
     assert "m1" in ksi("queue", "usage", "--last", "1h").stdout
 
 
-def test_a_key_is_nowhere_but_where_it_was_given(system: System, model: str) -> None:
-    assert SECRET in Model.keys[0]
+def test_a_key_is_nowhere_but_where_it_was_given(
+    system: System, alice: Client, session_id: str, model: str
+) -> None:
+    alice.complete(session_id, "hi", requires=model)
+    assert SECRET in Model.keys[-1]
     kept = [path for path in system.var.rglob("*") if path.is_file() and path.suffix != ".stat"]
     assert [path for path in kept if SECRET.encode() in path.read_bytes()] == []
 
@@ -269,6 +273,40 @@ def test_a_missing_key_is_said_by_the_worker_and_to_whoever_submits(
     with working(system, "keyed", provider=words, env={"OPENAI_API_KEY": SECRET}, slots=1):
         waiting = submit(alice, session_id, "hi", requires="keyless", attempts_max=1)
         alice.ask("completion:cancel", request_id=waiting)
+
+
+def test_three_workers_give_a_provider_no_more_than_it_bears_whoever_is_killed(
+    system: System, alice: Client
+) -> None:
+    def bear(**bound: Any) -> None:
+        with system.client("operator", role="operator") as operator:
+            operator.ask("completion:limit", provider="shared", **bound)
+
+    bear(limit=2, rate="6/s")
+    ids = [alice.ask("session:create")["session_id"] for _ in range(14)]
+    words = ("--provider", "openai", "--offers", "shared", "--model", "m1", "--base-url")
+    with (
+        serving() as url,
+        working(system, "a", "b", "c", slots=8, provider=(*words, f"{url}/v1")) as workers,
+    ):
+        asked = [submit(alice, each, "slow", requires="shared") for each in ids]
+        for so_many, victim in ((3, "completion"), (5, "worker"), (9, "completion")):
+            until(lambda many=so_many: len(Model.asked) >= many)  # type: ignore[misc]
+            if victim == "worker":
+                workers[0].kill()
+            else:
+                kill(system, victim)
+        ends = [alice.outcome(each, timeout_s=60) for each in asked]
+        assert {each["status"] for each in ends} == {"completed"}
+        assert Model.busiest == 2
+    granted = [
+        each.now
+        for each in happened(system.var)
+        if isinstance(each, Granted) and each.provider == "shared"
+    ]
+    assert len(granted) >= 14
+    assert min(b - a for a, b in zip(granted, granted[6:], strict=False)) >= 1.0
+    bear()
 
 
 def test_a_rate_is_kept_and_calls_come_evenly(system: System, alice: Client) -> None:
