@@ -62,7 +62,7 @@ def _wait(options: Options, fields: dict[str, Any], timeout_s: float) -> None:
                 client.ask("completion:status", request_id=error.details["request_id"]),
             )  # fmt: skip
             raise
-    growing.end()
+    growing.end(reply["result"]["response"])
     print_reply(options, "ask", reply)
 
 
@@ -81,10 +81,10 @@ class Growing:
             self._shown += len(text)
             print(_safe(text), end="", file=sys.stderr, flush=True)
 
-    def end(self) -> None:
-        """End the line."""
+    def end(self, answer: str = "") -> None:
+        """Show what is left of the answer behind what was shown, and end the line."""
         if self._shown:
-            print(file=sys.stderr, flush=True)
+            print(_safe(answer[self._shown :]), file=sys.stderr, flush=True)
         self._shown = 0
 
 

@@ -189,7 +189,8 @@ def providers(options: Options) -> None:
             each["completed"],
             each["failed"],
             each["retried"],
-            " ".join(str(bound) for bound in (each["limit"], each["rate"]) if bound is not None),
+            " ".join(str(bound) for bound in (each["limit"], each["rate"]) if bound is not None)
+            or None,
             (each["unfit"] or each["reason"] or "")[:TEXT_CHARS] or None,
         )
         for each in page["providers"]
