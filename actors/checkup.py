@@ -325,7 +325,7 @@ class Checkup:
             count += rows
             found += [
                 Finding(
-                    f"a row of {owner} does not match its checksum: {place}",
+                    f"the view of {owner} is damaged: {place}",
                     self._stopped(f"{self._ksi} doctor --repair"),
                 )
                 for place in damaged

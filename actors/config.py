@@ -161,10 +161,15 @@ class EventsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The event log in var/logs/events. Taken up when the system is started."""
 
     keep_days: Annotated[int, _key(
-        "days older than this are removed, whole ones, in UTC",
-        "what is removed is gone: sessions keep what was said, journals what is, nothing what was",
+        "days older than this are compressed into the archive, whole ones, in UTC",
+        "queries do not find what is in the archive: ksi archive restore has a day back",
         "days", 1, 1000,
     )] = 30
+    archive_days: Annotated[int, _key(
+        "days older than this are removed from the archive",
+        "what is removed is gone: sessions keep what was said, journals what is, nothing what was",
+        "days", 1, 100_000,
+    )] = 365
 
 
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

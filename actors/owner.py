@@ -289,7 +289,8 @@ class Owner(ABC, Generic[T]):
         """Return the reply to `query`, or raise a refusal."""
 
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
-        """Return what `decide` wants to be given of another owner's state: a query to it.
+        """Return what `decide` wants to be given of another owner's state, or of what is beside its
+        own tables, as logs are: a query.
 
         It is answered from what that owner has committed, without a message, and may be out of
         date when it is used: the other owner has the last word, through a `Send`.

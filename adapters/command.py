@@ -217,8 +217,9 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         if process.returncode is None:
             await _told_to_end(process)
     finally:
+        # There is no public name for it, and what was not read to its end stays open otherwise.
         transport: asyncio.SubprocessTransport = process._transport  # type: ignore[attr-defined]
-        transport.close()  # What was not read to its end stays open otherwise.
+        transport.close()
 
 
 async def _told_to_end(process: asyncio.subprocess.Process) -> None:

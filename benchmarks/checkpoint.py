@@ -69,7 +69,7 @@ def make(operator: Client) -> float:
     begun_s = time.perf_counter()
     checkpoint_id = operator.ask("checkpoint:create")["id"]
     while (now := operator.ask("checkpoint:list"))["making"] is not None:
-        time.sleep(0.005)
+        time.sleep(0.005)  # A poll, as fine as what it measures.
     assert now["checkpoints"][0]["id"] == checkpoint_id, now
     return time.perf_counter() - begun_s
 
@@ -91,9 +91,9 @@ def measure(options: Options, system: System, report: Report) -> None:
             taken = make(operator)
             for number in range(count):
                 say(f"checkpoint {number + 1} of {count}")
-                time.sleep(0.1 if options.quick else SETTLE_S)
+                time.sleep(0.1 if options.quick else SETTLE_S)  # The disk comes to rest.
                 begun_s = time.perf_counter()
-                time.sleep(taken)
+                time.sleep(taken)  # As long without one as the last took, to compare.
                 between_s = time.perf_counter()
                 taken = make(operator)
                 ended_s = time.perf_counter()

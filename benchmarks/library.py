@@ -18,6 +18,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,12 +83,17 @@ def timed(ask: Callable[[], Any], count: int) -> list[float]:
     return taken_ms
 
 
+def wait_for(client: Client, operation: str, field: str, least: int | str) -> None:
+    """Wait until a follower says that it is as far as that."""
+    what = f"{field} {least} in {operation}"
+    wait_until(lambda: client.read(operation)[field] >= least, what, WAIT_S)
+
+
 def measure_conversations(options: Options, report: Report, client: Client, logs: Path) -> None:
     """Import, make again, search, and add the rows."""
     begun_s = time.perf_counter()
     number = client.ask("conversation:import", path=str(logs))["number"]
-    status = lambda: client.read("conversation:status")  # noqa: E731
-    wait_until(lambda: status()["imported"] >= number, "all is imported", WAIT_S)
+    wait_for(client, "conversation:status", "imported", number)
     imported_s = time.perf_counter() - begun_s
     stats = client.read("conversation:stats")
     lines = stats["total_messages"]
@@ -98,13 +104,13 @@ def measure_conversations(options: Options, report: Report, client: Client, logs
     )
     begun_s = time.perf_counter()
     order = client.ask("conversation:rebuild_index")["number"]
-    wait_until(lambda: status()["rebuilt"] >= order, "it is made again", WAIT_S)
+    wait_for(client, "conversation:status", "rebuilt", order)
     report.add("made again, lines/s", f"{lines / (time.perf_counter() - begun_s):.0f}")
     count = 5 if options.quick else SEARCHES
     for name, query in queries(options):
         found = client.read("conversation:search", query=query)
         what = f"search, {name}: {found['total_matches']} matches"
-        taken = timed(lambda query=query: client.read("conversation:search", query=query), count)  # type: ignore[misc]
+        taken = timed(partial(client.read, "conversation:search", query=query), count)
         p50, p99 = percentile(taken, 0.5), percentile(taken, 0.99)
         report.add(f"{what}, p50 ms (p99)", f"{p50:.1f} ({p99:.1f})", target=TARGET, value=p50)
     taken = timed(lambda: client.read("conversation:list", limit=100), count)
@@ -133,8 +139,7 @@ def measure_compositions(options: Options, report: Report, client: Client, folde
     )
     begun_s = time.perf_counter()
     order = client.ask("composition:rebuild_index")["number"]
-    done = lambda: client.read("composition:status")["rebuilt"] >= order  # noqa: E731
-    wait_until(done, "it is made again", WAIT_S)
+    wait_for(client, "composition:status", "rebuilt", order)
     report.add("made again, files/s", f"{files / (time.perf_counter() - begun_s):.0f}")
     if options.more.compositions is None:
         lags_ms = []
@@ -142,7 +147,7 @@ def measure_compositions(options: Options, report: Report, client: Client, folde
             (folder / "c0.md").write_text(f"---\nname: edit{n}\ntype: t\n---\n")
             begun_s = time.perf_counter()
             while not client.read("composition:list", name=f"edit{n}")["count"]:
-                time.sleep(0.001)
+                time.sleep(0.001)  # A poll, as fine as what it measures.
             lags_ms.append((time.perf_counter() - begun_s) * 1e3)
         report.add("from an edit to the answer, p50 ms", f"{percentile(lags_ms, 0.5):.0f}")
 
@@ -211,8 +216,7 @@ def main() -> None:
             System(options.directory / "var", compositions__folder=str(folder)) as system,
             system.client("operator", "operator") as client,
         ):
-            is_built = lambda: client.read("composition:status")["state"] == "following"  # noqa: E731
-            wait_until(is_built, "compositions are read", WAIT_S)
+            wait_for(client, "composition:status", "state", "following")
             measure_conversations(options, report, client, logs.resolve())
             measure_compositions(options, report, client, folder)
             asyncio.run(measure_load(options, system, report))

@@ -1,4 +1,5 @@
-"""`ksi archive`: put the files of closed sessions away, compressed, and have them back."""
+"""`ksi archive`: put the files of closed sessions away, compressed, and have them back; days of
+the event log go there by themselves."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import click
 
 from ksi.console.options import DURATION, Failed, Options, group
 from ksi.console.show import instant, show_json, show_table, size
+from ksi.transport.errors import NotFound
 from ksi.transport.limits import ARCHIVE_MAX
 from ksi.transport.remote import require_here
 
@@ -29,7 +31,8 @@ EVERYTHING: Final = 1 << 62
 def archive() -> None:
     """Put the files of closed sessions away, compressed, and have them back.
 
-    What is archived is read, listed and found as before.
+    What is archived is read, listed and found as before. Days of the event log that are over their
+    time (`events.keep_days`) are archived by themselves, and found again when they are back.
     """
 
 
@@ -54,21 +57,21 @@ def run(options: Options, sessions: tuple[str, ...], closed_for: float) -> None:
         }
     names = [name for name, size_bytes in wanted.items() if size_bytes and not files.is_away(name)]
     seconds = _move(options, "session:archive", names, files.is_away)
-    _tell(options, "archive.run", "archived", names, seconds)
+    _tell(options, "archive.run", "sessions", "archived", names, seconds)
 
 
 @archive.command("list")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True)
 @click.pass_obj
 def list_(options: Options, limit: int) -> None:
-    """List what is archived. Sends no message."""
+    """List what is archived: sessions, and days of the event log. Sends no message."""
     require_here(options.var, "ksi archive list")
     files = _Files(options.var)
     found, more = _reads(options).pages("sessions", "session:archived", "sessions", limit)()
     for each in found:
         each["archived_bytes"] = files.archived_bytes(each["session_id"])
     if options.json:
-        show_json("archive", {"sessions": found, "more": more})
+        show_json("archive", {"sessions": found, "more": more, "days": _archived_days(options.var)})
         return
     rows = (
         (
@@ -81,21 +84,53 @@ def list_(options: Options, limit: int) -> None:
         for each in found
     )
     show_table(("SESSION", "SIZE", "ARCHIVED", "AT", "BY"), rows)
+    if days := _archived_days(options.var):
+        print()
+        show_table(
+            ("DAY OF EVENTS", "SIZE", "ARCHIVED"),
+            ((day, *map(size, each.values())) for day, each in days.items()),
+        )
     if more:
         print(f"there are more: --limit {limit * 10}", file=sys.stderr)
 
 
 @archive.command("restore")
-@click.argument("sessions", nargs=-1, required=True)
+@click.argument("sessions", nargs=-1)
+@click.option("--day", "days", multiple=True, help="A day of the event log: 2026-05-04.")
 @click.pass_obj
-def restore(options: Options, sessions: tuple[str, ...]) -> None:
-    """Have the files of SESSIONS back where they were."""
+def restore(options: Options, sessions: tuple[str, ...], days: tuple[str, ...]) -> None:
+    """Have the files of SESSIONS back where they were, or days of the event log."""
     require_here(options.var, "ksi archive restore")
+    if bool(sessions) == bool(days):
+        raise click.UsageError("name sessions, or days with --day")
     options.require_running()
+    if days:
+        _restore_days(options, list(dict.fromkeys(days)))
+        return
     files = _Files(options.var)
     names = list(dict.fromkeys(sessions))
     seconds = _move(options, "session:unarchive", names, files.is_back)
-    _tell(options, "archive.restore", "restored", names, seconds)
+    _tell(options, "archive.restore", "sessions", "restored", names, seconds)
+
+
+def _restore_days(options: Options, days: list[str]) -> None:
+    archived = _archived_days(options.var)
+    if missing := [day for day in days if day not in archived]:
+        raise NotFound(f"{missing[0]} is not in the archive", hint="ksi archive list")
+    seconds = _move(
+        options,
+        "event_log:restore",
+        days,
+        lambda day: day not in _archived_days(options.var),
+        field="days",
+    )
+    _tell(options, "archive.restore", "days", "restored", days, seconds)
+
+
+def _archived_days(var: Path) -> dict[str, dict[str, int]]:
+    from ksi.actors.followers.recorded import archived_days
+
+    return archived_days(var)
 
 
 class _Files:
@@ -130,7 +165,11 @@ class _Files:
 
 
 def _move(
-    options: Options, operation: str, names: list[str], is_done: Callable[[str], bool]
+    options: Options,
+    operation: str,
+    names: list[str],
+    is_done: Callable[[str], bool],
+    field: str = "session_ids",
 ) -> float:
     """Order it, wait until all is done, saying how far it is; return how long it took."""
     begun_s = time.monotonic()
@@ -138,7 +177,7 @@ def _move(
     with options.client() as client, bar(len(names)) as say:
         for start in range(0, len(names), ARCHIVE_MAX):
             some = names[start : start + ARCHIVE_MAX]
-            client.ask(operation, {"session_ids": some})
+            client.ask(operation, {field: some})
             for _name in _arriving(options, some, is_done):
                 done += 1
                 say(done)
@@ -162,8 +201,8 @@ def _arriving(
         waiting = left
         if time.monotonic() > until_s:
             raise Failed(
-                f"{len(waiting)} sessions, as {waiting[0]}, are not where they should be",
-                hint="ksi logs files says why; then run it again",
+                f"{len(waiting)} of them, as {waiting[0]}, are not where they should be",
+                hint="ksi logs files, or events, says why; then run it again",
             )
         options.require_running()
         time.sleep(LOOK_S)  # A poll that ends.
@@ -191,11 +230,13 @@ def bar(total: int) -> Iterator[Callable[[int], None]]:
     yield say
 
 
-def _tell(options: Options, schema: str, what: str, names: list[str], seconds: float) -> None:
+def _tell(
+    options: Options, schema: str, of: str, done: str, names: list[str], seconds: float
+) -> None:
     if options.json:
-        show_json(schema, {"sessions": names, "seconds": seconds})
+        show_json(schema, {of: names, "seconds": seconds})
     else:
-        print(f"{len(names)} sessions {what} in {seconds:.1f} s")
+        print(f"{len(names)} {of} {done} in {seconds:.1f} s")
 
 
 def _reads(options: Options) -> Reads:

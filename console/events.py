@@ -88,7 +88,7 @@ def events(
         for event in found:
             show_event(options, event)
         if not more:
-            time.sleep(FOLLOW_S)
+            time.sleep(FOLLOW_S)  # Reads cost its owner nothing.
 
 
 @events.command("stats")

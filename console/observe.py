@@ -115,7 +115,7 @@ def _observed(
             if count <= 0:
                 return
         if not page["more"]:
-            time.sleep(FOLLOW_S)
+            time.sleep(FOLLOW_S)  # Reads cost its owner nothing.
 
 
 @observe.command("replay")

@@ -45,7 +45,7 @@ def order(
         if time.monotonic() - said_s >= SAY_S:
             said_s = time.monotonic()
             print(f"  {found['state']} ...", file=sys.stderr, flush=True)
-        time.sleep(LOOK_S)
+        time.sleep(LOOK_S)  # A poll: what is ordered may take minutes, and is not pushed.
     seconds = round(time.monotonic() - begun_s, 3)
     if shows and options.json:
         show_json(name, {"number": number, "done": wait, "seconds": seconds})

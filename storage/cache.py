@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -111,10 +112,14 @@ class Cache:
         self._unsettled = 0
         return None
 
-    def finish(self) -> None:
-        """Close one that was made: it can be put in the place of the former now."""
+    def finish(self) -> Iterator[str]:
+        """Close one that was made: it can be put in the place of the former now.
+
+        Nothing is left to be done piece by piece, as in an index of many files.
+        """
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.close()
+        return iter(())
 
     def install(self, path: Path) -> None:
         """Put one that is finished in the place of the one at `path`."""

@@ -221,11 +221,6 @@ class ConversationsWriter(Cache):
         """Return whether so much of it is of messages that are gone that it is to be made anew."""
         return bool(self._gone > max(GONE_MAX, GONE_PART_MAX * self._next_message))
 
-    def finish(self) -> Iterator[str]:  # type: ignore[override]
-        """Close one that was made."""
-        super().finish()
-        return iter(())
-
     def _session(self, session_id: str, batch: _Batch) -> File:
         path = SESSION + session_id
         return batch.files.get(path) or self.file(path) or self._new(session_id, path)

@@ -3,6 +3,7 @@
     var/logs/events/<date>/events.jsonl      a line an event, in the order in which they were logged
     var/logs/events/<date>/payloads.jsonl    values too large for that, each a line, by reference
     var/logs/events/place.json               how far the writer has come; `synced.json`: on disk
+    var/archive/events/<date>/               the files of a day that is over its time, compressed
 
 Written by one follower; read by anybody, whose tool may be `jq`.
 
@@ -17,19 +18,22 @@ Invariants:
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from heapq import merge
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
 
+from ksi.storage.archive import Archive
 from ksi.storage.atomic import make_directory, sync_directory, write_atomically
 from ksi.storage.boot import this_boot
+from ksi.storage.errors import Corrupt
 from ksi.storage.files import LogGap, LogWriter, log_size
 from ksi.storage.journal import Position
 from ksi.transport.limits import EVENTS_UNSYNCED_MAX
@@ -215,6 +219,55 @@ class EventWriter:
         self.save()
         shutil.rmtree(self._directory / day, ignore_errors=True)
 
+    def archive(self, day: str, directory: Path) -> None:
+        """Compress a whole day into `directory`, read back and durable, and then remove it.
+
+        Raises:
+            Corrupt: something else is there of that day, or it does not read back as it was.
+            OSError: it stays where it is.
+        """
+        archive = Archive(directory / day)
+        archive.sweep()
+        for key in (EVENTS, PAYLOADS):
+            path, size = (
+                self._directory / day / f"{key}.jsonl",
+                log_size(self._directory / day, key),
+            )
+            if size and archive.size(key) is None:
+                archive.store(key, path, size, lambda: None)
+            elif size and not _begins(archive.chunks(key), path):
+                raise Corrupt(f"{archive.path(key)} is not what the log has of that day")
+        make_directory(directory / day)
+        archive.sync()
+        self.remove(day)
+
+    def bring_back(self, day: str, directory: Path) -> None:
+        """Have a day back that is in the archive in `directory`, unless there is one in the log.
+
+        Raises:
+            Corrupt: its archive is damaged; it stays there.
+            OSError: it stays there.
+        """
+        archive, fresh = Archive(directory / day), self._directory / f".{day}"
+        if archive.size(EVENTS) is None or (self._directory / day).exists():
+            return
+        shutil.rmtree(fresh, ignore_errors=True)
+        writer, known = LogWriter(fresh), Day()
+        with closing(writer):
+            for content in archive.chunks(EVENTS):
+                writer.write(EVENTS, known.events_bytes, content)
+                known.events_bytes += len(content)
+                known.events += content.count(b"\n")
+            for content in archive.chunks(PAYLOADS) if archive.size(PAYLOADS) else ():
+                writer.write(PAYLOADS, known.payloads_bytes, content)
+                known.payloads_bytes += len(content)
+            writer.sync()
+        self.place.days[day] = known
+        self.save()
+        fresh.rename(self._directory / day)
+        self.sync()  # Before a crash could cut it back to a place that does not know it.
+        shutil.rmtree(directory / day, ignore_errors=True)
+
     def close(self) -> None:
         """Write, sync and close."""
         self.write()
@@ -285,6 +338,14 @@ class EventWriter:
         for key, size in ((EVENTS, known.events_bytes), (PAYLOADS, known.payloads_bytes)):
             if (log_size(self._directory / day, key) or 0) > size:
                 os.truncate(self._directory / day / f"{key}.jsonl", size)
+
+
+def _begins(archived: Iterator[bytes], path: Path) -> bool:
+    """Whether an archived log begins with all that is in a file."""
+    with path.open("rb") as file:
+        return all(content.startswith(file.read(len(content))) for content in archived) and (
+            not file.read(1)
+        )
 
 
 def _runs(parts: Sequence[tuple[str, str, bytes]]) -> Iterator[tuple[str, str, bytes]]:
@@ -444,9 +505,9 @@ class Scan:
                     yield n, b""
 
 
-def _opened(directory: Path, key: str):  # type: ignore[no-untyped-def]
+def _opened(directory: Path, key: str) -> io.FileIO:
     fd = os.open(directory / f"{key}.jsonl", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    return os.fdopen(fd, "rb", buffering=0)
+    return io.FileIO(fd, "rb")
 
 
 def _part(directory: Path) -> _Part | None:

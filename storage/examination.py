@@ -108,7 +108,9 @@ def committed_batches(examined: Examined) -> Iterator[Batch]:
 
 
 def check_rows(environment: Environment) -> tuple[int, list[str]]:
-    """Read every row of a view; return how many there are, and where one is damaged.
+    """Read every row of a view; return how many there are, and where one is damaged or missing.
+
+    LMDB does not check its pages: one that is damaged may hide rows. It knows how many there are.
 
     Raises:
         lmdb.Error: the file is damaged.
@@ -119,10 +121,17 @@ def check_rows(environment: Environment) -> tuple[int, list[str]]:
     for name in names:
         database = environment.database(name)
         after: bytes | None = b""
+        found, states = 0, set()
         while after is not None:
-            rows, wrong, after = _page(environment, database, after)
-            count += rows
+            rows, wrong, after, state = _page(environment, database, after)
+            found += rows
+            states.add(state)
             damaged += [f"table {name}, key {key[:100]!r}" for key in wrong]
+        count += found
+        if (
+            len(states) == 1 and (known := states.pop()[1]) != found
+        ):  # Nothing was written meanwhile.
+            damaged.append(f"table {name}, where {found} of {known} rows are found")
     return count, damaged
 
 
@@ -204,10 +213,12 @@ def _from_its_start(store: Path, meta: Meta) -> Iterator[Batch]:
 
 def _page(
     environment: Environment, database: lmdb._Database, after: bytes
-) -> tuple[int, list[bytes], bytes | None]:
-    """Check the rows behind the key `after`; return how many, which are damaged, and the last."""
+) -> tuple[int, list[bytes], bytes | None, tuple[int, int]]:
+    """Check the rows behind the key `after`; return how many, which are damaged, the last, and the
+    state that was looked at with the number of rows in it."""
     count, damaged, key = 0, [], after
     with environment.lmdb.begin() as txn:
+        state = txn.id(), txn.stat(database)["entries"]
         cursor = txn.cursor(database)
         more = cursor.set_range(after) if after else cursor.first()
         if more and after and cursor.key() == after:
@@ -217,5 +228,5 @@ def _page(
             if not intact(key, value):
                 damaged.append(key)
             if count == PAGE_ROWS:
-                return count, damaged, key
-    return count, damaged, None
+                return count, damaged, key, state
+    return count, damaged, None, state

@@ -291,6 +291,8 @@ class IndexWriter:
             self._open.pop(day).close()
             self._remember(day)
             yield day
+        # A close says nothing of what it could not move, and only the file itself is installed.
+        self._cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._cursor.close()
 
     def close(self) -> None:

@@ -68,9 +68,9 @@ def create(path: Path, tables: str, *, wal: bool = True) -> None:
     remove(new)
     with closing(sqlite3.connect(new, isolation_level=None)) as database:
         database.execute("PRAGMA synchronous=OFF")
-        if wal:
-            database.execute("PRAGMA journal_mode=WAL")
         database.executescript(tables)
+        if wal:  # From now on: what a close could not move out of a log would stay behind.
+            database.execute("PRAGMA journal_mode=WAL")
     new.chmod(0o600)
     replace(new, path)
 

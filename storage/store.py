@@ -447,6 +447,19 @@ def set_view_aside(
         _set_view_aside(store)
 
 
+def distrust_view(directory: Path) -> None:
+    """Make the next `open` of the store in use treat its view as after a crash of the machine.
+
+    LMDB does not check its pages: a view with a damaged one ends whoever meets it, again and again.
+
+    Raises:
+        Corrupt: CURRENT names no store.
+    """
+    store_id = read_current(directory)
+    if store_id is not None:
+        (directory / store_id / "STATE").unlink(missing_ok=True)
+
+
 def read_current(directory: Path) -> str | None:
     """Return the id of the store in use, None where there is none."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from unittest import mock
@@ -17,6 +18,10 @@ from ksi.storage.index import IndexReader
 
 PATIENCE_S = 300.0  # To build an index of a million entries again, on a machine that is busy.
 FILES_S = 5.0  # The promise is one second on a machine that has time for it.
+
+
+def _holds(path: Path, size: int) -> bool:
+    return path.stat().st_size >= size
 
 
 def require_agreement(system: System) -> None:
@@ -35,7 +40,7 @@ def require_agreement(system: System) -> None:
     assert sizes == {key: len(log) for key, log in logs.items()}
     for key, log in logs.items():
         path = system.file(key)
-        until(lambda path=path, log=log: path.stat().st_size >= len(log), FILES_S)  # type: ignore[misc]
+        until(partial(_holds, path, len(log)), FILES_S)
         assert path.read_bytes() == log, f"{path.name} is not what the journal says"
     require_index(system)
 

@@ -10,11 +10,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+from crashing import killed_at_each_step
 from system import System
 from trouble import kill, until
 
@@ -27,16 +29,19 @@ from ksi.actors.followers.recorded import (
     EventLogView,
     LoggedEvent,
     Source,
+    event_archive,
     event_directory,
     line_of,
 )
-from ksi.actors.followers.recording import EventFollower, _Taken
+from ksi.actors.followers.recording import EventFollower, _Orders, _Taken
 from ksi.actors.owner import EventLog, Sender
 from ksi.actors.owners import OWNERS, load, load_all
 from ksi.actors.owners.events import OWNER
 from ksi.actors.reading import reader_of
 from ksi.actors.testing import START, Asked, Twin
+from ksi.console.main import main
 from ksi.storage import eventlog
+from ksi.storage.archive import Archive
 from ksi.storage.eventlog import EventWriter, Followed, days_in, read_synced
 from ksi.storage.files import LogWriter
 from ksi.storage.journal import Batch as StoredBatch
@@ -90,8 +95,10 @@ class ListedJournal:
         return found[: self.most], known, len(found) > self.most
 
 
-def follower(var: Path, *journals: ListedJournal, keep_days: int = 100_000) -> EventFollower:
-    made = EventFollower(var, Logger(), keep_days)
+def follower(
+    var: Path, *journals: ListedJournal, keep_days: int = 90_000, archive_days: int = 90_000
+) -> EventFollower:
+    made = EventFollower(var, Logger(), keep_days, archive_days)
     made._journals = list(journals)  # type: ignore[arg-type]
     return made
 
@@ -243,7 +250,9 @@ def test_whatever_a_killed_writer_left_each_event_is_there_once(
                 journal.add(at, chance.randrange(4), text)
         logging = follower(tmp_path, *journals)
         try:
-            while logging.turn():
+            more = True
+            while more:
+                more = logging.turn()
                 if chance.random() < 0.3 and logging._writer is not None:
                     logging._writer.save()
         except Killed:
@@ -357,15 +366,133 @@ def test_retention_and_clearing_remove_whole_days_only(tmp_path: Path) -> None:
     days = days_in(directory)
     assert len(days) == 7
 
-    logging = follower(tmp_path, journal, keep_days=3)
+    logging = follower(tmp_path, journal, keep_days=3, archive_days=5)
     logging.turn()
     assert days_in(directory) == days[3:]
-    logging._cleared = lambda: days[5]  # type: ignore[method-assign]
-    logging.turn()
-    assert days_in(directory) == days[5:]
+    assert days_in(event_archive(tmp_path)) == days[1:3]
+    ordered(logging, _Orders(days[2], {}))
+    assert days_in(event_archive(tmp_path)) == days[2:3]
+    ordered(logging, _Orders(days[5], {}))
+    assert (days_in(event_archive(tmp_path)), days_in(directory)) == ([], days[5:])
     logging.close()
     assert EventLogView(tmp_path).state()["events"] == 4
     assert [event["n"] for event in lines(tmp_path)] == [11, 12, 13, 14]
+
+
+def ordered(logging: EventFollower, orders: _Orders) -> None:
+    """Let a follower find orders, which are rows of its owner."""
+    logging._ordered = lambda: orders  # type: ignore[method-assign]
+    logging.turn()
+
+
+def test_a_day_that_is_over_its_time_is_archived_and_comes_back_as_it_was(tmp_path: Path) -> None:
+    journal = aged(4)
+    follower(tmp_path, journal).close()
+    directory = event_directory(tmp_path)
+    days = days_in(directory)
+    before = lines(tmp_path)
+    payloads = (directory / days[0] / "payloads.jsonl").read_bytes()
+
+    logging = follower(tmp_path, journal, keep_days=1)
+    logging.turn()
+    assert (days_in(event_archive(tmp_path)), days_in(directory)) == (days[:2], days[2:])
+    ordered(logging, _Orders("", {days[0]: time.time(), days[1]: time.time() - 3 * DAY_S}))
+    assert (days_in(event_archive(tmp_path)), days_in(directory)) == (
+        [days[1]],
+        [days[0], *days[2:]],
+    )
+    ordered(logging, _Orders("", dict.fromkeys(days, time.time())))
+    assert days_in(event_archive(tmp_path)) == []
+    assert lines(tmp_path) == before
+    assert (directory / days[0] / "payloads.jsonl").read_bytes() == payloads
+    journal.add(time.time(), 1)
+    logging.close()
+
+    logging = follower(tmp_path, journal)
+    assert logging.turn() is False
+    logging.close()
+    state = EventLogView(tmp_path).state()
+    assert (state["events"], state["dropped"]) == (len(before) + 1, 0)
+    found = EventLogView(tmp_path).find({"resolve": True, "limit": 1})["events"]
+    assert isinstance(found[0]["data"]["agent_id"], str)
+
+
+def test_a_day_whose_archive_is_of_something_else_stays_in_the_log(tmp_path: Path) -> None:
+    journal = aged(4)
+    follower(tmp_path, journal).close()
+    directory = event_directory(tmp_path)
+    days, before = days_in(directory), lines(tmp_path)
+    for content, stays in ((b'{"n":1}\n', True), (None, False)):
+        path = directory / days[0] / "events.jsonl"
+        archive = Archive(event_archive(tmp_path) / days[0])
+        other = tmp_path / "other"
+        other.write_bytes(content or path.read_bytes() + b'{"n":9}\n')
+        archive.store("events", other, other.stat().st_size, lambda: None)
+        logging = follower(tmp_path, journal, keep_days=1)
+        logging.turn()
+        assert (days[0] in days_in(directory)) is stays
+        logging.close()
+        assert lines(tmp_path) == (before[0:2] if stays else []) + before[4:]
+
+
+def test_a_kill_while_days_are_archived_or_brought_back_loses_no_line(tmp_path: Path) -> None:
+    journal = aged(4)
+    follower(tmp_path, journal).close()
+    before = lines(tmp_path)
+
+    def move(orders: _Orders) -> None:
+        logging = follower(tmp_path, journal, keep_days=1)
+        ordered(logging, orders)
+        logging.close()
+
+    for orders in [_Orders("", {}), _Orders("", dict.fromkeys(days_of(4), time.time()))]:
+        for _ in killed_at_each_step(partial(move, orders), runs=40):
+            archived = [
+                json.loads(line)
+                for day in days_in(event_archive(tmp_path))
+                if not (event_directory(tmp_path) / day / "events.jsonl").exists()
+                for line in b"".join(
+                    Archive(event_archive(tmp_path) / day).chunks("events")
+                ).splitlines()
+            ]
+            assert archived + lines(tmp_path) == before
+    assert days_in(event_archive(tmp_path)) == []
+
+
+def test_an_archived_day_is_listed_and_had_back_by_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log(tmp_path / "var", [{}, {}]).close()
+    day, system = day_of(NOON), System(tmp_path / "var")
+
+    def ksi(*words: str) -> dict[str, Any]:
+        assert main(["--var", str(system.var), "--json", *words]) == 0
+        shown: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return shown
+
+    try:
+        until(lambda: day in ksi("archive", "list")["days"])
+        assert ksi("events", "--since", "2026-05-04", "--until", "2026-05-05")["events"] == []
+        assert ksi("archive", "restore", "--day", day)["days"] == [day]
+        assert ksi("archive", "list")["days"] == {}
+        found = ksi("events", "--since", "2026-05-04", "--until", "2026-05-05")["events"]
+        assert [event["n"] for event in found] == [1, 2]
+        assert main(["--var", str(system.var), "archive", "restore", "--day", day]) == 6
+        assert f"{day} is not in the archive" in capsys.readouterr().err
+    finally:
+        system.end()
+
+
+def days_of(count: int) -> list[str]:
+    return [day_of(time.time() - age * DAY_S) for age in range(count - 1, -1, -1)]
+
+
+def aged(days: int) -> ListedJournal:
+    """Return a journal with two events of each of the last days, one with a large payload."""
+    journal = ListedJournal("sessions")
+    for age in range(days - 1, -1, -1):
+        journal.add(time.time() - age * DAY_S, 2, "x" * EVENT_PAYLOAD_BYTES)
+    return journal
 
 
 def test_events_are_found_by_what_they_are_about(tmp_path: Path) -> None:
@@ -554,7 +681,7 @@ def test_a_follower_killed_under_load_logs_every_event_of_every_owner_once(
     loading.start()
     try:
         for _ in range(KILLS):
-            time.sleep(chance.uniform(0.0, 0.15))
+            time.sleep(chance.uniform(0.0, 0.15))  # It dies at a moment that is drawn.
             kill(happening.system, "events")
             page = happening.view.find({"after": upto, "limit": 1000})
             got += page["events"]
@@ -638,7 +765,7 @@ def test_remote_clients_ask_what_local_ones_read(happening: Happening) -> None:
 
 
 def test_every_owner_is_followed() -> None:
-    followed = EventFollower(Path("v"), Logger(), 1)._journals
+    followed = EventFollower(Path("v"), Logger(), 1, 1)._journals
     assert [journal.name for journal in followed] == [*OWNERS]
 
 

@@ -398,7 +398,8 @@ def test_a_new_line_is_found_at_once(library: Library) -> None:
             agent.ask(
                 "session:append", session_id="quokkas", event="note", data={"text": f"quokka {n}"}
             )
-            until(lambda n=n: len(library.found(f'"quokka {n}"')) == 2)  # type: ignore[misc]
+            query = f'"quokka {n}"'
+            until(lambda query=query: len(library.found(query)) == 2)
         assert time.monotonic() - begun_s < TTL_S
     assert library.found("quokka", session_id="growing") == [("growing", n) for n in range(1, 7)]
     assert library.found("quokka", sender="quokka") == [("quokkas", n) for n in range(1, 6)]
@@ -646,7 +647,7 @@ def test_after_kills_the_cache_is_the_one_that_is_made_from_the_files(library: L
                 library.log(f"storm{n % 3}.jsonl", human("gale force"))
             if n % 4 == 1:
                 library.ask("conversation:rebuild_index")
-            time.sleep(chance.uniform(0.0, 0.1))
+            time.sleep(chance.uniform(0.0, 0.1))  # It dies at a moment that is drawn.
             kill(library.system, "library")
         storm.flush(20.0)
     until(lambda: _total(library) == 2 * said, 30.0)

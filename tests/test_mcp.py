@@ -231,7 +231,7 @@ def test_whoever_waits_for_a_completion_hears_that_it_goes_on_and_then_its_outco
                 client.call_tool("ksi_completion_wait", request, progress_callback=progress)
             )
             while len(heard) < 2:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # A poll: the test has a time limit.
             worker = Worker("echo", [Echo()], var=system.var)
             running = asyncio.create_task(worker.run())
             outcome = (await waiting).structured_content

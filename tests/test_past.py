@@ -94,11 +94,28 @@ def test_between_two_records_of_one_batch_a_state_is_as_of_the_first(system: Sys
     assert seqs == list(range(0, 51, 7))
 
 
+def test_a_session_is_forked_from_what_it_was_at_a_time(system: System) -> None:
+    with system.client("alice") as alice:
+        alice.ask("session:create", session_id="s")
+        alice.ask("session:append", session_id="s", event="n", data={"n": 1})
+        then = alice.read("session:history", session_id="s")["entries"][0]["timestamp"]
+        time.sleep(0.01)  # The next entry has another time.
+        alice.ask("session:append", session_id="s", event="n", data={"n": 2})
+        forked = alice.ask(
+            "session:fork", session_id="s", at=datetime.fromtimestamp(then, UTC).isoformat()
+        )
+        assert (forked["parent"], forked["parent_seq"]) == ("s", 1)
+        now = datetime.now(UTC).isoformat()
+        assert alice.ask("session:fork", session_id="s", at=now)["parent_seq"] == 2
+        with pytest.raises(Invalid):
+            alice.ask("session:fork", session_id="s", at="whenever")
+
+
 def test_a_state_is_read_as_it_was_at_a_time_of_any_owner(system: System) -> None:
     with system.client("alice") as alice:
         alice.ask("session:create", session_id="s")
         alice.ask("completion:async", session_id="s", prompt="x", request_id="r")
-        time.sleep(0.01)
+        time.sleep(0.01)  # The clock of batches and ours differ by less.
         then = datetime.now(UTC).isoformat()
         time.sleep(0.01)
         alice.ask("completion:cancel", request_id="r")

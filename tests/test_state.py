@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -776,7 +777,7 @@ def test_relationships_are_found_and_counted_as_plain_python_does(
 
 
 def test_a_value_is_set_listed_and_deleted_under_its_key(twin: Twin) -> None:
-    ask = lambda operation, **fields: twin.ask("alice", operation, **fields)  # noqa: E731
+    ask = partial(twin.ask, "alice")
     for number in range(5):
         ask("state:set", key=f"config/k{number}", value=number)
     ask("state:set", key="x", namespace="ns", value=None, metadata={"by": "me"})

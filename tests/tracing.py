@@ -92,7 +92,12 @@ def run(action: Callable[[], Any], root: Path, decide: Decide, watch: Watch | No
 def steps(action: Callable[[], Any], root: Path) -> int:
     """Return how many calls `action` makes on files below `root`."""
     made: list[Call] = []
-    assert run(action, root, lambda call: made.append(call) or 0) == 0  # type: ignore[func-returns-value]
+
+    def note(call: Call) -> int:
+        made.append(call)
+        return 0
+
+    assert run(action, root, note) == 0
     return len(made)
 
 

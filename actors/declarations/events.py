@@ -25,10 +25,12 @@ from ksi.actors.owner import (
     Tables,
 )
 from ksi.transport.errors import Invalid, NotFound, Quota
+from ksi.transport.limits import ARCHIVE_MAX
 from ksi.transport.message import OPERATOR, Id, Moment, Text, operation
 
 PAGE_EVENTS_MAX: Final = 1000  # Of some hundred bytes: an answer fits into a frame.
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_EVENTS_MAX)]
+Day = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", max_length=10)]
 
 
 class Events(Reply, frozen=True, kw_only=True):
@@ -143,9 +145,29 @@ class GetNewest(Query[Newest], frozen=True, kw_only=True):
     example={"before": "2026-05-04"},
 )
 class Clear(Command[Cleared], frozen=True, kw_only=True):
-    """Have the days before one removed from the log; by default all but today. In UTC."""
+    """Have the days before one removed, from the log and its archive; by default all but today.
+
+    In UTC.
+    """
 
     before: Moment | None = None
+    request_id: Id | None = None
+
+
+@operation(
+    "event_log:restore",
+    owner="events",
+    roles=OPERATOR,
+    refuses=(Quota,),
+    example={"days": ["2026-05-04"]},
+)
+class RestoreDays(Command[None], frozen=True, kw_only=True):
+    """Have days back in the log that are in its archive. It is done soon after.
+
+    They stay as long as today will. What is not in the archive is passed over.
+    """
+
+    days: Annotated[list[Day], msgspec.Meta(min_length=1, max_length=ARCHIVE_MAX)]
     request_id: Id | None = None
 
 
@@ -272,6 +294,16 @@ class DaysCleared(Event, frozen=True, array_like=True, tag="cleared"):
     now: float
 
 
+class DaysRestored(Event, frozen=True, array_like=True, tag="restored"):
+    days: list[str]
+    by: str
+    now: float
+
+
+class RestoredDay(msgspec.Struct, frozen=True, array_like=True):
+    at: float
+
+
 class Subscription(msgspec.Struct, frozen=True, array_like=True):
     patterns: list[str]
     agent_id: str | None
@@ -287,5 +319,6 @@ class ClearedDays(msgspec.Struct, frozen=True, array_like=True):
 class EventTables(Tables):
     subscriptions: Annotated[Table[Subscription], Keyed(str, str)]  # subscriber, name
     cleared: Table[ClearedDays]  # "before"
+    restored: Table[RestoredDay]  # by day: those asked back from the archive
     observations: Table[Observation]  # by subscription
     log: EventLog

@@ -21,9 +21,11 @@ import msgspec
 
 from ksi.actors.delivery import HOST_RECORDS, Record
 from ksi.actors.owner import Event, Owner
+from ksi.storage.archive import Archive
 from ksi.storage.errors import Corrupt
 from ksi.storage.eventlog import (
     EVENTS,
+    PAYLOADS,
     Scan,
     days_in,
     read_payload,
@@ -99,6 +101,24 @@ _entry_of: Final = msgspec.json.Decoder(_Entry).decode
 def event_directory(var: Path) -> Path:
     """Return where the event log is."""
     return var / "logs" / "events"
+
+
+def event_archive(var: Path) -> Path:
+    """Return where days are that are not in it any more."""
+    return var / "archive" / "events"
+
+
+def archived_days(var: Path) -> dict[str, dict[str, int]]:
+    """Return the days in the archive: `size_bytes` of each, and `archived_bytes` it takes there."""
+    found = {}
+    for day in days_in(event_archive(var)):
+        archive = Archive(event_archive(var) / day)
+        sizes = {key: size for key in (EVENTS, PAYLOADS) if (size := archive.size(key)) is not None}
+        found[day] = {
+            "size_bytes": sum(sizes.values()),
+            "archived_bytes": sum(archive.path(key).stat().st_size for key in sizes),
+        }
+    return found
 
 
 class Describer:

@@ -8,8 +8,9 @@ read now is waited for, and the others go on.
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from heapq import merge
 from pathlib import Path
@@ -17,7 +18,14 @@ from typing import Any, Final, NamedTuple
 
 from ksi.actors.delivery import Batch
 from ksi.actors.followers.beside import run_with
-from ksi.actors.followers.recorded import Describer, LoggedEvent, Source, event_directory, line_of
+from ksi.actors.followers.recorded import (
+    Describer,
+    LoggedEvent,
+    Source,
+    event_archive,
+    event_directory,
+    line_of,
+)
 from ksi.actors.owners import OWNERS, load
 from ksi.actors.reading import OwnerReader, reader_of
 from ksi.storage.errors import Corrupt
@@ -87,22 +95,31 @@ class Journal:
         return found
 
 
+class _Orders(NamedTuple):
+    """What was ordered: the day before which all is removed, and when days were asked back."""
+
+    cleared: str
+    restored: dict[str, float]
+
+
 class EventFollower:
     """Writes the event log of one var, a piece at a turn.
 
     Whatever goes wrong, the next turn begins from what is on disk.
     """
 
-    def __init__(self, var: Path, logger: Any, keep_days: int) -> None:
+    def __init__(self, var: Path, logger: Any, keep_days: int, archive_days: int) -> None:
         self._directory = event_directory(var)
+        self._archive = event_archive(var)
         self._log = logger
         self._keep_days = keep_days
+        self._archive_days = archive_days
         self._journals = [Journal(name, var) for name in OWNERS]
         self._orders = reader_of("events", var).reader
         self._writer: EventWriter | None = None
         self._saved_s = self._synced_s = time.monotonic()
         self._swept_s = self._until_s = 0.0
-        self._swept: str | None = None
+        self._swept: _Orders | None = None
         self._unsynced = self._unsaved = False
         self._trouble: set[str] = set()
 
@@ -208,31 +225,57 @@ class EventFollower:
             writer.save()
             self._unsaved = False
             self._saved_s = now_s
-        cleared = self._cleared()
-        if now_s - self._swept_s >= SWEEP_S or cleared != self._swept:
-            self._swept_s, self._swept = now_s, cleared
-            oldest = day_of(max(0.0, time.time() - self._keep_days * DAY_S))
-            self._sweep(writer, max(oldest, cleared))
+        orders = self._ordered()
+        if now_s - self._swept_s >= SWEEP_S or orders != self._swept:
+            self._swept_s, self._swept = now_s, orders
+            self._sweep(writer, orders)
 
-    def _cleared(self) -> str:
-        """Return the day before which all was ordered to be removed."""
+    def _ordered(self) -> _Orders:
+        """Return what was ordered of days."""
         with suppress(NotRunning):
-            row = self._orders.read(lambda tables, _: tables["cleared"].get("before"))
-            return "" if row is None else str(row.day)
-        return ""
+            return self._orders.read(
+                lambda tables, _: _Orders(
+                    row.day if (row := tables["cleared"].get("before")) else "",
+                    {day: each.at for day, each in tables["restored"].range()},
+                )
+            )
+        return _Orders("", {})
 
-    def _sweep(self, writer: EventWriter, oldest: str) -> None:
-        """Remove the days that are over their time: whole ones only."""
+    def _sweep(self, writer: EventWriter, orders: _Orders) -> None:
+        """Archive the days that are over their time, remove those that are cleared, and have back
+        those that are asked for: whole ones only."""
+        oldest = self._days_ago(self._keep_days)
+        archived_from = max(self._days_ago(self._archive_days), orders.cleared)
         for day in days_in(self._directory):
-            if day < oldest:
+            if day < orders.cleared:
                 self._log.info("a day of the event log is removed", day=day)
                 writer.remove(day)
+            elif day < oldest and day_of(orders.restored.get(day, 0.0)) < oldest:
+                self._try(day, writer.archive)
+        for day, at in orders.restored.items():
+            if day_of(at) >= oldest:
+                self._try(day, writer.bring_back)
+        for day in days_in(self._archive):
+            if day < archived_from:
+                self._log.info("a day is removed from the archive of events", day=day)
+                shutil.rmtree(self._archive / day, ignore_errors=True)
 
-    def _say(self, what: str, error: Exception) -> None:
+    def _days_ago(self, days: int) -> str:
+        return day_of(max(0.0, time.time() - days * DAY_S))
+
+    def _try(self, day: str, move: Callable[[str, Path], None]) -> None:
+        """Move a day into the archive or out of it; one that cannot be moved stays."""
+        try:
+            move(day, self._archive)
+            self._trouble.discard(day)
+        except (Corrupt, OSError) as error:
+            self._say(day, error, "a day of the event log stays where it is")
+
+    def _say(self, what: str, error: Exception, trouble: str = "events are not logged") -> None:
         """Log trouble once, until it has passed."""
         if what not in self._trouble:
             self._trouble.add(what)
-            self._log.error("events are not logged", owner=what or "all", error=str(error))
+            self._log.error(trouble, of=what or "all", error=str(error))
 
 
 def _described(taken: _Taken, store: str) -> Iterator[tuple[int, int, LoggedEvent]]:
@@ -245,10 +288,10 @@ def _described(taken: _Taken, store: str) -> Iterator[tuple[int, int, LoggedEven
                 yield seq, index, logged
 
 
-def run_events(var: str, keep_days: str) -> None:
+def run_events(var: str, keep_days: str, archive_days: str) -> None:
     """Run the owner of event subscriptions on `var`, and the follower beside it, until SIGTERM."""
 
     def make(root: Path, logger: Any) -> list[EventFollower]:
-        return [EventFollower(root, logger, int(keep_days))]
+        return [EventFollower(root, logger, int(keep_days), int(archive_days))]
 
     run_with("events", var, make, bells=OWNERS, nice=15)  # Of all followers it is waited for least.

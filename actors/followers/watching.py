@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
@@ -40,7 +40,7 @@ class Watch:
     def __init__(self, logger: Any) -> None:
         self._log = logger
         self._roots: Roots | None = None
-        self._watched: list[Iterator[set[tuple[Any, str]]]] = []
+        self._watched: list[Generator[set[tuple[Any, str]], None, None]] = []
         self._begun_s = 0.0
         self._missing: list[Path] = []
         self.tells = False
@@ -77,7 +77,7 @@ class Watch:
     def close(self) -> None:
         """Watch nothing any more."""
         for each in self._watched:
-            each.close()  # type: ignore[attr-defined]
+            each.close()
         self._watched, self._roots, self.tells = [], None, False
 
     def _begin(self, places: list[Path], is_deep: bool) -> None:

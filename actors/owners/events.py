@@ -10,6 +10,7 @@ process; nobody is sent an event he has not asked for.
 - A subscription is a pattern with a place in the log, kept by name until it is ended: whoever reads
   on from where he has acknowledged misses nothing and repeats nothing.
 - What is cleared is whole days, and never today.
+- A day that is over its time is in the archive until it is asked back, or over its time there.
 
 Source: "KSI: Comprehensive State Management Analysis", 2; the operations `event_log:*` and
 `monitor:*` of KSI.
@@ -28,6 +29,7 @@ from ksi.actors.declarations.events import (
     Cleared,
     ClearedDays,
     DaysCleared,
+    DaysRestored,
     Events,
     EventStats,
     EventTables,
@@ -37,6 +39,8 @@ from ksi.actors.declarations.events import (
     GetStats,
     ListSubscriptions,
     Newest,
+    RestoreDays,
+    RestoredDay,
     Subscribe,
     Subscribed,
     Subscription,
@@ -70,6 +74,7 @@ from ksi.transport.errors import NotFound, Quota
 from ksi.transport.moments import day_of, moment
 
 SUBSCRIPTIONS_MAX: Final = 1000  # In all; each is a row, and costs nothing else.
+RESTORED_MAX: Final = 10_000  # Days asked back from the archive, ever: twenty-seven years of them.
 
 
 class EventsOwner(Owner[EventTables]):
@@ -83,6 +88,7 @@ class EventsOwner(Owner[EventTables]):
         | Subscribed
         | Unsubscribed
         | DaysCleared
+        | DaysRestored
         | ObservationSet
         | ObservationEnded
         | BreakerOpened
@@ -110,6 +116,8 @@ class EventsOwner(Owner[EventTables]):
                 return _unsubscribe(command, sender, tables)
             case Clear():
                 return _clear(command, sender, given)
+            case RestoreDays():
+                return _restore(command, sender, tables, given)
             case Observe() | Unobserve() | AcknowledgeObserved():
                 return observation.decide(command, sender, tables, given)
             case Tick():
@@ -132,6 +140,9 @@ class EventsOwner(Owner[EventTables]):
                 tables.subscriptions.delete((event.subscriber, event.name))
             case DaysCleared():
                 tables.cleared.put("before", ClearedDays(event.before))
+            case DaysRestored():
+                for day in event.days:
+                    tables.restored.put(day, RestoredDay(event.now))
             case _:
                 observation.apply(event, tables)
 
@@ -195,6 +206,12 @@ def _clear(command: Clear, sender: Sender, given: Given) -> Decision:
         at = min(at, moment(command.before, now=given.now, what="before"))
     before = day_of(at)
     return Decision((DaysCleared(before, sender.name, given.now),), Cleared(before=before))
+
+
+def _restore(command: RestoreDays, sender: Sender, tables: EventTables, given: Given) -> Decision:
+    if tables.restored.count() + len(command.days) > RESTORED_MAX:
+        raise Quota(f"{RESTORED_MAX} days have been asked back", limit=RESTORED_MAX)
+    return Decision((DaysRestored(command.days, sender.name, given.now),))
 
 
 def _known(tables: EventTables, subscriber: str, name: str) -> Subscription:

@@ -165,9 +165,13 @@ class Sessions(Owner[SessionTables]):
                 raise TypeError(command)
 
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
-        if getattr(command, "lock_epoch", None) is None:
-            return None
-        return GetLock(conversation_id=command.session_id)
+        match command:
+            case Fork(at=str()):  # What was said when is in the log, which queries alone read.
+                return GetHistory(session_id=command.session_id, at=command.at, limit=1)
+            case Append(lock_epoch=int()) | Contribute(lock_epoch=int()):
+                return GetLock(conversation_id=command.session_id)
+            case _:
+                return None
 
     def apply(self, event: Any, tables: SessionTables) -> None:
         match event:
@@ -278,7 +282,7 @@ def _create(command: Create, sender: Sender, tables: SessionTables, given: Given
 
 def _fork(command: Fork, sender: Sender, tables: SessionTables, given: Given) -> Decision:
     parent, session = command.session_id, _known(tables, command.session_id)
-    at = _seq_at(command.at, parent, session, tables)
+    at = _forked_at(command.at, parent, session, given)
     create = Create(
         session_id=command.fork_id,
         pattern=session.pattern,
@@ -301,6 +305,15 @@ def _fork(command: Fork, sender: Sender, tables: SessionTables, given: Given) ->
         parent_seq=at,
     )
     return Decision((created, SessionForked(fork_id, parent, at), *first), reply)
+
+
+def _forked_at(at: int | str | None, parent: str, session: Session, given: Given) -> int:
+    if not isinstance(at, str):
+        return _seq_up_to(at, parent, session)
+    moment(at, what="at")
+    if not isinstance(given.fact, History):
+        raise Busy("what was said until then cannot be read now", retry_after_s=0.1)
+    return given.fact.seq
 
 
 def _append(command: Append, sender: Sender, tables: SessionTables, given: Given) -> Decision:
@@ -824,10 +837,14 @@ def _history(query: GetHistory, tables: SessionTables) -> History:
 
 def _seq_at(at: int | str | None, session_id: str, session: Session, tables: SessionTables) -> int:
     """Return how many entries the session had: at an entry, or at a time."""
-    if at is None:
-        return session.seq
     if isinstance(at, str):
         return _seq_then(moment(at, what="at"), session_id, session, tables)
+    return _seq_up_to(at, session_id, session)
+
+
+def _seq_up_to(at: int | None, session_id: str, session: Session) -> int:
+    if at is None:
+        return session.seq
     if at > session.seq:
         raise NotFound(f"session {session_id} has {session.seq} entries, not {at}", seq=session.seq)
     return at

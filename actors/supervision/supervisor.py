@@ -88,6 +88,8 @@ from ksi.actors.supervision.system import (
     VerifyCheckpoint,
 )
 from ksi.actors.supervision.tree import Tree
+from ksi.storage.errors import Corrupt
+from ksi.storage.store import distrust_view
 from ksi.transport import wire
 from ksi.transport.errors import (
     Conflict,
@@ -105,6 +107,8 @@ AGENTS_MAX: Final = 1024  # Supervised at once: four descriptors and some memory
 LOOK_S: Final = 0.5  # How often children are looked at for hanging, if nothing else happens.
 READY_LOOK_S: Final = 0.002  # How often a starting child is asked whether it is ready ...
 READY_LOOK_S_MAX: Final = 0.05  # ... and how often when it takes long.
+# How memory that is not what it should be ends a process.
+FAULTS: Final = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE}
 HURRY_S: Final = 0.5  # What children may still take to stop after the second signal.
 EXIT_GAVE_UP: Final = 1
 EXIT_DEFECT: Final = 70  # EX_SOFTWARE: a turn of the supervisor itself failed
@@ -269,6 +273,9 @@ class Supervisor(pykka.ThreadingActor):
             child.probe.close()
             child.probe = None
         child.last_exit = f"killed: {child.hung}" if child.hung else exit_words(code)
+        if code in FAULTS and not child.is_agent:
+            with contextlib.suppress(Corrupt, OSError):
+                distrust_view(self._var / "db" / child.name)
         child.hung = child.kill_s = None
         self._is_down(child, code, now_s)
 

@@ -87,5 +87,5 @@ def specs(var: Path, settings: Config) -> tuple[ChildSpec, ...]:
 
 def _arguments(name: str, var: Path, settings: Config) -> tuple[str, ...]:
     if name == "events":
-        return str(var), str(settings.events.keep_days)
+        return str(var), str(settings.events.keep_days), str(settings.events.archive_days)
     return (str(var),) if name in FUNCTIONS else (name, str(var))

@@ -100,7 +100,7 @@ def strike(system: System, chance: random.Random, kills: int) -> Counter[str]:
     """Kill owners and followers at random moments; return how often which."""
     killed: Counter[str] = Counter()
     while killed.total() - killed["stopped first"] < kills:
-        time.sleep(chance.uniform(0.02, 0.25))
+        time.sleep(chance.uniform(0.02, 0.25))  # When it strikes is drawn.
         name = chance.choices(["sessions", "registry", "files", "index"], [5, 1, 2, 1])[0]
         is_stopped = chance.random() < 1 / 7
         pid = system.pid_of(name)
@@ -109,7 +109,7 @@ def strike(system: System, chance: random.Random, kills: int) -> Counter[str]:
         with suppress(ProcessLookupError):  # It may just be replaced by another.
             if is_stopped:
                 os.kill(pid, signal.SIGSTOP)
-                time.sleep(chance.uniform(0.01, 0.1))
+                time.sleep(chance.uniform(0.01, 0.1))  # As long it is stopped.
                 killed["stopped first"] += 1
             os.kill(pid, signal.SIGKILL)
             killed[name] += 1

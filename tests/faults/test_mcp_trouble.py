@@ -64,7 +64,7 @@ def test_an_owner_killed_under_clients_over_http_loses_and_doubles_nothing(syste
                 return seq
 
             appending = [asyncio.create_task(append(n)) for n in range(40)]
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # They begin.
             await asyncio.to_thread(kill, system)
             return await asyncio.gather(*appending)
 
@@ -112,7 +112,7 @@ def test_a_call_its_client_gives_up_leaves_the_server_well(system: System) -> No
             fields = {"session_id": "hasty", "event": "note"}
             with paused(system):
                 calling = asyncio.create_task(client.call_tool("ksi_session_append", fields))
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # It may be on its way or not: both have to end well.
                 calling.cancel()
             said = await client.call_tool("ksi_session_append", fields)
             assert said.structured_content["seq"] in (1, 2)

@@ -46,7 +46,7 @@ def gone(processes: list[psutil.Process], until_s: float) -> list[psutil.Process
     while left := [each for each in processes if lives(each)]:
         if time.monotonic() > until_s:
             return left
-        time.sleep(0.005)
+        time.sleep(0.005)  # A poll with a deadline.
     return []
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -56,7 +57,8 @@ def zombies(system: System, rounds: int, writers: int) -> None:
         with system.client("heir", role="operator") as heir:
             for _ in range(rounds):
                 sessions = [told(each, "go") for each in processes]
-                until(lambda held=sessions: all(entries(system, each) for each in held))  # type: ignore[misc]
+                for session in sessions:
+                    until(partial(entries, system, session))
                 for process in processes:
                     os.kill(process.pid, signal.SIGSTOP)
                 for session in sessions:
@@ -148,7 +150,7 @@ for _ in range(int(kills)):
         live(told, reached)
     os.close(told)
     said = os.read(heard, 100)
-    time.sleep(chance.uniform(0, 0.05))
+    time.sleep(chance.uniform(0, 0.05))  # It dies at a moment that is drawn.
     os.kill(pid, signal.SIGKILL)
     while more := os.read(heard, 1 << 16):
         said += more
@@ -169,7 +171,7 @@ def client_kills(system: System, clients: int, kills: int) -> None:
             spawned(MORTAL, system, f"mortal-{n}", session, kills, seed + n) for n in range(clients)
         ]
         while any(each.poll() is None for each in mortals):
-            time.sleep(0.4)
+            time.sleep(0.4)  # Between two deaths they get on.
             system.kill("sessions")
             until(lambda: system.pid_of("sessions"))
         reached = [json.loads(each.communicate()[0]) for each in mortals]
