@@ -10,6 +10,7 @@ import click
 from ksi.console.operations import Operations
 from ksi.console.options import Options, group
 from ksi.console.show import print_json, show_json
+from ksi.console.worker import PROVIDER_NAMES
 from ksi.transport.message import Operation
 
 SUBMIT: Final = "completion:async"
@@ -45,7 +46,8 @@ def _wait(options: Options, fields: dict[str, Any], timeout_s: float) -> None:
         required = fields.get("requires")
         workers = client.read("worker:list")["workers"]
         if not any(required in (None, *each["capabilities"]) for each in workers):
-            what = required or "echo"
+            is_provider = required in (None, *PROVIDER_NAMES)
+            what = (required or "echo") if is_provider else f"'PROVIDER --offers {required}'"
             print(
                 f"no worker offers {required or 'anything'} now, so it waits: "
                 f"ksi{options.words()} start --worker {what}",

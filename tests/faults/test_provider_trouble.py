@@ -428,3 +428,9 @@ def test_a_supervised_worker_is_started_by_command_killed_and_back_again(
     with system.client("operator", role="operator") as operator:
         operator.ask("agent:terminate", agent_id="worker-parrot")
     until(lambda: "worker-parrot" not in registered(alice))
+    unheard = ksi(
+        "ask", "completion:async", "--session-id", session_id, "--prompt", "x", "--requires",
+        "nobody", "--wait", "--timeout", "200ms",
+    )  # fmt: skip
+    assert unheard.returncode == 4
+    assert "start --worker 'PROVIDER --offers nobody'" in unheard.stderr
