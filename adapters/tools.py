@@ -85,6 +85,7 @@ class Catalogue:
             for each in operations
             if role in each.roles
             and each.name not in OURS
+            and each.same_as is None
             and any(fnmatchcase(each.name, pattern) for pattern in patterns)
         ]
         found.append(DESCRIBE)

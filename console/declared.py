@@ -178,7 +178,15 @@ def schema_of(message: Any) -> dict[str, Any]:
 
 def summary(operation: Operation) -> str:
     """Return the first sentence of what an operation does."""
+    if operation.same_as is not None:
+        return f"The same as {operation.same_as}."
     return operation.doc.split("\n\n")[0].replace("\n", " ")
+
+
+def older_words(operation: Operation) -> str:
+    """Return in words by which other names fields are taken, if by any."""
+    names = (f"`{name}` for `{today}`" for name, today in operation.message.older.items())
+    return ", ".join(names)
 
 
 def audience(operation: Operation) -> str:
@@ -203,6 +211,8 @@ def declaration(operation: Operation) -> Mapping[str, Any]:
         "doc": operation.doc,
         "fields": schema_of(operation.message),
         "reply": schema_of(operation.reply),
+        "same_as": operation.same_as,
+        "older": dict(operation.message.older),
         "refuses": refusals(operation),
         "example": dict(operation.example),
     }

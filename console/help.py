@@ -58,6 +58,8 @@ def _show_operation(operation: Operation) -> None:
 
     who = words.audience(operation)
     print(f"{operation.name}: a {operation.kind} of {operation.owner}, for {who}\n")
+    if operation.same_as is not None:
+        print(f"{words.summary(operation)}\n")
     print(operation.doc.replace("\n    ", "\n"))
     fields = [
         (
@@ -70,6 +72,8 @@ def _show_operation(operation: Operation) -> None:
     if fields:
         print()
         show_table(("FIELD", "DEFAULT", "TYPE"), fields)
+    if older := words.older_words(operation):
+        print(f"\nAlso taken: {older}.")
     print()
     show_table(("REPLY", "TYPE"), words.reply_rows(operation))
     print()

@@ -105,7 +105,11 @@ def as_command(operation: Operation, call: Call, more: click.Option | None = Non
     return _Fields(
         operation.name,
         params=[
-            *(_option(name, each) for name, each in fields.items() if name not in _TAKEN),
+            *(
+                _option(name, each, _older_flags(operation, each))
+                for name, each in fields.items()
+                if name not in _TAKEN
+            ),
             *_call_options(),
             *([more] if more is not None else []),
         ],
@@ -140,14 +144,20 @@ def _call_options() -> list[click.Parameter]:
     ]
 
 
-def _option(name: str, each: shape.Field) -> click.Option:
+def _older_flags(operation: Operation, each: shape.Field) -> list[str]:
+    """Return the flags of a field beside its own: those of other names that can be flags."""
+    names = (name for name, today in operation.message.older.items() if today == each.encode_name)
+    return [flag(name) for name in names if name.isidentifier() and not name.startswith("_")]
+
+
+def _option(name: str, each: shape.Field, older: list[str]) -> click.Option:
     kind = field_kind(each)
     words = "required" if each.required else ""
     alone: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if kind == "boolean" else {}
     if kind != "choice":
         words += ("; " if words else "") + type_words(each.type)
     return click.Option(
-        [name, name.removeprefix("--").replace("-", "_")],
+        [name, *older, name.removeprefix("--").replace("-", "_")],
         type=click.Choice(choices(each)) if kind == "choice" else str,
         metavar=None if kind == "choice" else kind.upper(),
         help=words,

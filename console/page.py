@@ -12,7 +12,9 @@ from ksi.console.declared import (
     default_words,
     example,
     fields_of,
+    older_words,
     reply_rows,
+    summary,
     type_words,
 )
 from ksi.transport.message import Operation
@@ -41,6 +43,9 @@ def as_page(operations: Mapping[str, Operation]) -> str:
 def _section(operation: Operation) -> Iterator[str]:
     yield f"### {operation.name}"
     yield ""
+    if operation.same_as is not None:
+        yield summary(operation)
+        return
     yield f"A {operation.kind} of {operation.owner}, for {audience(operation)}."
     yield ""
     yield from (line.strip() for line in operation.doc.splitlines())
@@ -49,6 +54,9 @@ def _section(operation: Operation) -> Iterator[str]:
         for each in fields_of(operation)
     ]
     yield from _markdown_table(("field", "default", "type"), rows)
+    if older := older_words(operation):
+        yield ""
+        yield f"Also taken: {older}."
     yield from _markdown_table(("reply", "type"), reply_rows(operation))
     if operation.refuses:
         yield ""

@@ -22,8 +22,10 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from functools import lru_cache
 from heapq import merge
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -36,7 +38,7 @@ from ksi.storage.boot import this_boot
 from ksi.storage.errors import Corrupt
 from ksi.storage.files import LogGap, LogWriter, log_size
 from ksi.storage.journal import Position
-from ksi.transport.limits import EVENTS_UNSYNCED_MAX
+from ksi.transport.limits import EVENT_SCAN_BYTES_MAX, EVENTS_UNSYNCED_MAX
 
 EVENTS: Final = "events"  # the keys of the two files of a day
 PAYLOADS: Final = "payloads"
@@ -46,6 +48,7 @@ BLOCK_BYTES: Final = 1 << 20  # Read at once: thousands of lines.
 _PIECE_BYTES: Final = 1 << 16  # Read at once to find the last line.
 _LINE_BYTES: Final = 4096  # Read at once to find the end of a line: most are shorter.
 _NUMBER: Final = b'{"n":'  # How each line begins.
+_TIME: Final = re.compile(rb',"timestamp":(\d+(?:\.\d+)?)')
 _DAY: Final = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 
 
@@ -428,19 +431,26 @@ def read_payload(directory: Path, day: str, offset: int, size_bytes: int) -> byt
     return content if len(content) == size_bytes else None
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """The whole lines of a file, and the numbers of the first and the last of them."""
 
     directory: Path
+    inode: int
     size: int
     first: int
     last: int
+
+    @property
+    def file(self) -> tuple[Path, int, int]:
+        """Which file it is, also where another one has taken its place."""
+        return self.directory, self.inode, self.first
 
 
 class Scan:
     """One look through the log, over what was there when it began.
 
     Attributes:
+        parts: the files of it.
         last: number of the newest event, 0 where there is none.
         read_bytes: how much was looked through so far.
     """
@@ -451,17 +461,26 @@ class Scan:
         # in the second, whatever file it is in.
         places = [directory / day for day in days]
         self.last = max((each.last for each in map(_part, places) if each), default=0)
-        self._parts = [each for each in map(_part, places) if each and each.first <= self.last]
+        self.parts = [each for each in map(_part, places) if each and each.first <= self.last]
 
     def lines(
-        self, needles: Sequence[bytes], *, after: int | None, reverse: bool
+        self,
+        needles: Sequence[bytes],
+        *,
+        after: int | None,
+        reverse: bool,
+        days: Mapping[str, float] | None = None,
     ) -> Iterator[tuple[int, bytes]]:
         """Yield events in the order of their numbers, or backwards, those beyond `after`.
 
-        Only lines that hold all of `needles`. In between, an empty line says how far it has come.
+        Only lines that hold all of `needles`, and of all days or some; of a day, events before
+        the time that is given with it may be left out. In between, an empty line says how far it
+        has come.
         """
-        parts = sorted(self._parts, key=lambda part: part.first, reverse=reverse)
-        groups: list[list[_Part]] = []
+        days = {part.directory.name: 0.0 for part in self.parts} if days is None else days
+        parts = [part for part in self.parts if part.directory.name in days]
+        parts.sort(key=lambda part: part.last if reverse else part.first, reverse=reverse)
+        groups: list[list[Part]] = []
         reached = 0
         for part in parts:  # Days hardly ever overlap: only those that do are merged.
             meets = part.last >= reached if reverse else part.first <= reached
@@ -471,7 +490,10 @@ class Scan:
                 groups.append([part])
             reached = min(reached or part.first, part.first) if reverse else max(reached, part.last)
         for group in groups:
-            sources = [self._part_lines(part, needles, after, reverse) for part in group]
+            sources = [
+                self._part_lines(part, needles, after, reverse, days[part.directory.name])
+                for part in group
+            ]
             yield from (
                 sources[0]
                 if len(sources) == 1
@@ -479,7 +501,7 @@ class Scan:
             )
 
     def _part_lines(
-        self, part: _Part, needles: Sequence[bytes], after: int | None, reverse: bool
+        self, part: Part, needles: Sequence[bytes], after: int | None, reverse: bool, since: float
     ) -> Iterator[tuple[int, bytes]]:
         try:
             file = _opened(part.directory, EVENTS)
@@ -492,6 +514,8 @@ class Scan:
                 stop = _offset_of(fd, part.size, after)
             elif after is not None:
                 start = _offset_of(fd, part.size, after + 1)
+            if since:
+                start = max(start, _times_of(part.file).start(fd, part, since))
             blocks = _blocks_backwards if reverse else _blocks
             for block in blocks(fd, start, stop):
                 self.read_bytes += len(block)
@@ -505,31 +529,71 @@ class Scan:
                     yield n, b""
 
 
+class _Times:
+    """How late the lines of a file are: up to where none is of a time or later.
+
+    Events may be logged late, so lines are not in the order of their times: kept is the greatest
+    time up to some places. A time within what an event holds may be taken for one: it costs no more
+    than looking at lines in vain.
+    """
+
+    def __init__(self) -> None:
+        self._ends: list[tuple[float, int]] = []  # the greatest time up to an offset
+
+    def start(self, fd: int, part: Part, since: float) -> int:
+        """Return an offset before which all lines of a file are of times before `since`."""
+        ends = self._ends if not self._ends or self._ends[-1][1] <= part.size else []
+        greatest, end = ends[-1] if ends else (0.0, 0)
+        fresh = []
+        for block in _blocks(fd, end, min(part.size, end + EVENT_SCAN_BYTES_MAX)):
+            if len(block) < _PIECE_BYTES // 2:
+                break  # It grows: whatever is in it is looked at.
+            end += len(block)
+            greatest = max(greatest, max(map(float, _TIME.findall(block)), default=0.0))
+            fresh.append((greatest, end))
+        self._ends = ends = [*ends, *fresh]
+        passed = bisect_left(ends, (since,))
+        return ends[passed - 1][1] if passed else 0
+
+
+@lru_cache(maxsize=64)
+def _times_of(_file: tuple[Path, int, int]) -> _Times:
+    """Return what is known of the times in a file; it only grows."""
+    return _Times()
+
+
 def _opened(directory: Path, key: str) -> io.FileIO:
     fd = os.open(directory / f"{key}.jsonl", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     return io.FileIO(fd, "rb")
 
 
-def _part(directory: Path) -> _Part | None:
+def _part(directory: Path) -> Part | None:
     try:
-        size = whole_bytes(directory, EVENTS)
-        if not size:
-            return None
-        with _opened(directory, EVENTS) as file:
-            fd = file.fileno()
-            first = _number(os.pread(fd, 32, 0))
-            last = next(
-                (
-                    n
-                    for each in _blocks_backwards(fd, 0, size, _PIECE_BYTES)
-                    for line in reversed(_picked(each, ()))
-                    if (n := _number(line))
-                ),
-                0,
-            )
+        found = os.stat(directory / f"{EVENTS}.jsonl", follow_symlinks=False)
+        return _part_of(directory, found.st_ino, found.st_size, found.st_mtime_ns)
     except FileNotFoundError:
         return None
-    return _Part(directory, size, first, last)
+
+
+@lru_cache(maxsize=256)
+def _part_of(directory: Path, inode: int, _size: int, _mtime_ns: int) -> Part | None:
+    """Return the part a file is as long as it is this file, of this size and time."""
+    size = whole_bytes(directory, EVENTS)
+    if not size:
+        return None
+    with _opened(directory, EVENTS) as file:
+        fd = file.fileno()
+        first = _number(os.pread(fd, 32, 0))
+        last = next(
+            (
+                n
+                for each in _blocks_backwards(fd, 0, size)
+                for line in reversed(_picked(each, ()))
+                if (n := _number(line))
+            ),
+            0,
+        )
+    return Part(directory, inode, size, first, last)
 
 
 def _number(line: bytes) -> int:
@@ -565,10 +629,14 @@ def _lines(directory: Path, start: int, stop: int) -> Iterator[bytes]:
 
 
 def _blocks(fd: int, start: int, stop: int) -> Iterator[bytes]:
-    """Yield [start, stop), which begins and ends with whole lines, in pieces that do so, too."""
-    rest = b""
+    """Yield [start, stop), which begins and ends with whole lines, in pieces that do so, too.
+
+    Pieces grow: often the first are enough.
+    """
+    rest, block_bytes = b"", _PIECE_BYTES
     while start < stop:
-        content = os.pread(fd, min(BLOCK_BYTES, stop - start), start)
+        content = os.pread(fd, min(block_bytes, stop - start), start)
+        block_bytes = min(2 * block_bytes, BLOCK_BYTES)
         if not content:
             return
         start += len(content)
@@ -580,13 +648,12 @@ def _blocks(fd: int, start: int, stop: int) -> Iterator[bytes]:
             rest += content
 
 
-def _blocks_backwards(
-    fd: int, start: int, stop: int, block_bytes: int = BLOCK_BYTES
-) -> Iterator[bytes]:
+def _blocks_backwards(fd: int, start: int, stop: int) -> Iterator[bytes]:
     """Yield the same from its end to its beginning."""
-    rest = b""
+    rest, block_bytes = b"", _PIECE_BYTES
     while start < stop:
         begin = max(start, stop - block_bytes)
+        block_bytes = min(2 * block_bytes, BLOCK_BYTES)
         content = os.pread(fd, stop - begin, begin) + rest
         stop = begin
         cut = 0 if begin == start else content.find(b"\n", 0, len(content) - 1) + 1

@@ -37,6 +37,12 @@ ROWS = {
         "64 callers, appends/s",
     ],
     "memory": ["supervisor", "sessions", "the idle system, MB", "a client over its imports"],
+    "observe": [
+        "the newest 100, ask, p50 ms",
+        "100 of the newest 10,000, read, p50 ms",
+        "the first by its correlation id, ask, p50 ms",
+        "append, p99 us, beside a hung observer / without one",
+    ],
     "publish": ["1 subscriber, messages/s", "10 subscribers", "100 subscribers", "silently lost"],
     "read": ["decoded, p50 us", "typed, owner stopped, p50 us"],
     "restart": ["kills, p50 ms", "kills, p99 ms"],

@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +281,10 @@ def test_discover_and_help_show_every_operation_from_its_declaration(nothing: Sh
     assert declared["far_roles"] == declared["roles"]
     assert nothing("help", "message:waiting", "--json").json["own"] == "agent_id"
     assert "(over a network: operator)" in nothing("help", "agent:spawn").out
+
+    assert "`start_time` for `since`" in nothing("help", "monitor:query").out
+    assert "The same as event_log:query." in nothing("help", "monitor:query").out
+    assert "--start-time" in nothing("read", "event_log:query", "--help").out
 
     shown = nothing("help", "session:append").out
     example = shown.splitlines()[-1]
@@ -879,3 +884,7 @@ def test_a_thousand_events_of_one_moment_have_files_of_their_own(tmp_path: Path)
     names = {path.name for path in (tmp_path / "2026-05-04").iterdir()}
     assert len(names) == 1000
     assert "evt_1777896000.123000_agent_spawned.json" in names
+    if shutil.which("jq") is not None:
+        command = ["jq", "-r", ".event", *sorted((tmp_path / "2026-05-04").iterdir())]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == ["agent:spawned"] * 1000

@@ -28,6 +28,7 @@ from ksi.actors.followers.recorded import (
     Describer,
     EventLogView,
     LoggedEvent,
+    Ring,
     Source,
     event_archive,
     event_directory,
@@ -140,6 +141,18 @@ def origins(found: Sequence[dict[str, Any]], *owners: str) -> list[tuple[str, in
     ]
 
 
+def pages(view: EventLogView | None, wanted: dict[str, Any], var: Path = Path()) -> list[Any]:
+    """Return the events of three pages, of a view or of a new one each time: from the files."""
+    found = []
+    for _ in range(3):
+        page = (view or EventLogView(var)).find(wanted)
+        found.append(page["events"])
+        if page["next"] is None:
+            break
+        wanted = {**wanted, "after": page["next"], "offset": page["offset"]}
+    return found
+
+
 def find(var: Path, **wanted: Any) -> list[int]:
     return [event["n"] for event in EventLogView(var).find({"limit": 1000, **wanted})["events"]]
 
@@ -157,12 +170,14 @@ def choose(chance: random.Random) -> Asked:
             ("event_log:ack", {**name, "upto": chance.randrange(9)}),
             ("event_log:clear", {"before": chance.choice((START, "2024-12-30", "1d"))}),
             ("event_log:clear", {}),
+            ("event_log:restore", {"days": ["2024-12-30"]}),
             ("event_log:query", {"since": chance.choice((None, "10m", "2024-12-30"))}),
             ("event_log:next", {"subscriber": who.name, **name}),
             ("event_log:subscriptions", {"subscriber": chance.choice((None, "bob"))}),
             ("event_log:newest", {}),
             ("event_log:stats", {}),
             ("monitor:get_stats", {}),
+            ("monitor:get_status", {"limit": 3}),
             ("monitor:get_events", {"until": "5m"}),
             ("monitor:get_session_events", {"session_id": "s"}),
             ("monitor:get_correlation_chain", {"correlation_id": "c"}),
@@ -190,6 +205,86 @@ def test_only_an_operator_clears_and_never_today() -> None:
     assert twin.ask(operator, "event_log:clear").before == day_of(twin.now)
     ahead = twin.ask(operator, "event_log:clear", before=twin.now + 9 * DAY_S)
     assert ahead.before == day_of(twin.now)
+
+
+class Monitored(Twin):
+    """The owner of events over a log in files: three of alice, a minute apart, and one of bob."""
+
+    def __init__(self, var: Path) -> None:
+        super().__init__(OWNER)
+        alice = [{"agents": ["alice"], "timestamp": NOON + 60 * n} for n in range(3)]
+        log(var, [*alice, {"agents": ["bob"], "timestamp": NOON + 180}]).close()
+        self.caches[EventLog] = EventLogView(var)
+
+    def found(self, operation: str, **fields: Any) -> list[int]:
+        return [event["n"] for event in self.read(operation, **fields).events]
+
+
+def test_monitors_of_ksi_ask_under_the_names_they_know(tmp_path: Path) -> None:
+    twin = Monitored(tmp_path)
+    twin.ask("alice", "monitor:subscribe", client_id="tui", event_patterns=["session:*"])
+    twin.ask("alice", "monitor:subscribe", _agent_id="tui", event_patterns=["agent:*"])
+    (kept,) = twin.read("monitor:get_subscriptions").subscriptions
+    assert (kept.subscriber, kept.name, kept.event_patterns) == ("alice", "tui", ["agent:*"])
+    twin.ask("alice", "monitor:unsubscribe", client_id="tui")
+    assert twin.read("event_log:subscriptions").subscriptions == []
+
+    status = twin.read("monitor:get_status", limit=2)
+    assert [event["n"] for event in status.events] == [4, 3]
+    assert status.stats == twin.read("monitor:get_stats") == twin.read("event_log:stats")
+    assert twin.found("monitor:query") == [1, 2, 3, 4]
+    with pytest.raises(Forbidden):
+        twin.ask("alice", "monitor:clear_log")
+    assert twin.ask(Sender("op", "operator"), "monitor:clear_log").before == day_of(twin.now)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"_agent_id": "alice"}, [1, 2, 3]),
+        ({"source_agent": "bob"}, [4]),
+        ({"originator_id": "bob", "_agent_id": "bob"}, None),
+        ({"start_time": NOON + 60, "end_time": "2026-05-04T12:03:00Z"}, [2, 3]),
+        ({"start_time": "10m"}, []),
+        ({"start_time": NOON, "since": NOON}, None),
+        ({"source_agent": None, "end_time": NOON + 1, "limit": 3}, [1]),
+        ({"source_agent": "../x"}, None),
+    ],
+)
+def test_fields_are_taken_by_the_names_they_had_too_but_not_twice(
+    tmp_path: Path, fields: dict[str, Any], found: list[int] | None
+) -> None:
+    twin = Monitored(tmp_path)
+    for operation in ("event_log:query", "monitor:query"):
+        if found is None:
+            with pytest.raises(Invalid):
+                twin.read(operation, **fields)
+        else:
+            assert twin.found(operation, **fields) == found
+            newest_first = twin.found("monitor:get_events", **fields)
+            assert newest_first == found[::-1]
+            assert twin.found("monitor:get_events", **fields, reverse=False) == found
+
+
+@pytest.mark.parametrize(
+    ("operation", "fields", "hint"),
+    [
+        ("monitor:query", {"query": "SELECT * FROM events"}, "event_patterns"),
+        ("monitor:get_events", {"context_bundle": "full"}, "resolve_references"),
+        ("monitor:get_events", {"_agent_id": "alice", "context_fields": []}, "resolve_references"),
+        ("monitor:get_status", {"include_agents": True}, "agent:list"),
+        ("observation:replay", {"target": "a", "as_new_events": True}, "changes nothing"),
+        ("observation:replay", {"event_patterns": ["*"], "target_agent": "b"}, "leave it out"),
+        ("observation:query", {"target": "a", "observer": "b"}, "leave it out"),
+        ("observation:query", {"target": "a", "scope": 1}, "ksi help observation:query"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_with_what_to_do_instead(
+    operation: str, fields: dict[str, Any], hint: str
+) -> None:
+    with pytest.raises(Invalid) as refused:
+        Twin(OWNER).read(operation, **fields)
+    assert hint in (refused.value.hint or "")
 
 
 def test_what_is_a_sign_of_life_is_not_logged(tmp_path: Path) -> None:
@@ -379,6 +474,70 @@ def test_retention_and_clearing_remove_whole_days_only(tmp_path: Path) -> None:
     assert [event["n"] for event in lines(tmp_path)] == [11, 12, 13, 14]
 
 
+def test_stats_say_how_much_there_is_from_when_to_when_and_how_fast_it_comes(
+    tmp_path: Path,
+) -> None:
+    now = time.time()
+    last = [{"timestamp": round(now - 10.0 + n / 10, 3)} for n in range(30)]
+    log(tmp_path, [{"timestamp": NOON}, {"timestamp": now - 3600.0}, *last]).close()
+    state = EventLogView(tmp_path).state()
+    assert (state["events"], state["n"], state["dropped"]) == (32, 32, 0)
+    assert sum(state["days"].values()) == 32
+    assert state["days"][day_of(NOON)] == 1
+    assert (state["oldest"], state["newest"]) == (NOON, last[-1]["timestamp"])
+    assert state["per_s"] == 30 / 60
+
+
+def test_a_span_is_counted_back_from_now(tmp_path: Path) -> None:
+    now = time.time()
+    log(tmp_path, [{"timestamp": now - ago} for ago in (7200.0, 1200.0, 60.0, 0.0)]).close()
+    assert find(tmp_path, since="10m") == [3, 4]
+    assert find(tmp_path, since="1h", until="10m") == [2]
+    assert find(tmp_path, since="1d", reverse=True) == [4, 3, 2, 1]
+
+
+def test_what_was_logged_late_is_found_by_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ksi.storage.eventlog._PIECE_BYTES", 500)
+    monkeypatch.setattr("ksi.storage.eventlog.BLOCK_BYTES", 1000)
+    chance = random.Random(8)
+    for step in range(12):
+        at = NOON + 100.0 * step
+        ago = [chance.choice((0.0, 150.0))] * 12 + [chance.choice((0.0, 700.0))] * 13
+        log(tmp_path, [
+            {"timestamp": at + n - late, "data": {"timestamp": chance.choice((NOON, at + 40.0))}}
+            for n, late in enumerate(ago)
+        ]).close()  # fmt: skip
+        whole = lines(tmp_path)
+        for since in (
+            NOON,
+            at - 300.0,
+            at,
+            at + 12.0,
+            at + 24.0,
+            at + 600.0,
+            whole[-3]["timestamp"],
+        ):
+            within = [event["n"] for event in whole if event["timestamp"] >= since]
+            assert find(tmp_path, since=since) == within
+            assert find(tmp_path, since=since, reverse=True) == within[::-1]
+            assert find(tmp_path, since=since, after=9) == [n for n in within if n > 9]
+
+
+def test_of_a_long_day_only_what_may_be_late_enough_is_looked_at(tmp_path: Path) -> None:
+    log(tmp_path, [{"timestamp": NOON + n} for n in range(20_000)]).close()
+    directory = event_directory(tmp_path)
+    scan = eventlog.Scan(directory, days_in(directory))
+    whole = scan.parts[0].size
+    days = {day_of(NOON): NOON + 19_500}
+    for reverse in (False, True):
+        before = scan.read_bytes
+        numbers = [n for n, line in scan.lines((), after=None, reverse=reverse, days=days) if line]
+        assert {*range(19_501, 20_001)} <= {*numbers}
+        assert scan.read_bytes - before < whole / 2
+
+
 def ordered(logging: EventFollower, orders: _Orders) -> None:
     """Let a follower find orders, which are rows of its owner."""
     logging._ordered = lambda: orders  # type: ignore[method-assign]
@@ -472,10 +631,11 @@ def test_an_archived_day_is_listed_and_had_back_by_hand(
 
     try:
         until(lambda: day in ksi("archive", "list")["days"])
-        assert ksi("events", "--since", "2026-05-04", "--until", "2026-05-05")["events"] == []
+        of_day = ("--since", "2026-05-04", "--until", "2026-05-05")
+        until(lambda: not ksi("events", *of_day)["events"])  # Archived first, then removed.
         assert ksi("archive", "restore", "--day", day)["days"] == [day]
         assert ksi("archive", "list")["days"] == {}
-        found = ksi("events", "--since", "2026-05-04", "--until", "2026-05-05")["events"]
+        found = ksi("events", *of_day)["events"]
         assert [event["n"] for event in found] == [1, 2]
         assert main(["--var", str(system.var), "archive", "restore", "--day", day]) == 6
         assert f"{day} is not in the archive" in capsys.readouterr().err
@@ -525,8 +685,9 @@ def test_events_are_found_by_what_they_are_about(tmp_path: Path) -> None:
 def test_pages_join_up_in_both_directions(tmp_path: Path) -> None:
     """Days overlap in numbers, as where an owner was late at midnight."""
     chance = random.Random(3)
-    events = [{"timestamp": NOON + chance.choice((0, 0, 1, 2)) * DAY_S} for _ in range(300)]
-    log(tmp_path, events).close()
+    days = [1, 0] + [chance.choice((0, 0, 1)) for _ in range(98)]
+    days += [chance.choice((1, 2, 2)) for _ in range(199)] + [1]  # One is around another one.
+    log(tmp_path, [{"timestamp": NOON + day * DAY_S} for day in days]).close()
     view = EventLogView(tmp_path)
     whole = list(range(1, 301))
     assert find(tmp_path) == whole
@@ -568,6 +729,68 @@ def test_the_first_of_a_hundred_thousand_is_found_by_its_correlation_id(
         page = view.find({"correlation_id": "c99999", "after": page["next"]})
         pages += 1
     assert (page["events"][0]["n"], pages > 3) == (100_000, True)
+
+
+def test_what_is_in_memory_is_what_is_in_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a log that grows, over days that overlap; days go, one comes back, and it begins anew."""
+    monkeypatch.setattr("ksi.actors.followers.recorded.EVENT_RING_MAX", 60)
+    monkeypatch.setattr("ksi.actors.followers.recorded.EVENT_RING_BYTES_MAX", 12_000)
+    chance = random.Random(11)
+    directory = event_directory(tmp_path)
+    view = EventLogView(tmp_path)
+    sizes = set()
+    for step in range(36):
+        if step in (4, 12):
+            (directory / days_in(directory)[0]).rename(tmp_path / "away")
+        elif step in (5, 14):
+            (tmp_path / "away").rename(directory / day_of(NOON))
+        elif step == 20:
+            shutil.rmtree(directory / days_in(directory)[0])
+        elif step == 30:
+            shutil.rmtree(directory)
+        day = NOON + step // 6 * DAY_S
+        log(tmp_path, [
+            {
+                "timestamp": day + chance.choice((0.0, 0.0, 9.0, DAY_S)),
+                "event": chance.choice(("session:appended", "agent:seen")),
+                "agents": chance.sample(["alice", "bob", "carol"], 2),
+                "data": {"text": "x" * chance.randrange(200)},
+            }
+            for _ in range(chance.choice((0, 1, 3, 30, 70)))
+        ]).close()  # fmt: skip
+        if step % 7 == 3:
+            with (directory / days_in(directory)[-1] / "events.jsonl").open("ab") as file:
+                file.write(b'{"no":"event"}\nhello\n')
+        for _ in range(10):
+            wanted = {
+                "reverse": chance.random() < 0.6,
+                "limit": chance.choice((1, 7, 100)),
+                "offset": chance.choice((0, 0, 5, 90)),
+                "after": chance.choice((None, 0, view.newest(), chance.randrange(2000))),
+                "patterns": chance.choice(([], ["*:seen"], ["session:*"])),
+                "exclude": chance.choice(([], ["agent:*"])),
+                "agent_id": chance.choice((None, "alice")),
+                "since": chance.choice((None, None, day)),
+                "until": chance.choice((None, None, day + 9)),
+            }
+            assert pages(view, wanted) == pages(None, wanted, tmp_path), wanted
+        held = view._ring._held.events if view._ring is not None else []
+        sizes.add(len(held))
+        assert sum(len(line) for _, line, _ in held) <= 12_000
+    assert max(sizes) <= 60
+    assert len(sizes) > 5
+
+
+def test_what_was_written_while_a_scan_began_comes_with_the_next_one(tmp_path: Path) -> None:
+    log(tmp_path, [{}, {}]).close()
+    directory, ring = event_directory(tmp_path), Ring()
+    scan = eventlog.Scan(directory, days_in(directory))
+    scan.last = 1  # Its second look at the files has met one more.
+    assert [n for n, _, _ in ring.follow(scan)[0]] == [1]
+    again = eventlog.Scan(directory, days_in(directory))
+    assert [n for n, _, _ in ring.follow(again)[0]] == [1, 2]
 
 
 def test_what_is_too_large_for_a_line_is_kept_to_the_byte(tmp_path: Path) -> None:
@@ -755,6 +978,19 @@ def test_the_files_of_a_day_are_read_with_jq(happening: Happening) -> None:
     assert done.stdout.splitlines() == [event["event"] for event in found]
 
 
+def test_an_operator_has_the_days_before_today_removed_and_nothing_of_today(
+    happening: Happening,
+) -> None:
+    found = happening.caught_up()
+    directory = event_directory(happening.system.var)
+    before = directory / day_of(time.time() - 2 * DAY_S)
+    before.mkdir()
+    (before / "events.jsonl").write_bytes(b"{}\n")
+    happening.operator.ask("monitor:clear_log")
+    until(lambda: not before.exists(), 20.0)
+    assert happening.caught_up()[: len(found)] == found
+
+
 def test_remote_clients_ask_what_local_ones_read(happening: Happening) -> None:
     happening.caught_up()
     wanted = {"event_patterns": ["session:created"], "limit": 5}
@@ -762,6 +998,10 @@ def test_remote_clients_ask_what_local_ones_read(happening: Happening) -> None:
     assert asked == happening.alice.read("monitor:get_events", **wanted)
     assert asked["events"][0]["session_id"] == "plan"
     assert happening.alice.read("event_log:stats")["dropped"] == 0
+    older = {"event_patterns": ["session:created"], "source_agent": "alice", "start_time": "1h"}
+    found = happening.alice.read("monitor:query", older)
+    assert found == happening.alice.ask("monitor:query", older)
+    assert found["events"] == asked["events"]
 
 
 def test_every_owner_is_followed() -> None:

@@ -20,7 +20,7 @@ from ksi.actors.owner import EventLog, Query, Reply, Sender
 from ksi.actors.owners.events import OWNER
 from ksi.actors.testing import Asked, Twin, check_owner
 from ksi.console.observe import _observed, replayed
-from ksi.transport.errors import Busy, Forbidden, NotFound, Unavailable
+from ksi.transport.errors import Busy, Forbidden, Invalid, NotFound, Unavailable
 
 ALICE = Sender("alice", "agent")
 
@@ -241,7 +241,14 @@ def test_nobody_changes_or_ends_the_observation_of_another(twin: Observed) -> No
             twin.ask(ALICE, operation, **place, **more)
     with pytest.raises(NotFound):
         twin.ask(ALICE, "observation:unsubscribe", target="target")
-    twin.ask("watcher", "observation:unsubscribe", target="target")
+    for operation in ("observation:subscribe", "observation:unsubscribe"):
+        with pytest.raises(Forbidden):
+            twin.ask(ALICE, operation, observer="watcher", target="target")
+    twin.ask("watcher", "observation:unsubscribe", observer="watcher", target="target")
+    assert twin.read("observation:list").subscriptions == []
+    twin.begin(observer="watcher")
+    operator = Sender("op", "operator")
+    twin.ask(operator, "observation:unsubscribe", observer="watcher", target="target")
     assert twin.read("observation:list").subscriptions == []
 
 
@@ -275,6 +282,28 @@ def test_history_is_asked_without_a_subscription(twin: Observed) -> None:
     assert [event["n"] for event in twin.read("observation:query", **fields).events] == [1]
     page = twin.read("observation:query", target="target", reverse=True, limit=1)
     assert ([event["n"] for event in page.events], page.next) == ([2], 2)
+
+
+def test_what_is_excluded_takes_no_room_in_a_page(twin: Observed) -> None:
+    twin.happens(*({"event": name} for name in ("a:x", "b:x", "a:x", "b:x", "b:x", "a:x")))
+    fields = {"target": "target", "exclude": ["a:*"], "limit": 2}
+    page = twin.read("observation:query", **fields, offset=1)
+    assert [event["n"] for event in page.events] == [4, 5]
+
+
+def test_times_and_targets_are_taken_in_the_forms_they_had(twin: Observed) -> None:
+    twin.happens(*({"timestamp": NOON + n} for n in range(9)), {"agents": ["other"]})
+    within = {"start": "2026-05-04T12:00:02Z", "end": NOON + 5}
+    for operation in ("observation:query", "observation:replay"):
+        found = twin.read(operation, target="target", time_range=within)
+        assert [event["n"] for event in found.events] == [3, 4, 5]
+    assert twin.read("observation:analyze", target="target", time_range=within).events == 3
+    older = {"originator_id": "target", "since": NOON + 2, "limit": 2}
+    found = twin.read("observation:replay", filter=older, event_patterns=["session:*"])
+    assert [event["n"] for event in found.events] == [3, 4]
+    for wrong in ({"start": NOON, "by": "day"}, [NOON, NOON + 1]):
+        with pytest.raises(Invalid):
+            twin.read("observation:query", target="target", time_range=wrong)
 
 
 def test_an_analysis_counts_finds_failures_and_times_completions(twin: Observed) -> None:

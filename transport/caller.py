@@ -346,8 +346,8 @@ class Caller:
             named = {**fields, **named}
         try:
             query = cast("Query[Any]", msgspec.convert(named, declared.message))
-        except msgspec.ValidationError as error:
-            raise Invalid(f"{what}: {error}", hint=declared.hint) from None
+        except msgspec.ValidationError:  # A field may go by another name; the owner takes it, too.
+            query = cast("Query[Any]", declared.decode(encode(named)))
         self._require_may_read(declared, query)
         return declared, query
 

@@ -13,8 +13,20 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, Generic, Literal, TypeVar, get_args, get_type_hints
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Final,
+    Generic,
+    Literal,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
 
 import msgspec
 
@@ -47,7 +59,16 @@ _MAY_ASK_OF_ANY: Final = OPERATOR | OWNER
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of everything that is asked: fields are keyword-only, unknown ones are refused."""
+    """Base of everything that is asked: fields are keyword-only, unknown ones are refused.
+
+    Attributes:
+        older: names that are taken beside those of fields: `start_time` for `since`. One with a dot
+            is in a map: `time_range.start`.
+        instead: names that are not taken, though some may look for them, and what to do instead.
+    """
+
+    older: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    instead: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
 
 class Command(Message, Generic[R], frozen=True, kw_only=True):
@@ -95,6 +116,7 @@ class Operation:
     decoder: msgspec.msgpack.Decoder[Any] = field(repr=False)
     signal: type[msgspec.Struct] | None  # a signal as it is read, its open fields still encoded
     header: msgspec.msgpack.Decoder[Any] | None = field(repr=False)
+    same_as: str | None = None  # the operation that it is another name of
 
     @property
     def changes(self) -> bool:
@@ -145,9 +167,39 @@ class Operation:
         try:
             return decoder.decode(body)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise Invalid(f"{self.name}: {_plain_words(error)}", hint=self.hint) from None
+            fields = self._fields(body)
+            if self._renamed(fields):
+                return self._decode(decoder, encode(fields))
+            hints = (hint for name, hint in self.message.instead.items() if name in fields)
+            text = f"{self.name}: {_plain_words(error)}"
+            raise Invalid(text, hint=next(hints, self.hint)) from None
         except (RecursionError, UnicodeDecodeError, ValueError) as error:
             raise Invalid(f"{self.name}: unreadable body: {error}", hint=self.hint) from None
+
+    def _fields(self, body: bytes | memoryview) -> dict[Any, Any]:
+        """Return the fields of a body that was refused, where some may go by other names."""
+        fields: Any = {}
+        if self.message.older or self.message.instead:
+            with suppress(msgspec.MsgspecError, ValueError, TypeError, RecursionError):
+                fields = msgspec.msgpack.decode(body)
+        return fields if type(fields) is dict else {}
+
+    def _renamed(self, fields: dict[Any, Any]) -> bool:
+        """Give fields with older names those of today; return whether there were any."""
+        found = False
+        for name, today in self.message.older.items():
+            outer, _, key = name.rpartition(".")
+            within = fields.get(outer) if outer else fields
+            if type(within) is not dict or key not in within:
+                continue
+            if today in fields:
+                text = f"{self.name}: {name} is another name of {today}, and both are given"
+                raise Invalid(text, hint=self.hint)
+            fields[today] = within.pop(key)
+            if outer and not within:
+                del fields[outer]
+            found = True
+        return found
 
     @property
     def hint(self) -> str:
@@ -167,6 +219,7 @@ def operation(
     own: str | None = None,
     refuses: tuple[type[KsiError], ...] = (),
     example: Mapping[str, Any] | None = None,
+    also: tuple[str, ...] = (),
 ) -> Callable[[M], M]:
     """Declare the decorated message class as the operation `name` of `owner`.
 
@@ -174,10 +227,12 @@ def operation(
         roles: who may ask it; far_roles: who of them over a network, if not all.
         own: of a query, the field that has to be the sender's name: what it returns is for that
             agent, and for operators and owners.
+        also: other names of it.
     """
 
     def declare(message: M) -> M:
-        assert name not in CATALOGUE, f"{name} is declared twice"
+        twice = CATALOGUE.keys() & {name, *also}
+        assert not twice, f"{twice} are declared twice"
         assert own is None or (issubclass(message, Query) and own in message.__struct_fields__)
         signal = _header_of(message) if issubclass(message, Signal) else None
         declared = Operation(
@@ -197,6 +252,7 @@ def operation(
             header=None if signal is None else msgspec.msgpack.Decoder(signal),
         )
         CATALOGUE[name] = _BY_MESSAGE[message] = declared
+        CATALOGUE.update({each: replace(declared, name=each, same_as=name) for each in also})
         return message
 
     return declare

@@ -5,7 +5,7 @@ What it does: `actors/owners/events.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 
@@ -88,6 +88,13 @@ class SubscriptionList(Reply, frozen=True, kw_only=True):
     subscriptions: list[SubscriptionView]
 
 
+class EventStatus(Reply, frozen=True, kw_only=True):
+    """What has happened last, the newest first, and how much there is in the log."""
+
+    events: list[dict[str, Any]]
+    stats: EventStats
+
+
 class Newest(Reply, frozen=True, kw_only=True):
     """The number of the newest event, 0 if there is none."""
 
@@ -105,6 +112,7 @@ class Cleared(Reply, frozen=True, kw_only=True):
     owner="events",
     refuses=(Invalid,),
     example={"event_patterns": ["completion:*"], "since": "10m", "agent_id": "alice"},
+    also=("monitor:query",),
 )
 class FindEvents(Query[Events], frozen=True, kw_only=True):
     """Find events: all that agree with what is given, in the order of their numbers, or backwards.
@@ -113,6 +121,20 @@ class FindEvents(Query[Events], frozen=True, kw_only=True):
     `until` beyond what is found. With `resolve_references` what was too large for a line, or is in
     the file of a session, stands in the place of its reference.
     """
+
+    older: ClassVar = {
+        "_agent_id": "agent_id",
+        "originator_id": "agent_id",
+        "source_agent": "agent_id",
+        "start_time": "since",
+        "end_time": "until",
+    }
+    instead: ClassVar = {
+        "query": "no SQL: event_patterns, agent_id, session_id, correlation_id, since and until",
+        "context_bundle": "resolve_references: true shows what is only referred to",
+        "context_fields": "resolve_references: true shows what is only referred to",
+        "include_memory": "leave it out: all that is logged is looked through",
+    }
 
     event_patterns: Patterns = []
     agent_id: Id | None = None
@@ -127,7 +149,7 @@ class FindEvents(Query[Events], frozen=True, kw_only=True):
     resolve_references: bool = False
 
 
-@operation("event_log:stats", owner="events")
+@operation("event_log:stats", owner="events", also=("monitor:get_stats",))
 class GetStats(Query[EventStats], frozen=True, kw_only=True):
     """Return how much there is in the log, and how much of the journals is not."""
 
@@ -143,6 +165,7 @@ class GetNewest(Query[Newest], frozen=True, kw_only=True):
     roles=OPERATOR,
     refuses=(Invalid,),
     example={"before": "2026-05-04"},
+    also=("monitor:clear_log",),
 )
 class Clear(Command[Cleared], frozen=True, kw_only=True):
     """Have the days before one removed, from the log and its archive; by default all but today.
@@ -176,12 +199,19 @@ class RestoreDays(Command[None], frozen=True, kw_only=True):
     owner="events",
     refuses=(Quota,),
     example={"name": "audit", "event_patterns": ["session:*"], "after": 0},
+    also=("monitor:subscribe",),
 )
 class Subscribe(Command[SubscriptionView], frozen=True, kw_only=True):
     """Keep a place in the log under a name, from now on or from behind event `after`.
 
     Whoever has it already changes what it is about, and keeps the place unless `after` is given.
     """
+
+    older: ClassVar = {"client_id": "name", "_agent_id": "name"}
+    instead: ClassVar = {
+        "filter_fn": "event_patterns, agent_id and session_id",
+        "writer": "nothing is sent: event_log:next returns what has come",
+    }
 
     name: Id
     event_patterns: Patterns = []
@@ -190,9 +220,17 @@ class Subscribe(Command[SubscriptionView], frozen=True, kw_only=True):
     after: Number | None = None
 
 
-@operation("event_log:unsubscribe", owner="events", refuses=(NotFound,), example={"name": "audit"})
+@operation(
+    "event_log:unsubscribe",
+    owner="events",
+    refuses=(NotFound,),
+    example={"name": "audit"},
+    also=("monitor:unsubscribe",),
+)
 class Unsubscribe(Command[None], frozen=True, kw_only=True):
     """End a subscription of the sender's; an operator may end any."""
+
+    older: ClassVar = Subscribe.older
 
     name: Id
     subscriber: Id | None = None
@@ -208,7 +246,12 @@ class Acknowledge(Command[None], frozen=True, kw_only=True):
     upto: Number
 
 
-@operation("event_log:subscriptions", owner="events", example={"subscriber": "alice"})
+@operation(
+    "event_log:subscriptions",
+    owner="events",
+    example={"subscriber": "alice"},
+    also=("monitor:get_subscriptions",),
+)
 class ListSubscriptions(Query[SubscriptionList], frozen=True, kw_only=True):
     """List subscriptions to the log, all or those of one agent."""
 
@@ -244,8 +287,8 @@ class MonitorEvents(FindEvents, frozen=True, kw_only=True):
     refuses=(Invalid,),
     example={"session_id": "sess_1"},
 )
-class MonitorSession(FindEvents, frozen=True, kw_only=True):
-    """Find the events of a session."""
+class MonitorSession(MonitorEvents, frozen=True, kw_only=True):
+    """Find the events of a session, the newest first."""
 
     session_id: Id
 
@@ -262,9 +305,18 @@ class MonitorChain(FindEvents, frozen=True, kw_only=True):
     correlation_id: Text
 
 
-@operation("monitor:get_stats", owner="events")
-class MonitorStats(GetStats, frozen=True, kw_only=True):
-    """Return how much there is in the log: `event_log:stats`."""
+@operation("monitor:get_status", owner="events", refuses=(Invalid,), example={"limit": 5})
+class GetStatus(Query[EventStatus], frozen=True, kw_only=True):
+    """Return what has happened last, and how much there is in the log."""
+
+    instead: ClassVar = {
+        "include_agents": "agent:list returns agents",
+        "include_events": "event_log:stats returns no events",
+    }
+
+    event_patterns: Patterns = []
+    since: Moment | None = None
+    limit: Limit = 20
 
 
 class Subscribed(Event, frozen=True, array_like=True, tag="subscribed"):

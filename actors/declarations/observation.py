@@ -5,7 +5,7 @@ What it does: `actors/owners/observation.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 
@@ -30,6 +30,15 @@ Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_EVENTS_MAX)]
 Operator = Literal["equals", "contains", "gt", "lt"]
 Analysis = Literal["frequency", "errors", "performance"]
 Breaker = Literal["closed", "open"]
+_TIMES: Final = {"time_range.start": "since", "time_range.end": "until"}
+_FILTER: Final = {
+    "event_patterns": "events",
+    "filter.originator_id": "target",
+    "filter.since": "since",
+    "filter.until": "until",
+    "filter.limit": "limit",
+}
+_OBSERVER: Final = {"observer": "leave it out: whoever asks is shown it"}
 
 
 class ContentMatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,10 +119,11 @@ class Counted(Reply, frozen=True, kw_only=True):
 
 
 class History(Reply, frozen=True, kw_only=True):
-    """Events about an agent; `next`: `after` of the next page, None at the end."""
+    """Events about an agent; `next`, `offset`: `after` and `offset` of the next page, if any."""
 
     events: list[dict[str, Any]]
     next: int | None
+    offset: int | None
 
 
 class Replayed(Reply, frozen=True, kw_only=True):
@@ -150,10 +160,11 @@ class Analysed(Reply, frozen=True, kw_only=True):
 class Observe(Command[ObservationView], frozen=True, kw_only=True):
     """Observe what an agent does from now on: events it has to do with, that match.
 
-    `target` may be a pattern. Who observes is the sender. Whoever observes the same target under
-    the same id changes how, and keeps his place.
+    `target` may be a pattern. Who observes is the sender; no other `observer` can be named. Whoever
+    observes the same target under the same id changes how, and keeps his place.
     """
 
+    observer: Id | None = None
     target: Pattern
     events: Patterns = []
     filter: Filter | None = None
@@ -169,9 +180,13 @@ class Observe(Command[ObservationView], frozen=True, kw_only=True):
     example={"subscription_id": "obs_1"},
 )
 class Unobserve(Command[None], frozen=True, kw_only=True):
-    """End an observation of the sender's, or all of one target; an operator may end any."""
+    """End an observation of the sender's, or all of one target; an operator may end any.
+
+    `observer` is the sender, where an operator does not name another.
+    """
 
     subscription_id: Id | None = None
+    observer: Id | None = None
     target: Pattern | None = None
 
 
@@ -232,12 +247,16 @@ class Count(Query[Counted], frozen=True, kw_only=True):
 class FindHistory(Query[History], frozen=True, kw_only=True):
     """Return what an agent has done: events it has to do with, without a subscription."""
 
+    older: ClassVar = _TIMES
+    instead: ClassVar = _OBSERVER
+
     target: Id
     events: Patterns = []
     exclude: Patterns = []
     since: Moment | None = None
     until: Moment | None = None
     limit: Limit = 100
+    offset: Number = 0
     after: Number | None = None
     reverse: bool = False
 
@@ -253,6 +272,14 @@ class Replay(Query[Replayed], frozen=True, kw_only=True):
 
     At `speed` 2 it takes half as long as it took. Nothing happens again: who asks keeps the time.
     """
+
+    older: ClassVar = {**_TIMES, **_FILTER}
+    instead: ClassVar = {
+        **_OBSERVER,
+        "target_agent": _OBSERVER["observer"],
+        "as_new_events": "leave it out: a replay changes nothing, and whoever asks may act on it",
+        "offset": "after: the number of the event that it goes on behind",
+    }
 
     target: Id
     speed: Annotated[float, msgspec.Meta(gt=0.0, le=1e6)] = 1.0
@@ -272,6 +299,8 @@ class Replay(Query[Replayed], frozen=True, kw_only=True):
 )
 class Analyse(Query[Analysed], frozen=True, kw_only=True):
     """Say how often an agent does what, what has failed, or how long its completions take."""
+
+    older: ClassVar = _TIMES
 
     target: Id
     analysis_type: Analysis = "frequency"

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import sha256
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Final
+from sys import intern
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -34,7 +37,13 @@ from ksi.storage.eventlog import (
 )
 from ksi.transport.errors import KsiError
 from ksi.transport.identity import RESERVED
-from ksi.transport.limits import EVENT_PAYLOAD_BYTES, EVENT_SCAN_BYTES_MAX, FRAME_BYTES_MAX
+from ksi.transport.limits import (
+    EVENT_PAYLOAD_BYTES,
+    EVENT_RING_BYTES_MAX,
+    EVENT_RING_MAX,
+    EVENT_SCAN_BYTES_MAX,
+    FRAME_BYTES_MAX,
+)
 from ksi.transport.moments import TimeRange, day_of, time_range
 from ksi.transport.patterns import matcher, plain_part
 
@@ -76,13 +85,12 @@ class LoggedEvent(msgspec.Struct, omit_defaults=True):
     correlation_id: str | None = None
 
 
-class Head(msgspec.Struct):
+class Head(msgspec.Struct, gc=False):
     """Of a line, what filters look at."""
 
-    n: int
     event: str
     timestamp: float
-    agents: list[str] = []
+    agents: tuple[str, ...] = ()
     session_id: str | None = None
     correlation_id: str | None = None
 
@@ -209,22 +217,95 @@ def _agents(fields: Mapping[str, Any], record: Record[Any]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name and name not in RESERVED]
 
 
+# An event that was met on the way through the log: its number, its line and what filters look at.
+# The line is empty where it only says how far one has come; then, and where the line is none of
+# ours, there is no head.
+Met = tuple[int, bytes, Head | None]
+
+
+class _Held(NamedTuple):
+    """What a ring holds.
+
+    Attributes:
+        files: those that were read, with their sizes; upto: which number.
+        events: in order; first: the log has no other event from this number on.
+    """
+
+    files: dict[Hashable, int]
+    upto: int
+    events: list[Met]
+    first: int
+
+
+class Ring:
+    """The newest events in memory, each as it is in its file.
+
+    What it holds is replaced, never changed: whoever goes through it goes on undisturbed.
+    """
+
+    def __init__(self) -> None:
+        self._held = _Held({}, 0, [], 0)
+
+    def follow(self, scan: Scan) -> tuple[list[Met], int]:
+        """Return the newest events of a scan, and from which number on they are all there are.
+
+        They are in order. It reads what has come since it was asked last, or all that it may hold,
+        where it holds none or a file is not the one it has read.
+        """
+        files: dict[Hashable, int] = {part.file: part.size for part in scan.parts}
+        known = self._held
+        has_grown = all(files.get(file, -1) >= size for file, size in known.files.items())
+        is_news = all(p.first > known.upto for p in scan.parts if p.file not in known.files)
+        if not (has_grown and is_news):  # A day was removed, or came back from the archive.
+            known = _Held({}, 0, [], 0)
+        if (files, scan.last) == (known.files, known.upto):
+            return known.events, known.first
+        last = known.events[-1][0] if known.events else 0
+        fresh: list[Met] = []
+        before: list[Met] = []
+        first, room = 0, EVENT_RING_BYTES_MAX
+        for n, line, head in map(_met, scan.lines((), after=None, reverse=True)):
+            if head is None:
+                continue
+            if n <= last:
+                before, first = known.events, known.first
+                break
+            room -= len(line)
+            if fresh and (len(fresh) == EVENT_RING_MAX or room < 0):
+                first = fresh[-1][0]
+                break
+            fresh.append((n, line, _shared(head)))
+        events = [*before, *reversed(fresh)]
+        over = _over(events)
+        if over:
+            events = events[over:]
+            first = events[0][0]
+        self._held = _Held(files, scan.last, events, first)
+        return events, first
+
+
 class EventLogView:
-    """The event log of one var, for queries: see `ksi.actors.owner.EventLog`."""
+    """The event log of one var, for queries: see `ksi.actors.owner.EventLog`.
+
+    Whoever asks again for the newest has them in memory. The first question, often the only one of
+    its process, does not wait for that; and whoever only follows has no use for it.
+    """
 
     def __init__(self, var: Path) -> None:
         self._var = var
         self._directory = event_directory(var)
         self._sessions: Any = None
+        self._ring: Ring | None = None
+        self._is_asked = False  # for the newest
 
     def find(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Return `events` that agree with all that is wanted, in the order of their numbers.
 
         Args:
-            wanted: `patterns` of names, `agent_id` or patterns of `agents`, `session_id`,
-                `correlation_id`, moments `since` and `until`, a number `after`, `offset`,
-                `limit`, `reverse`, and `resolve` for values in the place of references; all may
-                be missing.
+            wanted: `patterns` of names, and of those to `exclude`, `agent_id` or patterns of
+                `agents`, `session_id`, `correlation_id`, moments `since` and `until`, a number
+                `after`, `offset`, `limit`, `reverse`, and `resolve` for values in the place of
+                references; all may be missing.
 
         Returns:
             `events`; `next` and `offset`: what `after` and `offset` of the next page are, None at
@@ -238,11 +319,13 @@ class EventLogView:
         room, skip = PAGE_BYTES, wanted.get("offset", 0)
         after, reverse = wanted.get("after"), wanted.get("reverse", False)
         limit, resolve = wanted.get("limit", 100), wanted.get("resolve", False)
-        scan = Scan(self._directory, _days(self._directory, times))
+        scan = Scan(self._directory, days_in(self._directory))
         upto = (after or 0) if after is not None else (scan.last if reverse else 0)
         agrees = _filter(wanted, times)
-        for n, line in scan.lines(_needles(wanted), after=after, reverse=reverse):
-            if line and agrees(line):
+        for n, line, head in self._met(scan, wanted, _days(self._directory, times)):
+            if head is None and line:  # Its number is not one of ours either.
+                continue
+            if head is not None and agrees(head):
                 if skip:
                     skip -= 1
                 else:
@@ -257,6 +340,26 @@ class EventLogView:
         else:
             return {"events": found, "next": None, "offset": None, "upto": upto}
         return {"events": found, "next": upto, "offset": skip, "upto": upto}
+
+    def _met(
+        self, scan: Scan, wanted: Mapping[str, Any], days: Mapping[str, float]
+    ) -> Iterator[Met]:
+        """Yield events that may be wanted, in order: from memory as far as they are there."""
+        after, reverse = wanted.get("after"), wanted.get("reverse", False)
+        if reverse and self._is_asked and self._ring is None:
+            self._ring = Ring()
+        self._is_asked = self._is_asked or reverse
+        if self._ring is not None:
+            events, first = self._ring.follow(scan)
+            if reverse:
+                stop = len(events) if after is None else bisect_left(events, (after,))
+                yield from reversed(events[:stop])
+                after = first if after is None else min(first, after)
+            elif (after or 0) + 1 >= first:
+                yield from events[bisect_right(events, after or 0, key=itemgetter(0)) :]
+                return
+        lines = scan.lines(_needles(wanted), after=after, reverse=reverse, days=days)
+        yield from map(_met, lines)
 
     def newest(self) -> int:
         """Return the number of the newest event, 0 where there is none."""
@@ -305,9 +408,10 @@ class EventLogView:
         if newest is None or newest < now - RATE_S:
             return 0.0
         times = time_range(now - RATE_S, None)
-        scan = Scan(self._directory, _days(self._directory, times))
+        days = _days(self._directory, times)
+        scan = Scan(self._directory, [*days])
         count = 0
-        for _, line in scan.lines((), after=None, reverse=True):
+        for _, line in scan.lines((), after=None, reverse=True, days=days):
             if line and head_of(line).timestamp >= now - RATE_S:
                 count += 1
             elif line or scan.read_bytes > EVENT_SCAN_BYTES_MAX:
@@ -362,14 +466,43 @@ class EventLogView:
         return content
 
 
-def _days(directory: Path, times: TimeRange) -> list[str]:
-    """Return the days that may hold events of a range."""
-    days = days_in(directory)
-    if times.since is not None:
-        days = [day for day in days if day >= day_of(times.since)]
-    if times.until is not None:
-        days = [day for day in days if day <= day_of(times.until)]
-    return days
+def _met(found: tuple[int, bytes]) -> Met:
+    n, line = found
+    try:
+        head = head_of(line) if line else None
+    except msgspec.MsgspecError:  # Somebody has written into the file.
+        head = None
+    return n, line, head
+
+
+def _shared(head: Head) -> Head:
+    """Return a head whose names are those of others, too: thousands are held, and names are few."""
+    head.event = intern(head.event)
+    head.agents = tuple(map(intern, head.agents))
+    head.session_id = head.session_id and intern(head.session_id)
+    return head
+
+
+def _over(events: Sequence[Met]) -> int:
+    """Return how many of some events, the oldest, are more than a ring may hold."""
+    over = max(0, len(events) - EVENT_RING_MAX)
+    size = sum(len(line) for _, line, _ in events[over:])
+    while size > EVENT_RING_BYTES_MAX:
+        size -= len(events[over][1])
+        over += 1
+    return over
+
+
+def _days(directory: Path, times: TimeRange) -> dict[str, float]:
+    """Return the days that may hold events of a range, and of each from when on; 0.0: all."""
+    since = 0.0 if times.since is None else times.since
+    first = day_of(since)
+    last = None if times.until is None else day_of(times.until)
+    return {
+        day: since if day == first else 0.0
+        for day in days_in(directory)
+        if first <= day and (last is None or day <= last)
+    }
 
 
 def _needles(wanted: Mapping[str, Any]) -> list[bytes]:
@@ -382,27 +515,34 @@ def _needles(wanted: Mapping[str, Any]) -> list[bytes]:
     return [needle for needle in needles if needle.isascii()]
 
 
-def _filter(wanted: Mapping[str, Any], times: TimeRange) -> Callable[[bytes], bool]:
-    """Return what tells whether a line is wanted."""
-    named = matcher(tuple(wanted.get("patterns") or ()))
+def _filter(wanted: Mapping[str, Any], times: TimeRange) -> Callable[[Head], bool]:
+    """Return what tells whether an event is wanted."""
+    named = cache(matcher(tuple(wanted.get("patterns") or ())))
+    is_excluded = cache(matcher(tuple(wanted.get("exclude") or ())))
+    is_meant = matcher(tuple(wanted.get("agents") or ()))
     agent_id, session_id = wanted.get("agent_id"), wanted.get("session_id")
     correlation_id = wanted.get("correlation_id")
-    target: Sequence[str] = wanted.get("agents") or ()
-    is_meant = matcher(tuple(target))
-    is_open = times.since is None and times.until is None
-
-    def agrees(line: bytes) -> bool:
-        try:
-            head = head_of(line)
-        except msgspec.MsgspecError:  # Somebody has written into the file.
-            return False
-        return (
-            (is_open or times.holds(head.timestamp))
-            and named(head.event)
-            and (agent_id is None or agent_id in head.agents)
-            and (not target or any(map(is_meant, head.agents)))
-            and session_id in (None, head.session_id)
-            and correlation_id in (None, head.correlation_id)
-        )
-
+    checks: dict[str, Callable[[Head], bool]] = {
+        "since": lambda head: times.holds(head.timestamp),
+        "until": lambda head: times.holds(head.timestamp),
+        "patterns": lambda head: named(head.event),
+        "exclude": lambda head: not is_excluded(head.event),
+        "agent_id": lambda head: agent_id in head.agents,
+        "agents": lambda head: any(map(is_meant, head.agents)),
+        "session_id": lambda head: session_id == head.session_id,
+        "correlation_id": lambda head: correlation_id == head.correlation_id,
+    }
+    # Thousands are looked at: only what is asked is checked.
+    agrees: Callable[[Head], bool] = _every
+    for name, check in checks.items():
+        if wanted.get(name) not in (None, [], ()):
+            agrees = check if agrees is _every else _both(agrees, check)
     return agrees
+
+
+def _every(_head: Head) -> bool:
+    return True
+
+
+def _both(one: Callable[[Head], bool], other: Callable[[Head], bool]) -> Callable[[Head], bool]:
+    return lambda head: one(head) and other(head)

@@ -32,11 +32,13 @@ from ksi.actors.declarations.events import (
     DaysRestored,
     Events,
     EventStats,
+    EventStatus,
     EventTables,
     FindEvents,
     FindNext,
     GetNewest,
     GetStats,
+    GetStatus,
     ListSubscriptions,
     Newest,
     RestoreDays,
@@ -155,8 +157,11 @@ class EventsOwner(Owner[EventTables]):
             case GetNewest():
                 return Newest(n=tables.log.newest())
             case GetStats():
-                count = tables.subscriptions.count()
-                return msgspec.convert({**tables.log.state(), "subscriptions": count}, EventStats)
+                return _stats(tables)
+            case GetStatus():
+                wanted = {"patterns": query.event_patterns, "since": query.since}
+                page = _page(tables, **wanted, limit=query.limit, reverse=True)
+                return EventStatus(events=page.events, stats=_stats(tables))
             case ListSubscriptions():
                 prefix = () if query.subscriber is None else (query.subscriber,)
                 rows = tables.subscriptions.range(prefix=prefix)
@@ -255,6 +260,11 @@ def _next(query: FindNext, tables: EventTables) -> Events:
 
 def _page(tables: EventTables, **wanted: Any) -> Events:
     return msgspec.convert(tables.log.find(wanted), Events)
+
+
+def _stats(tables: EventTables) -> EventStats:
+    count = tables.subscriptions.count()
+    return msgspec.convert({**tables.log.state(), "subscriptions": count}, EventStats)
 
 
 def _view(subscriber: str, name: str, row: Subscription) -> SubscriptionView:

@@ -145,6 +145,8 @@ def answer(query: Any, tables: ObservationTables) -> Reply:
 
 
 def _observe(command: Observe, sender: Sender, tables: ObservationTables, given: Given) -> Decision:
+    if command.observer not in (None, sender.name):
+        raise Forbidden(f"{sender.name} observes for himself, not for {command.observer}")
     subscription_id = command.subscription_id or f"obs_{next(given.ids)}"
     known = tables.observations.get(subscription_id)
     if known is not None and known.observer != sender.name:
@@ -167,14 +169,17 @@ def _unobserve(command: Unobserve, sender: Sender, tables: ObservationTables) ->
     if command.subscription_id is not None:
         row = _own(tables, command.subscription_id, sender)
         ended = [ObservationEnded(command.subscription_id, row.observer, row.target)]
-    else:
-        ended = [
-            ObservationEnded(subscription_id, row.observer, row.target)
-            for subscription_id, row in tables.observations.range()
-            if row.observer == sender.name and row.target == command.target
-        ]
+        return Decision(tuple(ended))
+    observer = command.observer or sender.name
+    if observer != sender.name and sender.role != "operator":
+        raise Forbidden(f"what {observer} observes is not ended by {sender.name}")
+    ended = [
+        ObservationEnded(subscription_id, row.observer, row.target)
+        for subscription_id, row in tables.observations.range()
+        if row.observer == observer and row.target == command.target
+    ]
     if not ended:
-        raise NotFound(f"{sender.name} does not observe {command.target}")
+        raise NotFound(f"{observer} does not observe {command.target}")
     return Decision(tuple(ended))
 
 
@@ -290,11 +295,11 @@ class _Watch:
         self.window = [*row.window]
         self._row = row
         self._log = log
-        self._is_excluded = matcher(tuple(row.filter.exclude)) if row.filter.exclude else None
 
     def pages(self, stop: int | None = None) -> Iterator[list[dict[str, Any]]]:
         """Yield what is shown of each page of the log, up to event `stop`."""
         wanted = {"patterns": self._row.events, "limit": LOOK, **_about(self._row.target)}
+        wanted["exclude"] = self._row.filter.exclude
         wanted["resolve"] = self._row.filter.content_match is not None
         for _ in range(LOOKS_MAX):
             page = self._log.find({**wanted, "after": self.upto})
@@ -315,8 +320,6 @@ class _Watch:
     def _fate(self, event: dict[str, Any]) -> str | None:
         """Return what becomes of an event; None if it is not asked for."""
         wanted = self._row.filter
-        if self._is_excluded is not None and self._is_excluded(event["event"]):
-            return None
         if wanted.content_match is not None and not _holds(event, wanted.content_match):
             return None
         if wanted.sampling_rate < 1.0 and _chance(event) >= wanted.sampling_rate:
@@ -418,13 +421,16 @@ def _page(query: Any, tables: ObservationTables, **more: Any) -> dict[str, Any]:
 
 
 def _history(query: FindHistory, tables: ObservationTables) -> History:
-    wanted = {"patterns": query.events, "limit": query.limit, "reverse": query.reverse}
-    page = _page(query, tables, **wanted)
-    is_excluded = matcher(tuple(query.exclude))
-    events = [
-        event for event in page["events"] if not (query.exclude and is_excluded(event["event"]))
-    ]
-    return History(events=events, next=page["next"])
+    page = _page(
+        query,
+        tables,
+        patterns=query.events,
+        exclude=query.exclude,
+        limit=query.limit,
+        offset=query.offset,
+        reverse=query.reverse,
+    )
+    return History(events=page["events"], next=page["next"], offset=page["offset"])
 
 
 def _replay(query: Replay, tables: ObservationTables) -> Replayed:

@@ -31,7 +31,7 @@ from ksi.actors.testing import START, Twin
 from ksi.transport.errors import KsiError
 from ksi.transport.limits import TICK_S
 from ksi.transport.mailbox import Letter, Post
-from ksi.transport.message import CATALOGUE, encode
+from ksi.transport.message import CATALOGUE, encode, operation_of
 from ksi.transport.window import Window
 
 load_all()
@@ -276,9 +276,8 @@ class World:
 
     def fact(self, query: Any) -> Any:
         """Answer from the state of another owner, as it is now."""
-        (owner,) = [each.owner for each in CATALOGUE.values() if each.message is type(query)]
         try:
-            return self.answer(owner, query)
+            return self.answer(operation_of(query).owner, query)
         except KsiError as error:
             return error
 
