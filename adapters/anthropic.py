@@ -19,6 +19,7 @@ from ksi.adapters.providers import (
     model_of,
     options_of,
     retry_after_s,
+    without,
 )
 
 KEY_VARIABLE: Final = "ANTHROPIC_API_KEY"
@@ -49,7 +50,7 @@ class Anthropic:
         except anthropic.APITimeoutError as error:
             raise Failed("timeout", str(error)) from None
         except anthropic.APIStatusError as error:
-            words = str(error).replace(self._key, "***")
+            words = without(str(error), self._key)
             after_s = retry_after_s(error.response.headers.get("retry-after"))
             raise Failed(kind_of_status(error.status_code), words, retry_after_s=after_s) from None
         except anthropic.APIConnectionError as error:

@@ -70,7 +70,8 @@ class Command:
                 word.format(**dict.fromkeys(FIELDS, ""))
             except (KeyError, IndexError, ValueError):
                 known = " ".join(f"{{{each}}}" for each in FIELDS)
-                raise Invalid(f"{word!r} has a field that is none of {known}") from None
+                text = f"{word!r} has a field that is none of {known}"
+                raise Invalid(text, hint="a brace that stands for itself is doubled: {{") from None
         if shutil.which(self._words[0], path=settings.environment.get("PATH")) is None:
             raise Invalid(f"provider command finds no program {self._words[0]!r}")
 

@@ -26,6 +26,7 @@ from ksi.adapters.providers import (
     model_of,
     options_of,
     retry_after_s,
+    without,
 )
 from ksi.transport.limits import HISTORY_BYTES_MAX
 
@@ -118,19 +119,22 @@ def usage_of(said: Any) -> Usage | None:
 
 
 @contextlib.contextmanager
-def failures(secret: str) -> Iterator[None]:
+def failures(*secrets: str) -> Iterator[None]:
     """Turn what the library raises into kinds of failure."""
     try:
         yield
     except openai.APITimeoutError as error:
-        raise Failed("timeout", str(error)) from None
+        raise Failed("timeout", without(str(error), *secrets)) from None
     except openai.APIStatusError as error:
-        words = str(error).replace(secret, "***")
-        after_s = retry_after_s(error.response.headers.get("retry-after"))
+        words = without(str(error), *secrets)
+        # LiteLLM keeps them beside a response that it has made itself.
+        headers = getattr(error, "litellm_response_headers", None) or error.response.headers
+        after_s = retry_after_s(headers.get("retry-after"))
         raise Failed(kind_of_status(error.status_code), words, retry_after_s=after_s) from None
     except openai.APIConnectionError as error:
-        raise Failed("network_error", f"{error} {error.__cause__ or ''}".strip()) from None
+        words = without(f"{error} {error.__cause__ or ''}".strip(), *secrets)
+        raise Failed("network_error", words) from None
     except Failed:
         raise
     except Exception as error:
-        raise broken(error, secret) from error
+        raise broken(error, *secrets) from error

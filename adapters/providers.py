@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -293,18 +293,32 @@ def kind_of_words(words: str) -> Kind:
     return "provider_error"
 
 
-def broken(error: Exception, secret: str) -> Failed:
+def without(words: str, *secrets: str) -> str:
+    """Return words with nothing in them that is secret."""
+    for secret in secrets:
+        words = words.replace(secret, "***")
+    return words
+
+
+def broken(error: Exception, *secrets: str) -> Failed:
     """Return what an error means that a library lets through in the middle of an answer.
 
-    Libraries use one HTTP client or another, which name their errors alike.
+    Libraries use one HTTP client or another, which name their errors alike, and may wrap them.
     """
-    names = {each.__name__ for each in type(error).__mro__}
-    words = f"{type(error).__name__}: {error}".replace(secret, "***")
+    names = {kind.__name__ for each in _behind(error) for kind in type(each).__mro__}
+    words = without(f"{type(error).__name__}: {error}", *secrets)
     if "TimeoutException" in names:
         return Failed("timeout", words)
     if "TransportError" in names:
         return Failed("network_error", words)
     return Failed("provider_error", words)
+
+
+def _behind(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def retry_after_s(header: str | None) -> float | None:

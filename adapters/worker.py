@@ -6,7 +6,8 @@ whatever was lost on the way: pushes, the connection, the owner, its own registr
 
 - A grant that is over (cancelled, timed out, given to another) has its provider cancelled. What it
   takes to end is not waited for: its session is free at once.
-- A provider is called no more often than its rate, and left alone for as long as it asks.
+- It calls a provider no more often than its own rate. What all workers of a provider may do, and
+  how long that is to be left alone, is seen to where requests are granted.
 - Another worker under its name ends it. A lapsed lease does not: it registers again.
 - Told to stop, it takes no more, finishes within `grace_s` what it has begun, hands back the rest
   and leaves.
@@ -59,7 +60,7 @@ _OVER: Final = (StaleEpoch, NotFound, NotOwner)  # The grant is not ours any mor
 
 
 class Pace:
-    """When a provider may be called next: evenly, and not while it wants to be left alone."""
+    """When this worker may call a provider next: evenly."""
 
     def __init__(self, rate_per_s: float) -> None:
         self._gap_s = 1 / rate_per_s
@@ -70,10 +71,6 @@ class Pace:
         at_s = max(time.monotonic(), self._next_s)
         self._next_s = at_s + self._gap_s
         await asyncio.sleep(at_s - time.monotonic())  # One has to wait for a turn.
-
-    def rest(self, seconds: float) -> None:
-        """Let nobody have a turn for a while."""
-        self._next_s = max(self._next_s, time.monotonic() + min(seconds, RETRY_AFTER_S_MAX))
 
 
 class Worker:
@@ -255,17 +252,14 @@ class Worker:
     async def _work(self, grant: Grant) -> None:
         """Answer one grant and report it. Ends early when the grant is over."""
         provider = self._providers.get(grant.requires or "", self._usual)
-        pace = self._paces[provider.name]
         talk = SessionTalk(self._client, grant, provider.name)
         try:
-            await pace.turn()
+            await self._paces[provider.name].turn()
             outcome = _outcome(provider.name, await provider.complete(grant, talk))
         except Failed as failed:
             outcome = {"error": str(failed), "kind": failed.kind, "usage": failed.usage}
             if failed.retry_after_s is not None:
-                wait_s = min(failed.retry_after_s, RETRY_AFTER_S_MAX)
-                outcome["retry_after_s"] = wait_s
-                pace.rest(wait_s)
+                outcome["retry_after_s"] = min(failed.retry_after_s, RETRY_AFTER_S_MAX)
         except Exception as error:
             outcome = {"error": _words(error)}
         ours = {"request_id": grant.request_id, "attempt": grant.attempt}

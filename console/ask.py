@@ -10,6 +10,7 @@ import click
 from ksi.console.operations import Operations
 from ksi.console.options import Options, group
 from ksi.console.show import print_json, show_json
+from ksi.console.worker import PROVIDER_NAMES
 from ksi.transport.message import Operation
 
 SUBMIT: Final = "completion:async"
@@ -45,7 +46,8 @@ def _wait(options: Options, fields: dict[str, Any], timeout_s: float) -> None:
         required = fields.get("requires")
         workers = client.read("worker:list")["workers"]
         if not any(required in (None, *each["capabilities"]) for each in workers):
-            what = required or "echo"
+            is_provider = required in (None, *PROVIDER_NAMES)
+            what = (required or "echo") if is_provider else f"'PROVIDER --offers {required}'"
             print(
                 f"no worker offers {required or 'anything'} now, so it waits: "
                 f"ksi{options.words()} start --worker {what}",
@@ -62,7 +64,7 @@ def _wait(options: Options, fields: dict[str, Any], timeout_s: float) -> None:
                 client.ask("completion:status", request_id=error.details["request_id"]),
             )  # fmt: skip
             raise
-    growing.end()
+    growing.end(reply["result"]["response"])
     print_reply(options, "ask", reply)
 
 
@@ -81,10 +83,10 @@ class Growing:
             self._shown += len(text)
             print(_safe(text), end="", file=sys.stderr, flush=True)
 
-    def end(self) -> None:
-        """End the line."""
+    def end(self, answer: str = "") -> None:
+        """Show what is left of the answer behind what was shown, and end the line."""
         if self._shown:
-            print(file=sys.stderr, flush=True)
+            print(_safe(answer[self._shown :]), file=sys.stderr, flush=True)
         self._shown = 0
 
 

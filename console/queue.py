@@ -189,11 +189,13 @@ def providers(options: Options) -> None:
             each["completed"],
             each["failed"],
             each["retried"],
+            " ".join(str(bound) for bound in (each["limit"], each["rate"]) if bound is not None)
+            or None,
             (each["unfit"] or each["reason"] or "")[:TEXT_CHARS] or None,
         )
         for each in page["providers"]
     ]
-    headers = ("PROVIDER", "WORKERS", "SLOTS", "COMPLETED", "FAILED", "RETRIED", "WHY")
+    headers = ("PROVIDER", "WORKERS", "SLOTS", "COMPLETED", "FAILED", "RETRIED", "LIMIT", "WHY")
     show_table(headers, rows)
 
 

@@ -15,7 +15,7 @@ import click
 from ksi.console.options import DURATION, Failed, Options, command
 from ksi.console.show import show_json
 from ksi.transport.errors import Conflict, Invalid, KsiError
-from ksi.transport.limits import ASK_TIMEOUT_S, ID_PATTERN, SLOTS_MAX, WORKER_LEASE_S
+from ksi.transport.limits import ASK_TIMEOUT_S, ID_PATTERN, RATE_PATTERN, SLOTS_MAX, WORKER_LEASE_S
 
 if TYPE_CHECKING:
     from ksi.adapters.providers import Provider
@@ -25,7 +25,7 @@ PROVIDER_NAMES: Final = ("anthropic", "command", "echo", "litellm", "local", "op
 GRACE: Final = "4s"  # To finish in, under the supervisor: less than it waits before it kills.
 READY_S: Final = 30.0  # What a supervised worker gets to load its model in.
 LOOK_S: Final = 0.05
-_PER_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_PERIOD_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Rate(click.ParamType[float]):
@@ -36,10 +36,10 @@ class Rate(click.ParamType[float]):
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         if isinstance(value, float):
             return value
-        found = re.fullmatch(r"([1-9]\d{0,5})/([smh])", str(value))
-        if found is None:
+        if re.match(RATE_PATTERN, str(value)) is None:
             self.fail(f"{value!r} is no rate (5/s, 60/m, 1000/h)", param, ctx)
-        return int(found[1]) / _PER_S[found[2]]
+        calls, _, period = str(value).partition("/")
+        return int(calls) / _PERIOD_S[period]
 
 
 @command("worker")
@@ -52,7 +52,9 @@ class Rate(click.ParamType[float]):
     "--slots", type=click.IntRange(1, SLOTS_MAX), default=1, show_default=True,
     help="How many requests at a time.",
 )  # fmt: skip
-@click.option("--rate", type=Rate(), help="How often a provider is called at the most: 60/m.")
+@click.option(
+    "--rate", type=Rate(), help="How often this worker calls a provider at the most: 60/m."
+)
 @click.option("--model", help="Which model answers where a request names none.")
 @click.option("--base-url", help="Where a server listens that speaks the provider's protocol.")
 @click.option(

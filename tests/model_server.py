@@ -1,6 +1,7 @@
 """A server that speaks OpenAI's chat completions and Anthropic's messages, as tests want it to.
 
-What it does is what the last prompt says: `429`, `hang`, `cut`; else it repeats it.
+What it does is what the last prompt says: `429`, `hang`, `cut`, `slow`, `wait`, `once`; else it
+repeats it.
 """
 
 from __future__ import annotations
@@ -8,17 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+BUSY_S: Final = 0.1
 
 
 class Model(BaseHTTPRequestHandler):
-    """One request. `asked` is what bodies came, `left` how many callers went away."""
+    """One request. `asked` is what bodies came, `left` how many callers went away.
+
+    `go` lets an answer go on that waits behind its first piece.
+    `busy` counts calls that take a while, `busiest` is how many there were of them at a time.
+    """
 
     asked: ClassVar[list[dict[str, Any]]] = []
     keys: ClassVar[list[str]] = []
     left = threading.Event()
+    go = threading.Event()
+    counting = threading.Lock()
+    busy = busiest = 0
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_args: Any) -> None:
@@ -32,12 +43,18 @@ class Model(BaseHTTPRequestHandler):
         prompt = body["messages"][-1]["content"]
         if prompt.isdecimal():
             self.refuse(int(prompt), key)
+        elif prompt == "once" and self.is_first(body):
+            self.refuse(500, key)
         elif body["model"] == "missing":
             self.refuse(404, key)
         elif self.path == "/v1/chat/completions":
             self.stream(openai_events(body, prompt), prompt)
         elif self.path == "/v1/messages":
             self.stream(anthropic_events(body, prompt), prompt)
+
+    def is_first(self, body: dict[str, Any]) -> bool:
+        """Whether this is asked for the first time since something else was."""
+        return len(self.asked) < 2 or self.asked[-2]["messages"] != body["messages"]
 
     def refuse(self, status: int, key: str) -> None:
         kind = {"type": "error", "message": f"no: {status}, key {key.split()[-1]}"}
@@ -58,9 +75,22 @@ class Model(BaseHTTPRequestHandler):
         if prompt == "hang":
             self.wait_for_the_end()
             return
+        if prompt == "slow":
+            self.take_a_while()
         for event in events[: len(events) // 2] if prompt == "cut" else events:
             self.wfile.write(event.encode())
+            if prompt == "wait":
+                self.go.wait(20)
         self.close_connection = True
+
+    def take_a_while(self) -> None:
+        """Be busy, so that others would have the time to call as well."""
+        with self.counting:
+            Model.busy += 1
+            Model.busiest = max(Model.busiest, Model.busy)
+        time.sleep(BUSY_S)  # It is what is counted.
+        with self.counting:
+            Model.busy -= 1
 
     def wait_for_the_end(self) -> None:
         """Say nothing until the caller is gone."""
@@ -122,6 +152,7 @@ def serving() -> Iterator[str]:
     Model.asked.clear()
     Model.keys.clear()
     Model.left.clear()
+    Model.busiest = 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Model)
     server.daemon_threads = True
     thread = threading.Thread(target=lambda: server.serve_forever(0.02), daemon=True)

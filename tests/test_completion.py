@@ -57,6 +57,8 @@ def choose(chance: random.Random) -> Asked:
     after = chance.choice((None, "x/1/2"))
     timeout = {"run_s": chance.choice((0.2, 300.0)), "retry_s": chance.choice((0.1, 2.0))}
     kind, provider = chance.choice((None, "timeout", "authentication")), {"provider": "gpu"}
+    rest = {"retry_after_s": chance.choice((0.2, 0.5))}
+    bound = chance.choice(({}, {"limit": 1}, {"rate": "2/s"}, {"limit": 2, "rate": "3/m"}))
     usage = {"usage": {"input_tokens": 30, "output_tokens": 10, "cost_usd": 0.5}}
     budget = chance.choice(({"tokens": 200}, {"cost_usd": 9.0, "restart": True}, {}, {}, {}))
     choices: list[Asked] = [
@@ -64,6 +66,7 @@ def choose(chance: random.Random) -> Asked:
         *[Asked(agent, "completion:async", {**session, **prompt, **request})] * 24,
         *[Asked(worker, "worker:report", {**held, "result": {"response": "x"}})] * 10,
         *[Asked(worker, "worker:report", {**held, "error": "it broke", "kind": kind})] * 3,
+        Asked(worker, "worker:report", {**held, "error": "wait", "kind": kind, **rest}),
         Asked(worker, "worker:report", {**held, "error": "no", **provider, **usage}),
         Asked(worker, "worker:report", {**held, **provider, **usage}),
         Asked(worker, "worker:unfit", {**provider, "reason": "no key"}),
@@ -81,6 +84,7 @@ def choose(chance: random.Random) -> Asked:
         *[Asked(worker, "worker:leave", epoch)] * 3,
         Asked(agent, "completion:cancel", {**request, **chance.choice(({}, session))}),
         Asked(OPERATOR, "completion:limit", {"limit": chance.choice((0, 1, 2, 256))}),
+        Asked(OPERATOR, "completion:limit", {**provider, **bound}),
         Asked(agent, "completion:status", request),
         Asked(agent, "completion:session_status", session),
         Asked(agent, "completion:list", {"status": status, "limit": 2, "after": after}),
@@ -1030,3 +1034,144 @@ def test_a_budget_is_of_one_agent_or_one_session_and_set_by_an_operator(twin: Tw
         twin.ask(OPERATOR, "completion:budget", tokens=1)
     with pytest.raises(Invalid):
         twin.ask(OPERATOR, "completion:budget", tokens=1, agent_id="a", session_id="s")
+
+
+# What providers bear.
+
+W3 = Sender("w3", "worker")
+ALL = (W1, W2, W3)
+
+
+def join(twin: Twin, *workers: Sender, **more: Any) -> None:
+    for worker in workers:
+        register(twin, worker, **{"slots": 4, "capabilities": ["gpu"], "lease_s": 3600.0, **more})
+
+
+def held_by_all(twin: Twin) -> dict[str, Sender]:
+    return {each: worker for worker in ALL for each in held(twin, worker)}
+
+
+def bear(twin: Twin, provider: str = "gpu", **bound: Any) -> Any:
+    return twin.ask(OPERATOR, "completion:limit", provider=provider, **bound)
+
+
+def test_a_provider_bears_so_many_grants_at_a_time_by_all_its_workers(twin: Twin) -> None:
+    join(twin, *ALL)
+    asked = [submit(twin, f"s{n}", requires="gpu" if n % 2 else None) for n in range(12)]
+    assert len(held_by_all(twin)) == 12
+    assert bear(twin, limit=2).active == 12
+    for n in range(8):
+        submit(twin, f"t{n}", requires="gpu" if n % 2 else None)
+    for done, request_id in enumerate(asked, 1):
+        report(twin, request_id, worker=held_by_all(twin)[request_id])
+        assert len(held_by_all(twin)) == max(2, 12 - done)
+    twin.restart()
+    for _ in range(3):
+        (first, holder), *_ = held_by_all(twin).items()
+        fail(twin, first, worker=holder)
+        assert len(held_by_all(twin)) == 2
+    (provider,) = twin.read("completion:provider_status", provider="gpu").providers
+    assert (provider.limit, provider.rate) == (2, None)
+    assert bear(twin).limit is None
+    assert len(held_by_all(twin)) == 5, "the three that failed wait"
+
+
+@pytest.mark.parametrize("end", ["lapse", "leave", "again", "timeout", "cancel", "close"])
+def test_whatever_ends_a_grant_makes_room_for_one_more_of_its_provider(
+    twin: Twin, end: str
+) -> None:
+    bear(twin, limit=1)
+    epoch = register(twin, capabilities=["gpu"], slots=3)
+    first = submit(twin, run_s=5.0 if end == "timeout" else 300.0, attempts_max=1)
+    second = submit(twin, "s2")
+    assert list(held(twin)) == [first]
+    match end:
+        case "lapse":
+            twin.pass_time(LEASE_S + 1)
+        case "leave":
+            twin.ask(W1, "worker:leave", epoch=epoch)
+        case "timeout":
+            twin.pass_time(5.5)
+        case "cancel":
+            twin.ask("alice", "completion:cancel", request_id=first)
+        case "close":
+            twin.ask(SESSIONS, "completion:session_closed", session_id="s1")
+    join(twin, W1 if end == "again" else W2)
+    goes_on = first if end in ("lapse", "leave", "again") else second
+    assert list(held_by_all(twin)) == [goes_on]
+    assert bear(twin, limit=1).active == 1
+
+
+def test_in_no_period_is_a_provider_granted_more_than_its_rate_whatever_is_restarted(
+    twin: Twin,
+) -> None:
+    bear(twin, rate="5/m")
+    join(twin, *ALL, slots=64)
+    asked = [submit(twin, f"s{n}", run_s=86_000.0) for n in range(40)]
+    for step in range(400):
+        twin.pass_time(1.0)
+        if step % 37 == 0:
+            twin.restart()
+        if step == 100:
+            twin.ask(W3, "worker:leave", epoch=3)  # What it held is granted anew, and counts.
+    granted = [each for each in asked if status(twin, each).status == "active"]
+    times = sorted(status(twin, each).granted_at for each in granted)
+    assert 30 <= len(times) < 35, "five in each of seven, less what was granted twice"
+    assert all(sixth - first >= 60 for first, sixth in zip(times, times[5:], strict=False))
+
+
+def test_a_provider_that_wants_to_be_left_alone_is_by_all_its_workers(twin: Twin) -> None:
+    join(twin, W1, W2)
+    join(twin, W3, capabilities=["cpu", "gpu"])
+    first, second = submit(twin, requires="gpu"), submit(twin, "s2", requires="gpu")
+    fail(twin, first, retry_after_s=30.0, worker=held_by_all(twin)[first])
+    third, anything = submit(twin, "s3", requires="gpu"), submit(twin, "s4")
+    assert held_by_all(twin) == {second: W2, anything: W3}, "what runs goes on, and so do others"
+    twin.restart()
+    twin.pass_time(29.0)
+    assert third not in held_by_all(twin)
+    twin.pass_time(1.1)
+    assert {first, third} <= set(held_by_all(twin))
+    fail(twin, third, retry_after_s=3000.0, worker=held_by_all(twin)[third])
+    fourth = submit(twin, "s5", requires="gpu")
+    assert fourth not in held_by_all(twin)
+    bear(twin)
+    assert fourth in held_by_all(twin), "an operator knows better"
+
+
+def test_what_requires_nothing_goes_to_a_worker_whose_provider_bears_more(twin: Twin) -> None:
+    bear(twin, limit=1)
+    join(twin, W1)
+    join(twin, W2, capabilities=["cpu", "gpu"], slots=2)
+    first, second, third = (submit(twin, f"s{n}") for n in range(3))
+    assert held_by_all(twin) == {first: W1, second: W2, third: W2}
+    bear(twin, "cpu", limit=0)
+    report(twin, second, worker=W2)
+    submit(twin, "s4")
+    assert list(held_by_all(twin)) == [first, third]
+
+
+def test_there_is_a_bound_to_providers_that_have_bounds(
+    twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ksi.actors.owners.bounds.PROVIDERS_MAX", 2)
+    bear(twin, "one", limit=1)
+    bear(twin, "two", rate="1/s")
+    with pytest.raises(Quota):
+        bear(twin, "three", limit=1)
+    bear(twin, "two", limit=3)
+    register(twin, capabilities=["three"])
+    assert fail(twin, submit(twin), retry_after_s=9.0).retry_at == twin.now + 9
+    assert bear(twin, "one").limit is None
+    bear(twin, "three", limit=1)
+
+
+@pytest.mark.parametrize(
+    "bound", [{"rate": "1/s"}, {"limit": 1, "rate": "1/s"}, {"provider": "gpu", "rate": "often"},
+              {"provider": "gpu", "rate": "0/s"}, {"provider": "gpu", "limit": -1}, {}],
+)  # fmt: skip
+def test_bounds_that_say_nothing_of_use_are_refused(twin: Twin, bound: dict[str, Any]) -> None:
+    with pytest.raises(Invalid):
+        twin.ask(OPERATOR, "completion:limit", **bound)
+    with pytest.raises(Forbidden):
+        twin.ask(W1, "completion:limit", limit=3)

@@ -698,6 +698,7 @@ def test_locks_survive_a_kill_and_a_silent_holder_is_fenced_off(library: Library
 
 
 @pytest.mark.extra
+@pytest.mark.skipif(not CORPORA.is_dir(), reason="KSI_CORPORA names no logs and compositions")
 def test_real_logs_and_compositions_are_indexed_completely(tmp_path: Path) -> None:
     folder = CORPORA / "compositions"
     settings = {"compositions.folder": str(folder), "compositions.exclude": ""}

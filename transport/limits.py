@@ -63,6 +63,7 @@ DEAD_MAX: Final = 1000  # Requests that failed for good, kept with their prompts
 DEAD_BYTES_MAX: Final = 64 << 20  # ... so many bytes of them ...
 DEAD_S: Final = 30 * 86_400.0  # ... and so long: whoever comes back from a holiday finds them.
 PROVIDERS_MAX: Final = 256  # Providers whose fate is counted: a row each, for names reports give.
+RATE_PATTERN: Final = r"^[1-9]\d{0,3}/[smh]$(?!\n)"  # Each call is a row as long as its period.
 BUDGETS_MAX: Final = 10_000  # Agents and sessions that have one: a row each.
 USAGE_ROWS_MAX: Final = 20_000  # Sums of tokens, by hour, agent and model; the oldest go first.
 USAGE_S: Final = 31 * 86_400.0  # The same: bills are monthly.

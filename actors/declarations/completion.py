@@ -10,12 +10,14 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
+from ksi.actors.declarations.bounds import BoundTables
 from ksi.actors.declarations.spending import SpendingTables, Usage
 from ksi.actors.owner import Command, Event, Keyed, Query, Reply, Table
 from ksi.transport.errors import (
     Busy,
     Conflict,
     Forbidden,
+    Invalid,
     NotFound,
     NotOwner,
     Quota,
@@ -28,6 +30,7 @@ from ksi.transport.limits import (
     ATTEMPTS_MAX,
     ATTEMPTS_USUAL,
     OFFERS_MAX,
+    RATE_PATTERN,
     REQUEST_RUN_S,
     RETRY_AFTER_S_MAX,
     RETRY_S,
@@ -72,6 +75,7 @@ RunSeconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400.0)]
 RetrySeconds = Annotated[float, msgspec.Meta(ge=0.05, le=3600.0)]
 RetryAfterSeconds = Annotated[float, msgspec.Meta(ge=0, le=RETRY_AFTER_S_MAX)]
 Attempts = Annotated[int, msgspec.Meta(ge=1, le=ATTEMPTS_MAX)]
+Rate = Annotated[str, msgspec.Meta(pattern=RATE_PATTERN)]
 Cursor = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._/-]{0,300}$(?!\n)")]
 
 
@@ -211,7 +215,7 @@ class ProviderView(Reply, frozen=True, kw_only=True):
     """What one provider can do now, and how requests have fared that it was asked to answer.
 
     `retried` counts attempts that have failed and were followed by another. `unfit` says why a
-    worker that should have offered it could not.
+    worker that should have offered it could not. `limit` and `rate` bound its workers together.
     """
 
     provider: str
@@ -226,6 +230,8 @@ class ProviderView(Reply, frozen=True, kw_only=True):
     kind: str | None
     reason: str | None
     unfit: str | None
+    limit: int | None = None
+    rate: str | None = None
 
 
 class ProviderPage(Reply, frozen=True, kw_only=True):
@@ -243,10 +249,14 @@ class RetryPage(Reply, frozen=True, kw_only=True):
 
 
 class Limits(Reply, frozen=True, kw_only=True):
-    """How many grants there may be at a time, in all sessions together, and how many there are."""
+    """How many grants there may be at a time, None for any number, and how many there are: of one
+    provider, or in all sessions together.
+    """
 
-    limit: int
+    limit: int | None
     active: int
+    provider: str | None = None
+    rate: str | None = None
 
 
 @operation(
@@ -312,11 +322,23 @@ class Retry(Command[Accepted], frozen=True, kw_only=True):
     session_id: Id | None = None
 
 
-@operation("completion:limit", owner="completion", roles=OPERATOR, example={"limit": ACTIVE_USUAL})
+@operation(
+    "completion:limit",
+    owner="completion",
+    roles=OPERATOR,
+    refuses=(Invalid, Quota),
+    example={"provider": "openai", "limit": 8, "rate": "60/m"},
+)
 class SetLimit(Command[Limits], frozen=True, kw_only=True):
-    """Set how many grants there may be at a time. What runs beyond it goes on."""
+    """Set how many grants there may be at a time: of a `provider`, by all its workers, or in all.
 
-    limit: Annotated[int, msgspec.Meta(ge=0, le=ACTIVE_MAX)]
+    Of a provider also how many in a second, minute or hour (`5/s`, `60/m`, `1000/h`), counted from
+    now; what is left out has no bound. What runs beyond it goes on.
+    """
+
+    limit: Annotated[int, msgspec.Meta(ge=0, le=ACTIVE_MAX)] | None = None
+    provider: Word | None = None
+    rate: Rate | None = None
 
 
 @operation(
@@ -385,7 +407,8 @@ class GetProviderStatus(Query[ProviderPage], frozen=True, kw_only=True):
 class RegisterWorker(Command[Registered], frozen=True, kw_only=True):
     """Take part as a worker, under the name of the sender's key.
 
-    A former registration of that name ends: its grants wait again.
+    A former registration of that name ends: its grants wait again. What answers requests that
+    require nothing comes first in `capabilities`.
     """
 
     capabilities: Offers = []
@@ -432,8 +455,9 @@ class Progress(Command[None], frozen=True, kw_only=True):
 class Report(Command[RequestView], frozen=True, kw_only=True):
     """End a granted request: completed with `result`, or failed because of `error`.
 
-    A `kind` that may pass lets it be tried again, not before `retry_after_s`; without a kind it has
-    failed for good. `usage` is what it took, whatever came of it.
+    A `kind` that may pass lets it be tried again, not before `retry_after_s`, and until then its
+    provider is granted nothing; without a kind it has failed for good. `usage` is what it took,
+    whatever came of it.
     """
 
     request_id: Id
@@ -556,6 +580,7 @@ class Granted(Event, frozen=True, array_like=True, tag="granted"):
     attempt: int
     now: float
     time_s: float
+    provider: str = ANYTHING
 
 
 class Progressed(Event, frozen=True, array_like=True, tag="progress"):
@@ -761,6 +786,7 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     attempt: int
     progress: dict[str, Any] | None = None
     follows: str = ""
+    provider: str = ANYTHING
 
 
 class Provider(msgspec.Struct, frozen=True, array_like=True):
@@ -796,7 +822,7 @@ class Totals(msgspec.Struct, frozen=True, array_like=True):
     dead_bytes: int = 0
 
 
-class CompletionTables(SpendingTables):
+class CompletionTables(SpendingTables, BoundTables):
     requests: Table[Request]
     prompts: Annotated[Table[Prompt], Keyed(str, cache_rows=0)]
     outcomes: Annotated[Table[Outcome], Keyed(str, cache_rows=0)]

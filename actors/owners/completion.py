@@ -20,7 +20,7 @@ Owns the queue of every session, the grants that workers hold, and the outcomes.
 Grants are decided once a commit, in the tick that follows, over heads of queues and free workers
 only: the cost depends on neither how many requests wait nor how many sessions there are.
 
-What it costs is in `spending.py`.
+What it costs is in `spending.py`, what providers bear in `bounds.py`.
 
 Source: "KSI State Management Analysis" 4, completion service: a queue a session against forks.
 Leases with fencing tokens: Chubby's sequencers; redelivery after a lease: NATS JetStream's AckWait.
@@ -40,6 +40,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from ksi.actors.declarations import sessions
+from ksi.actors.declarations.bounds import Bound, BoundSet, Rested
 from ksi.actors.declarations.completion import (
     ANYTHING,
     FINAL,
@@ -135,11 +136,12 @@ from ksi.actors.owner import (
     Table,
     Tick,
 )
-from ksi.actors.owners import spending
+from ksi.actors.owners import bounds, spending
 from ksi.transport.errors import (
     Busy,
     Conflict,
     Forbidden,
+    Invalid,
     KsiError,
     NotFound,
     NotOwner,
@@ -211,6 +213,8 @@ class Completion(Owner[CompletionTables]):
         | Taken
         | BudgetSet
         | UsageForgotten
+        | BoundSet
+        | Rested
     )
 
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
@@ -250,8 +254,7 @@ class Completion(Owner[CompletionTables]):
                 _registered(tables, sender.name, command.epoch)
                 return _left(sender.name, "it has left", tables, given, lapsed=False)
             case SetLimit():
-                reply = Limits(limit=command.limit, active=_totals(tables).active)
-                return Decision((LimitSet(command.limit),), reply, tick=True)
+                return _set_limit(command, tables)
             case ReportUnfit():
                 return _found_unfit(command, tables, given)
             case SetBudget():
@@ -316,6 +319,10 @@ class Completion(Owner[CompletionTables]):
                 spending.apply_taken(event, tables)
             case BudgetSet():
                 spending.apply_budget(event, tables)
+            case BoundSet():
+                bounds.apply_bound(event, _granted_of(event.provider, tables), tables)
+            case Rested():
+                bounds.apply_rested(event, _granted_of(event.provider, tables), tables)
             case UsageForgotten():
                 tables.usage.delete((event.hour, event.agent_id, event.model))
             case _:
@@ -612,6 +619,10 @@ def _report(command: Report, sender: Sender, tables: CompletionTables, given: Gi
         model = (prompt.model if prompt else None) or command.provider
     usage, requester = command.usage, request.requester
     taken = spending.taken(requester, request.session_id, model, usage, given.now)
+    grant = tables.grants.get((request.worker, request_id))
+    rested: tuple[Event, ...] = ()
+    if grant is not None and command.error is not None and command.retry_after_s:
+        rested = bounds.rested(grant.provider, given.time_s, command.retry_after_s, tables)
     if command.error is None:
         status: Status = "completed"
         if usage is not None:
@@ -626,7 +637,7 @@ def _report(command: Report, sender: Sender, tables: CompletionTables, given: Gi
             request_id, request, status, given, by=sender.name, reason=command.error,
             result=result, kind=command.kind or "", provider=why.provider,
         )  # fmt: skip
-    return replace(decision, events=(*taken, *decision.events))
+    return replace(decision, events=(*taken, *rested, *decision.events))
 
 
 class _Failure(NamedTuple):
@@ -768,7 +779,7 @@ def _register(
     event = WorkerRegistered(
         name,
         _totals(tables).epoch + 1,
-        sorted({*command.capabilities}),
+        list(dict.fromkeys(command.capabilities)),
         command.slots,
         command.lease_s,
         given.now,
@@ -1007,13 +1018,15 @@ def _grant(tables: CompletionTables, given: Given) -> Iterator[Granted]:
     taken: dict[str, int] = {}  # slots, by worker
     lines = {each: tables.ready.range(prefix=(each,)) for each in _in_demand(tables)}
     heads = {each: next(line) for each, line in lines.items()}
-    offers = {each: _Offer(tables, each, taken) for each in lines}
+    bearable = bounds.Room(tables, given.time_s)
+    offers = {each: _Offer(tables, each, taken, bearable) for each in lines}
     while heads and room:
         required = min(heads, key=lambda each: heads[each][0][1:])
-        worker = offers[required].take()
-        if worker is None:
+        found = offers[required].take()
+        if found is None:
             del heads[required]
             continue
+        worker, provider = found
         room -= 1
         request_id = heads[required][1].request_id
         request = _known(tables, request_id)
@@ -1025,6 +1038,7 @@ def _grant(tables: CompletionTables, given: Given) -> Iterator[Granted]:
             request.attempt + 1,
             given.now,
             given.time_s,
+            provider,
         )
         head = next(lines[required], None)
         if head is None:
@@ -1051,29 +1065,37 @@ def _in_demand(tables: CompletionTables) -> Iterator[str]:
 
 
 class _Offer:
-    """The workers that offer one thing, the least busy first."""
+    """The workers that offer one thing, the least busy first, as far as providers bear more."""
 
-    def __init__(self, tables: CompletionTables, offered: str, taken: dict[str, int]) -> None:
+    def __init__(
+        self, tables: CompletionTables, offered: str, taken: dict[str, int], bearable: bounds.Room
+    ) -> None:
         self._workers = tables.workers
+        self._offered = offered
         self._taken = taken
+        self._bearable = bearable
         rows = islice(tables.free.range(prefix=(offered,)), ACTIVE_MAX)
         free = [(used, name) for (_, used, name), _row in rows]
         self._free: list[tuple[int, str]] = free  # in order, and so a heap
 
-    def take(self) -> str | None:
-        """Take a slot of the least busy worker; None if none is left."""
+    def take(self) -> tuple[str, str] | None:
+        """Take a slot of the least busy worker: it, and what will answer; None if none is left."""
         while self._free:
             used, name = self._free[0]
             worker = self._workers.get(name)
             assert worker is not None
+            provider = self._offered
+            if provider == ANYTHING and worker.capabilities:
+                provider = worker.capabilities[0]
             now_used = worker.used + self._taken.get(name, 0)
-            if now_used >= worker.slots:
+            if now_used >= worker.slots or not self._bearable.has(provider):
                 heapq.heappop(self._free)
             elif now_used > used:
                 heapq.heapreplace(self._free, (now_used, name))
             else:
                 self._taken[name] = self._taken.get(name, 0) + 1
-                return name
+                self._bearable.take(provider)
+                return name, provider
         return None
 
 
@@ -1202,13 +1224,14 @@ def _granted(event: Granted, tables: CompletionTables) -> None:
     )
     tables.requests.put(event.request_id, active)
     lane = tables.lanes.get(event.session_id) or Lane()
-    grant = Grant(event.attempt, follows=lane.last)
+    grant = Grant(event.attempt, follows=lane.last, provider=event.provider)
     tables.grants.put((event.worker, event.request_id), grant)
     tables.timeouts.put((timeout_ms, event.request_id), b"")
     after = _leave(tables, event.request_id, request, lane)
     after = msgspec.structs.replace(after, active=event.request_id)
     _put_lane(tables, event.session_id, lane, after)
     _use_slot(tables, event.worker, 1)
+    bounds.apply_granted(event.provider, event.time_s, tables)
     _add(tables, waiting=-1, active=1)
     _ask_for(tables, event.requester, waiting=-1)
 
@@ -1308,6 +1331,9 @@ def _ended(event: Ended, tables: CompletionTables) -> None:
 def _release(event: Requeued | Deferred | Ended, tables: CompletionTables) -> Request:
     """Take the grant of an active request away, whatever becomes of it."""
     request = _known(tables, event.request_id)
+    grant = tables.grants.get((request.worker, event.request_id))
+    assert grant is not None
+    bounds.apply_released(grant.provider, tables)
     tables.grants.delete((request.worker, event.request_id))
     tables.timeouts.delete((request.timeout_ms, event.request_id))
     _use_slot(tables, request.worker, -1)
@@ -1594,11 +1620,12 @@ def _provider_status(query: GetProviderStatus, tables: CompletionTables) -> Prov
     for _, worker in tables.workers.range():
         for name in worker.capabilities:
             offered.setdefault(name, []).append(worker)
-    rows = dict(tables.providers.range())
-    names = sorted({*offered, *rows}) if query.provider is None else [query.provider]
+    rows, bound = dict(tables.providers.range()), dict(tables.bounds.range())
+    names = sorted({*offered, *rows, *bound}) if query.provider is None else [query.provider]
     found = []
     for name in names[:PAGE_REQUESTS_MAX]:
         row, workers = rows.get(name) or Provider(), offered.get(name, [])
+        bounded = bound.get(name) or Bound()
         view = ProviderView(
             provider=name,
             workers=len(workers),
@@ -1612,6 +1639,8 @@ def _provider_status(query: GetProviderStatus, tables: CompletionTables) -> Prov
             kind=row.kind or None,
             reason=row.reason or None,
             unfit=row.unfit or None,
+            limit=bounded.limit,
+            rate=bounds.rate_of(bounded),
         )
         found.append(view)
     return ProviderPage(providers=found)
@@ -1622,6 +1651,28 @@ def _found_unfit(command: ReportUnfit, tables: CompletionTables, given: Given) -
     if known is None and tables.providers.count() >= PROVIDERS_MAX:
         raise Quota(f"there are {PROVIDERS_MAX} providers", limit=PROVIDERS_MAX)
     return Decision((FoundUnfit(command.provider, command.reason, given.now),))
+
+
+def _set_limit(command: SetLimit, tables: CompletionTables) -> Decision:
+    """Bound what providers bear: one of them, or all together."""
+    if command.provider is not None:
+        provider = command.provider
+        event = bounds.set_bound(provider, command.limit, command.rate, tables)
+        active = _granted_of(provider, tables)
+        reply = Limits(limit=command.limit, active=active, provider=provider, rate=command.rate)
+        return Decision((event,), reply, tick=True)
+    if command.limit is None or command.rate is not None:
+        raise Invalid(
+            "without a provider there is a limit, and no rate",
+            hint="ksi ask completion:limit --provider openai --rate 60/m",
+        )
+    reply = Limits(limit=command.limit, active=_totals(tables).active)
+    return Decision((LimitSet(command.limit),), reply, tick=True)
+
+
+def _granted_of(provider: str, tables: CompletionTables) -> int:
+    """Return how many grants a provider has: it is counted once, when it gets a bound."""
+    return sum(grant.provider == provider for _, grant in tables.grants.range())
 
 
 def _set_budget(command: SetBudget, tables: CompletionTables, given: Given) -> Decision:

@@ -165,6 +165,7 @@ def storm(
     running = {name: WorkerProcess(system.var, name, slots=2) for name in names}
     dealt: Counter[str] = Counter()
     try:
+        until(partial(held_by, system), PATIENCE_S)  # Workers take their time to start.
         begun_s = time.monotonic()
         order = list(blows.elements())
         chance.shuffle(order)

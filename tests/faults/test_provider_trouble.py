@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import pytest
 from model_server import Model, serving
 from system import System
 from trouble import entries, kill, kill_all, until
-from workers import WorkerProcess, registered, state, working
+from workers import WorkerProcess, happened, registered, state, working
 
+from ksi.actors.declarations.completion import Granted
 from ksi.transport import Client
 from ksi.transport.errors import NotFound, TooLarge, Unanswered
 
@@ -41,7 +44,7 @@ def model(system: System) -> Iterator[str]:
     with serving() as url:
         words = ("--provider", "openai", "--base-url", f"{url}/v1", "--model", "m1")
         env = {"OPENAI_API_KEY": SECRET}
-        with working(system, "asking", slots=4, provider=words, env=env):
+        with working(system, "asking", slots=4, lease="15s", provider=words, env=env):
             yield "openai"
 
 
@@ -77,6 +80,28 @@ def test_an_answer_is_waited_for_seen_growing_counted_and_recorded(
     until(lambda: len(entries(system, session_id)) == 2)
     said = entries(system, session_id)[1]["data"]
     assert (said["model"], said["provider"], said["usage"]) == ("m1", "openai", took)
+
+
+def test_on_a_terminal_an_answer_is_seen_growing_and_the_outcome_is_the_output(
+    system: System, session_id: str, model: str
+) -> None:
+    line = [*KSI, "--var", str(system.var), "ask", "completion:async", "--session-id", session_id]
+    ours, theirs = pty.openpty()
+    Model.go.clear()
+    with subprocess.Popen(
+        [*line, "--prompt", "wait", "--requires", model, "--wait"],
+        stdout=subprocess.PIPE, stderr=theirs,
+    ) as asking:  # fmt: skip
+        os.close(theirs)
+        shown = os.read(ours, 4096)
+        assert shown == b"you ", "before there is an answer"
+        Model.go.set()
+        while not shown.endswith(b"\n"):
+            shown += os.read(ours, 4096)
+        printed, _ = asking.communicate(timeout=20)
+    os.close(ours)
+    assert shown.decode().splitlines() == ["you said wait "]
+    assert json.loads(printed)["result"]["response"] == "you said wait "
 
 
 def test_the_conversation_goes_on_also_behind_requests_that_waited_and_over_a_restart(
@@ -159,8 +184,11 @@ def test_a_dead_letter_is_retried_by_command(
     assert "m1" in ksi("queue", "usage", "--last", "1h").stdout
 
 
-def test_a_key_is_nowhere_but_where_it_was_given(system: System, model: str) -> None:
-    assert SECRET in Model.keys[0]
+def test_a_key_is_nowhere_but_where_it_was_given(
+    system: System, alice: Client, session_id: str, model: str
+) -> None:
+    alice.complete(session_id, "hi", requires=model)
+    assert SECRET in Model.keys[-1]
     kept = [path for path in system.var.rglob("*") if path.is_file() and path.suffix != ".stat"]
     assert [path for path in kept if SECRET.encode() in path.read_bytes()] == []
 
@@ -271,6 +299,34 @@ def test_a_missing_key_is_said_by_the_worker_and_to_whoever_submits(
         alice.ask("completion:cancel", request_id=waiting)
 
 
+def test_three_workers_give_a_provider_no_more_than_it_bears_though_the_owner_is_killed(
+    system: System, alice: Client
+) -> None:
+    def bear(**bound: Any) -> None:
+        with system.client("operator", role="operator") as operator:
+            operator.ask("completion:limit", provider="shared", **bound)
+
+    bear(limit=2, rate="6/s")
+    ids = [alice.ask("session:create")["session_id"] for _ in range(13)]
+    words = ("--provider", "openai", "--offers", "shared", "--model", "m1", "--base-url")
+    with serving() as url:
+        settings = {"slots": 8, "lease": "15s", "provider": (*words, f"{url}/v1")}
+        with working(system, "a", "b", "c", **settings):
+            asked = [submit(alice, each, "slow", requires="shared") for each in ids]
+            for _ in range(2):
+                called = len(Model.asked)
+                until(lambda many=called + 3: len(Model.asked) >= many, 30.0)  # type: ignore[misc]
+                kill(system, "completion")
+            ends = [alice.outcome(each, timeout_s=60) for each in asked]
+    assert {each["status"] for each in ends} == {"completed"}
+    assert 1 <= Model.busiest <= 2
+    events = [each for each in happened(system.var) if isinstance(each, Granted)]
+    granted = [each.now for each in events if each.provider == "shared"]
+    assert len(granted) >= len(ids)
+    assert min(b - a for a, b in zip(granted, granted[6:], strict=False)) >= 1.0
+    bear()
+
+
 def test_a_rate_is_kept_and_calls_come_evenly(system: System, alice: Client) -> None:
     ids = [alice.ask("session:create")["session_id"] for _ in range(5)]
     words = ("--provider", "echo", "--offers", "slowly", "--rate", "5/s")
@@ -292,6 +348,57 @@ def test_a_requester_that_comes_back_hears_the_end_of_a_request_that_was_retried
         kill(system, "completion")
         waiting.join(20)
     assert [each["failures"] for each in found] == [2]
+
+
+@pytest.mark.parametrize("restarted", ["the requester", "completion", "sessions", "bus"])
+def test_progress_and_every_end_are_pushed_to_a_requester_whatever_was_restarted(
+    system: System, restarted: str
+) -> None:
+    def hear(news: Any, ann: Client) -> None:
+        ids = [ann.ask("session:create")["session_id"] for _ in range(3)]
+        echoed = submit(ann, ids[0], "x", requires="push", options={"delay_s": 0.1})
+        failed = submit(ann, ids[1], "x", requires="push", options={"delay_s": -1})
+        ended = submit(ann, ids[2], "x", requires="nobody")
+        ann.ask("completion:cancel", request_id=ended)
+        missing = {(echoed, "progress"), (echoed, "result")}
+        missing |= {(failed, "failed"), (ended, "cancelled")}
+        while missing:
+            missing.discard(tuple(news.next(10.0).topic.split(".")[2:]))
+
+    words = ("--provider", "echo", "--offers", "push")
+    with working(system, "pushing", slots=2, provider=words):
+        with system.client("ann") as ann, ann.subscribe("completion.ann.>") as news:
+            hear(news, ann)
+            if restarted != "the requester":
+                kill(system, restarted)
+                hear(news, ann)
+        with system.client("ann") as ann, ann.subscribe("completion.ann.>") as news:
+            hear(news, ann)
+
+
+@pytest.mark.parametrize("point", ["accepted", "granted", "under way", "to be retried", "ended"])
+def test_the_owner_killed_at_any_point_costs_neither_the_request_nor_its_only_answer(
+    system: System, alice: Client, session_id: str, model: str, point: str
+) -> None:
+    reached: dict[str, Callable[[dict[str, Any]], bool]] = {
+        "accepted": lambda _: True,
+        "granted": lambda status: status["attempt"] == 1,
+        "under way": lambda _: len(Model.asked) > begun,
+        "to be retried": lambda status: status["failures"] == 1,
+        "ended": lambda status: status["status"] == "completed",
+    }
+    begun = len(Model.asked)
+    prompt = "once" if point == "to be retried" else "slow"
+    request_id = submit(alice, session_id, prompt, requires=model, **SOON)
+    until(lambda: reached[point](alice.read("completion:status", request_id=request_id)))
+    kill(system, "completion")
+    outcome = alice.outcome(request_id, timeout_s=20)
+    assert outcome["status"] == "completed"
+    assert outcome["attempt"] == len(Model.asked) - begun == (1 + (prompt == "once"))
+    until(lambda: len(entries(system, session_id)) == 2)
+    alice.complete(session_id, "go on", requires=model)
+    said = [each["event"] for each in entries(system, session_id)]
+    assert said[:3] == ["completion:request", "completion:result", "completion:request"]
 
 
 def test_a_supervised_worker_is_started_by_command_killed_and_back_again(
@@ -321,3 +428,9 @@ def test_a_supervised_worker_is_started_by_command_killed_and_back_again(
     with system.client("operator", role="operator") as operator:
         operator.ask("agent:terminate", agent_id="worker-parrot")
     until(lambda: "worker-parrot" not in registered(alice))
+    unheard = ksi(
+        "ask", "completion:async", "--session-id", session_id, "--prompt", "x", "--requires",
+        "nobody", "--wait", "--timeout", "200ms",
+    )  # fmt: skip
+    assert unheard.returncode == 4
+    assert "start --worker 'PROVIDER --offers nobody'" in unheard.stderr
