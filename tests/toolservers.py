@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import sys
@@ -82,6 +83,7 @@ class Raw:
             words(var, *more), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._number = 0
+        self._heard = b""
         client = {"name": "raw", "version": "1"}
         self.ask("initialize", protocolVersion="2025-11-25", capabilities={}, clientInfo=client)
         self.say({"jsonrpc": "2.0", "method": "notifications/initialized"})
@@ -96,8 +98,13 @@ class Raw:
     def hear(self) -> bytes:
         """Return the next line."""
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], WAIT_S)[0], "it says nothing"
-        return self.process.stdout.readline()
+        while b"\n" not in self._heard:  # Several may come at once.
+            assert select.select([self.process.stdout], [], [], WAIT_S)[0], "it says nothing"
+            heard = os.read(self.process.stdout.fileno(), 1 << 16)
+            assert heard, "it has ended"
+            self._heard += heard
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line
 
     def ask(self, method: str, **params: Any) -> bytes:
         """Return the line that answers a request."""
