@@ -213,7 +213,7 @@ def main() -> None:
             make_compositions(folder, 20 if options.quick else COMPOSITIONS, chance)
         report = Report("the library; the other side: the same with its process stopped")
         with (
-            System(options.directory / "var", compositions__folder=str(folder)) as system,
+            System(options.directory / "var", compositions__folder=str(folder.resolve())) as system,
             system.client("operator", "operator") as client,
         ):
             wait_for(client, "composition:status", "state", "following")
