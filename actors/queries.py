@@ -33,6 +33,7 @@ from ksi.transport.errors import Invalid
 from ksi.transport.message import require_plain
 
 CONDITIONS_MAX: Final = 256  # Comparisons of one query: each is made for every record looked at.
+NAME_BYTES_MAX: Final = 128  # Of what is asked for: keys of tables hold no more beside the rest.
 ORDER_BYTES: Final = 200  # Of a text, by which it is ordered: keys of tables hold no more.
 
 MISSING: Final[Any] = type("Missing", (), {"__repr__": lambda _: "MISSING"})()
@@ -108,6 +109,7 @@ def order(text: str) -> Order:
             f"{text[:100]!r} is no order - at `$.order_by`", hint="'NAME', 'NAME asc', 'NAME desc'"
         )
     minus, name, direction = found.groups()
+    _require_name(name, "$.order_by")
     return Order(name, bool(minus) or (direction or "").lower() == "desc")
 
 
@@ -123,6 +125,13 @@ def order_text(value: Any) -> str | None:
     if kind is str:
         return _TEXT + _ordered_text(value)
     return None
+
+
+def _require_name(name: str, path: str) -> None:
+    """Refuse a name that nothing can have, and no key of a table could hold."""
+    if "\0" in name or len(name.removeprefix("properties.").encode()) > NAME_BYTES_MAX:
+        words = f"a name has {NAME_BYTES_MAX} bytes at most and no NUL, not {name[:100]!r}"
+        raise Invalid(f"{words} - at `{path}`"[:500])
 
 
 def is_same(one: Any, other: Any) -> bool:
@@ -185,6 +194,7 @@ class _Compiler:
                 tests.append(test)
                 bounds += more
                 continue
+            _require_name(name, path)
             for operator, operand in _operators(wanted):
                 tests.append(self._of(name, operator, operand, here))
                 spans = _spans(operator, operand)

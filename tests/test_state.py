@@ -538,7 +538,8 @@ def test_pages_neither_repeat_nor_leave_out_what_stays_while_others_write(twin: 
 
 
 @pytest.mark.parametrize(
-    "order_by", ["n; DROP TABLE x", "n desc, m", "", "a b", "(select 1)", "n\n", "-", "\0"]
+    "order_by",
+    ["n; DROP TABLE x", "n desc, m", "", "a b", "(select 1)", "n\n", "-", "\0", "字" * 120],
 )
 def test_an_order_that_is_none_is_refused(twin: Twin, order_by: str) -> None:
     create(twin, n=1)
@@ -586,6 +587,14 @@ def test_a_cursor_that_is_none_or_of_another_order_is_refused(twin: Twin, after:
     cursor = twin.read("state:entity:query", order_by="n", limit=1).next
     with pytest.raises(Invalid, match="of the order 'n'"):
         twin.read("state:entity:query", order_by="n desc", after=cursor)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "properties.\0", "x" * 600, "字" * 120])
+def test_a_name_nothing_can_have_is_refused_in_a_condition(twin: Twin, name: str) -> None:
+    create(twin, n=1)
+    for where in ({name: 1}, {"$not": {name: {"$gt": 1}}}, {"$and": [{"n": 1}, {name: "x"}]}):
+        with pytest.raises(Invalid, match="a name has 128 bytes at most"):
+            twin.read("state:entity:query", type="task", where=where)
 
 
 def test_names_are_of_properties_but_for_the_entitys_own(twin: Twin) -> None:

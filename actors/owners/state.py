@@ -125,6 +125,7 @@ from ksi.actors.owner import (
 )
 from ksi.actors.queries import (
     MISSING,
+    NAME_BYTES_MAX,
     Order,
     Place,
     Record,
@@ -140,7 +141,6 @@ from ksi.transport.message import encode
 
 ENTITY_BYTES_MAX: Final = 256 << 10  # Properties of one entity: some of them fit into a frame.
 PROPERTIES_MAX: Final = 256  # Of one entity: each may be a row of the index.
-NAME_BYTES_MAX: Final = 128  # Of a property: keys of the index hold no more beside the rest.
 TYPES_MAX: Final = 1000  # Types of entities: what has no type given looks through all of them.
 CASCADE_MAX: Final = 10_000  # Relationships deleted with their entity ...
 CHANGED_MAX: Final = 20_000  # ... and changes of one command: they are one record of the journal.
