@@ -14,7 +14,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,11 +78,25 @@ def create(path: Path, tables: str, *, wal: bool = True) -> None:
 def replace(new: Path, path: Path) -> None:
     """Rename a closed database to its place; what lay beside the former goes before it.
 
-    A log of the former that was found beside the new one would be played into it.
+    A log of the former that was found beside the new one would be played into it. What it alone
+    holds is moved into the former itself first, for whoever reads that until the rename.
     """
+    _empty_log(path)
     for suffix in _BESIDE:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     new.replace(path)
+
+
+def _empty_log(path: Path) -> None:
+    """Move what is in the log of a database that nobody writes any more into its own file."""
+    if not path.with_name(f"{path.name}-wal").exists():
+        return
+    with (
+        suppress(sqlite3.Error),  # A damaged one has nothing to keep.
+        closing(sqlite3.connect(path, isolation_level=None, timeout=INDEX_WAIT_S)) as database,
+    ):
+        database.execute("PRAGMA synchronous=OFF")
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # Waits for readers, each a moment.
 
 
 def remove(path: Path) -> None:
