@@ -519,8 +519,11 @@ def _has_request_id(operation: str) -> bool:
 
     Where one is required it is not the command's: it names a request for a completion.
     """
-    fields = msgspec.structs.fields(CATALOGUE[operation].message)
-    return any(each.name == "request_id" and not each.required for each in fields)
+    message = CATALOGUE[operation].message
+    # Not by `structs.fields`: that works out all types, and what comes first after a start waits.
+    defaults: tuple[Any, ...] = getattr(message, "__struct_defaults__", ())  # of the last fields
+    of_fields = dict(zip(reversed(message.__struct_fields__), reversed(defaults), strict=False))
+    return of_fields.get("request_id", msgspec.NODEFAULT) is not msgspec.NODEFAULT
 
 
 def _encoded(sends: Sequence[Send]) -> list[tuple[str, str, bytes]]:

@@ -106,10 +106,10 @@ class Host(pykka.ThreadingActor):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._drain)
         self._mailbox.wake_on_signals()
-        for (owner, number), row in self._reader.reader.read(
-            lambda tables, _meta: list(tables["ksi.outbox"].range())
-        ):
+        self._store.begin()
+        for (owner, number), row in self._store.tables["ksi.outbox"].range():
             self._push(owner, number, row.operation, row.body, again=True)
+        self._store.abort()
         self._stat.state = "running"
         self._stat.store_id = self._store.id
         self._stat.journal_seq = self._store.meta.seq

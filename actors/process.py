@@ -1,11 +1,13 @@
 """The entry of an owner process: opens its store, binds its mailbox, runs its host.
 
 The order is part of the design: the lock on the store is held before anything is opened or bound,
-and the socket is bound last, so that whoever is answered is answered by the only writer.
+and nothing is taken from the socket before the store is open, so whoever is answered is answered by
+the only writer. It is bound first: clients connect while the store is opened.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,7 @@ from ksi.actors.owners import load, load_all
 from ksi.actors.reading import Facts, reader_of
 from ksi.actors.stat import StatWriter
 from ksi.storage.journal import Batch
-from ksi.storage.store import Store, is_no_room
+from ksi.storage.store import Store, is_no_room, take_lock
 from ksi.storage.tables import TableSpec, row_decoder
 from ksi.transport.identity import Directory, KeyRing, endpoint, run_directory
 from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
@@ -63,6 +65,7 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
     stat = wait_for_room(lambda: StatWriter(run_directory(root) / f"{name}.stat"), logger)
     raise_file_limit()
     owner = load(name)
+    lock = wait_for_room(lambda: take_lock(root / "db" / name), logger)
 
     def start() -> tuple[Store, CommitLoop]:
         stat.begin_turn(time.monotonic())  # To wait for room is not to hang.
@@ -78,7 +81,6 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
             raise
         return store, loop
 
-    store, loop = wait_for_room(start, logger)
     context = zmq.Context()
     keys = KeyRing(root)
     certificate = keys.load(name)
@@ -90,6 +92,7 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
 
     tcp = Directory.read(root).owners[name].tcp
     mailbox = Mailbox(context, endpoint(root, name), certificate, keys, tcp=tcp or None)
+    store, loop = wait_for_room(start, logger)
     outbox = Outbox(store.meta.lineage, to_owner, logger)
     logger.info("open", store=store.id, journal_seq=store.meta.seq)
     end = beside(root, logger) if beside is not None else None
@@ -100,7 +103,8 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
         end()
     cuts.close()
     context.term()
-    store.close()  # Last: until then nobody else may open the store or bind the socket.
+    store.close()
+    os.close(lock)  # Last: until then nobody else may open the store or bind the socket.
     logger.info("closed", journal_seq=store.meta.seq)
 
 
@@ -121,7 +125,7 @@ def wait_for_room(start: Callable[[], T], logger: Any) -> T:
 
 
 def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, CommitLoop]:
-    """Open and recover the owner's store; return it with the commit loop over it."""
+    """Open and recover the owner's store, whose lock is held; return it with its commit loop."""
     loops: list[CommitLoop] = []
     facts = Facts(directory.parent.parent)
 
@@ -132,7 +136,7 @@ def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, 
 
     specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
     copies = root_of(directory.parent.parent).glob(f"[!.]*/{owner.name}")
-    store = Store.open(directory, specs, replay=replay, snapshots=copies)
+    store = Store.open(directory, specs, replay=replay, snapshots=copies, locked=True)
     loop = loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger, facts)
     if store.meta.extra:
         loop.cut = msgspec.msgpack.decode(store.meta.extra, type=int)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -73,7 +74,7 @@ def ratios(ours: Sequence[float], others: Sequence[float]) -> Spread:
 def percentile(values: Iterable[float], part: float) -> float:
     """Return the value that `part` of them do not exceed."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * part))]
+    return ordered[max(0, math.ceil(len(ordered) * part) - 1)]
 
 
 class Target(NamedTuple):

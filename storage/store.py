@@ -155,6 +155,7 @@ class Store:
         replay: Replay,
         snapshots: Iterable[Path] = (),
         boot_id: str | None = None,
+        locked: bool = False,
         lock_wait_s: float = LOCK_WAIT_S,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> Store:
@@ -166,6 +167,7 @@ class Store:
             replay: applies a batch to `store.tables` and returns owner time and `extra` after it.
             snapshots: directories that may hold snapshots of this store.
             boot_id: of this run of the machine; None asks the kernel.
+            locked: the caller has taken the lock, and keeps it until the store is closed.
 
         Raises:
             Conflict: another process has held the store for all of `lock_wait_s`.
@@ -173,9 +175,9 @@ class Store:
             StorageFull, OSError, UnknownOutcome: the disk did not do what recovery needs.
         """
         boot_id = boot_id or this_boot()
-        make_directory(directory)
         with ExitStack() as undo:
-            undo.callback(os.close, _take_lock(directory, lock_wait_s))
+            if not locked:
+                undo.callback(os.close, take_lock(directory, lock_wait_s))
             _sweep(directory)
             store_directory = directory / (_find_current(directory) or _create(directory))
             journal, environment = _recover(
@@ -345,6 +347,40 @@ class Store:
         return meta.seq, meta.position, meta.time_s
 
 
+def take_lock(directory: Path, wait_s: float = LOCK_WAIT_S) -> int:
+    """Return the lock of this directory, held until its descriptor is closed, by the kernel.
+
+    The directory is made if it is missing.
+
+    Raises:
+        Conflict: another process held it for all of `wait_s`.
+    """
+    make_directory(directory)
+    path = directory / "lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline_s:
+                time.sleep(_LOCK_POLL_S)  # A blocking `flock` has no deadline.
+                continue
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "another process"
+            os.close(fd)
+            raise Conflict(
+                f"the store in {directory} is held by process {holder}",
+                hint="stop it first",
+                pid=holder,
+            ) from None
+        except BaseException:
+            os.close(fd)
+            raise
+        with suppress(OSError):  # Who holds it is for messages only, and the disk may be full.
+            os.pwrite(fd, f"{os.getpid():<20}\n".encode(), 0)
+        return fd
+
+
 def copy_view(directory: Path, path: Path) -> None:
     """Copy the view of the store in use, which nobody writes now, to a new directory `path`.
 
@@ -394,9 +430,8 @@ def restore(directory: Path, snapshot: Path, *, lock_wait_s: float = LOCK_WAIT_S
         Conflict: the store is in use.
         Corrupt: the snapshot is not good; nothing was changed.
     """
-    make_directory(directory)
     with ExitStack() as undo:
-        undo.callback(os.close, _take_lock(directory, lock_wait_s))
+        undo.callback(os.close, take_lock(directory, lock_wait_s))
         former = None
         with suppress(Corrupt):  # A store that is gone or damaged is no reason to stay without.
             former = _find_current(directory)
@@ -429,7 +464,7 @@ def set_view_aside(
         Corrupt: there is nothing to build it from; nothing was changed.
     """
     with ExitStack() as undo:
-        undo.callback(os.close, _take_lock(directory, lock_wait_s))
+        undo.callback(os.close, take_lock(directory, lock_wait_s))
         store_id = read_current(directory)
         if store_id is None:
             return
@@ -724,34 +759,3 @@ def _sweep(directory: Path) -> None:
         if name.startswith("."):
             path = directory / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _take_lock(directory: Path, wait_s: float) -> int:
-    """Return the lock of this directory, held until its descriptor is closed, by the kernel.
-
-    Raises:
-        Conflict: another process held it for all of `wait_s`.
-    """
-    path = directory / "lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    deadline_s = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < deadline_s:
-                time.sleep(_LOCK_POLL_S)  # A blocking `flock` has no deadline.
-                continue
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "another process"
-            os.close(fd)
-            raise Conflict(
-                f"the store in {directory} is held by process {holder}",
-                hint="stop it first",
-                pid=holder,
-            ) from None
-        except BaseException:
-            os.close(fd)
-            raise
-        with suppress(OSError):  # Who holds it is for messages only, and the disk may be full.
-            os.pwrite(fd, f"{os.getpid():<20}\n".encode(), 0)
-        return fd

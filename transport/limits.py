@@ -104,7 +104,7 @@ FORKS_MAX: Final = 100_000  # Forks of conversations that are remembered; 100 by
 # Disk
 RECORD_BYTES_MAX: Final = 4 * BATCH_BYTES_MAX  # Of the journal: events may outgrow their commands.
 SEGMENT_BYTES: Final = 64 << 20  # A journal segment: small enough to drop, large enough to be few.
-PREWRITE_BYTES: Final = 4 << 20  # Zeros ahead of a journal's end: a quarter second at full load.
+PREWRITE_BYTES: Final = 1 << 20  # Zeros ahead of a journal's end; a start has to look at them.
 PREWRITE_FROM_BYTES: Final = 256 << 10  # Written by one process before it begins: most never do.
 SNAPSHOT_JOURNAL_BYTES: Final = 256 << 20  # At least one snapshot for this much journal.
 MAP_BYTES: Final = 64 << 30  # LMDB map: address space only, the same for every opener.
@@ -143,6 +143,7 @@ HEARTBEAT_MS: Final = 5000  # Over tcp only: a dead machine sends no FIN ...
 HEARTBEAT_MS_MAX: Final = 15_000  # ... and is given up after this.
 BACKLOG: Final = 512  # Connections waiting to be accepted: a fleet that starts at once.
 RECONNECT_MS: Final = 1  # ZeroMQ's default of 100 alone makes a restart take 142 ms.
-RECONNECT_MS_MAX: Final = 4  # What a restart costs beyond itself; 250 tries a second are cheap.
+RECONNECT_MS_MAX: Final = 2  # A restart waits for this; 500 tries a second are 2 % of a core.
+BELL_RECONNECT_MS: Final = 32  # A bell only hints: its owner starts sooner if few others try.
 TCP_RECONNECT_MS_MAX: Final = 128  # The same over a network, where they are not.
 TCP_CONNECT_MS: Final = 3000  # One attempt; the kernel would wait ever longer between its packets.

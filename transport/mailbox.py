@@ -38,6 +38,7 @@ from ksi.transport.identity import BELL_SUFFIX, Certificate, Identity, KeyRing
 from ksi.transport.limits import (
     BACKLOG,
     BATCH_BYTES_MAX,
+    BELL_RECONNECT_MS,
     BELL_S,
     CLIENT_FRAMES_MAX,
     FRAME_BYTES_MAX,
@@ -456,8 +457,7 @@ def listen(context: _Context, bell_endpoint: str) -> _Socket:
     """
     bell = context.socket(zmq.SUB)
     bell.conflate = 1
-    bell.reconnect_ivl = RECONNECT_MS
-    bell.reconnect_ivl_max = RECONNECT_MS_MAX
+    bell.reconnect_ivl = BELL_RECONNECT_MS
     bell.subscribe(b"")
     _bound(bell)
     bell.connect(bell_endpoint)

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ksi.actors import log
+from ksi.actors.memory import copy_as
 from ksi.actors.supervision import preload
 from ksi.actors.supervision.child import ChildSpec
 from ksi.transport.errors import Invalid
@@ -183,11 +184,14 @@ class ForkServer:
                 raise Invalid(f"agent {spec.name} cannot be started: {fault}"[:1000])
             return running
 
-    def keep_spare(self) -> None:
-        """Have a child wait for the next `spawn`, if there is none yet: a fork less to wait for."""
+    def keep_spare(self, like: int | None) -> None:
+        """Have a child wait for the next `spawn`, if there is none yet: a fork less to wait for.
+
+        It has copied already the pages that `like`, another child, has written to.
+        """
         if self._spare is None:
             with contextlib.suppress(OSError, EOFError):  # The server is dying: another time.
-                self._spare = self._forked()
+                self._spare = self._forked(like)
 
     def _end_spare(self) -> None:
         """Kill the spare: at the end `multiprocessing` waits for all children, and it for us."""
@@ -197,11 +201,11 @@ class ForkServer:
             self._spare.close()
             self._spare = None
 
-    def _forked(self) -> _Waiting:
+    def _forked(self, like: int | None = None) -> _Waiting:
         self.start()
         ours, theirs = _context.Pipe()
         with theirs:
-            process = _context.Process(target=_child, args=(theirs,), daemon=True)
+            process = _context.Process(target=_child, args=(theirs, like), daemon=True)
             try:
                 with self._ordered():  # It may have ended just now: then this starts another.
                     process.start()
@@ -246,11 +250,13 @@ def _fault(channel: Connection) -> str | None:
         return None
 
 
-def _child(channel: Connection) -> None:
+def _child(channel: Connection, like: int | None) -> None:
     """Run in the child: wait for what to become, and end with it."""
     preload.die_with(preload.server_pid)
     os.setsid()
     os.umask(0o077)
+    if like is not None:
+        copy_as(like)
     try:
         spec, var, environment = channel.recv()
     except (EOFError, OSError):

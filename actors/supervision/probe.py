@@ -29,24 +29,22 @@ class Probe:
 
     Args:
         stat: the child's stat file.
-        socket: where an owner listens; the file is there from the moment it does.
         connect: makes a connection to an owner; None for a follower.
     """
 
-    def __init__(self, stat: Path, socket: Path, connect: Connect | None) -> None:
+    def __init__(self, stat: Path, connect: Connect | None) -> None:
         self._stat = stat
-        self._socket = socket
         self._connect = connect
         self._sockets: tuple[zmq.Socket[bytes], zmq.Socket[bytes]] | None = None
 
     def is_ready(self, pid: int) -> bool:
         """Return whether the process `pid` is ready by now."""
-        if self._connect is None:
-            stat = read_stat(self._stat)
-            return stat is not None and stat.pid == pid and stat.state == "running"
         if self._sockets is None:
-            if not self._socket.exists():
-                return False  # a connection would begin to wait ever longer between its attempts
+            stat = read_stat(self._stat)
+            if stat is None or stat.pid != pid or stat.state != "running":
+                return False  # Nor is it disturbed by a connection before it can answer.
+            if self._connect is None:
+                return True
             self._sockets = self._connect()
         return self._answers(*self._sockets, pid)
 

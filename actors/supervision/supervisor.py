@@ -107,7 +107,8 @@ NAME: Final = "supervisor"
 AGENTS_MAX: Final = 1024  # Supervised at once: four descriptors and some memory each.
 LOOK_S: Final = 0.5  # How often children are looked at for hanging, if nothing else happens.
 READY_LOOK_S: Final = 0.002  # How often a starting child is asked whether it is ready ...
-READY_LOOK_S_MAX: Final = 0.05  # ... and how often when it takes long.
+# ... and how often when it takes long, or nobody waits for us to know: its clients need that core.
+READY_LOOK_S_MAX: Final = 0.02
 # How memory that is not what it should be ends a process.
 FAULTS: Final = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE}
 HURRY_S: Final = 0.5  # What children may still take to stop after the second signal.
@@ -392,7 +393,7 @@ class Supervisor(pykka.ThreadingActor):
             if self._checkpoints is not None:
                 self._checkpoints.turn(self._config.checkpoint, now_s)
             if all(child.state == "RUNNING" for child in self._own):
-                self._server.keep_spare()
+                self._server.keep_spare(self._newest())
         if (
             self._stopping
             and not any(child.running for child in self._all())
@@ -400,6 +401,11 @@ class Supervisor(pykka.ThreadingActor):
         ):
             self._log.info("stopped", exit_code=self._exit_code)
             self.stop()
+
+    def _newest(self) -> int | None:
+        """Return the process of its own that was started last: it has done little but start."""
+        running = [child.running for child in self._own if child.running is not None]
+        return max(running, key=lambda each: each.started_s).pid if running else None
 
     def _has_last_checkpoint(self) -> bool:
         """Whether nothing is to be done for the checkpoint of an orderly stop, or not any more."""
@@ -466,9 +472,7 @@ class Supervisor(pykka.ThreadingActor):
         else:
             connect = functools.partial(self._connect, spec.name)
             child.probe = Probe(
-                self._run / f"{spec.name}.stat",
-                self._run / spec.name,
-                connect if spec.kind == "owner" else None,
+                self._run / f"{spec.name}.stat", connect if spec.kind == "owner" else None
             )
             self._set(child, "STARTING")
 
@@ -702,8 +706,8 @@ class Supervisor(pykka.ThreadingActor):
         due_s += [child.kill_s for child in self._all() if child.kill_s is not None]
         for child in self._own:
             if child.probe is not None and child.running is not None:
-                old = now_s - child.running.started_s > 1.0
-                due_s.append(now_s + (READY_LOOK_S_MAX if old else READY_LOOK_S))
+                later = self._up or now_s - child.running.started_s > 1.0
+                due_s.append(now_s + (READY_LOOK_S_MAX if later else READY_LOOK_S))
         return max(0.0, min(due_s) - now_s)
 
     def _running_agents(self) -> list[str]:
