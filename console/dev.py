@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -54,6 +55,7 @@ def dev(options: Options, flags: tuple[str, ...]) -> None:
 
     require_here(options.var, "ksi dev")
     var = development_var(options.var)
+    _keep_compiled(var / "bytecode")
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: done.set())
@@ -152,6 +154,13 @@ def _sources(roots: list[Path]) -> Sources:
             continue
         found[path] = (stat.st_mtime_ns, stat.st_size)
     return found
+
+
+def _keep_compiled(directory: Path) -> None:
+    """Have this process and those it starts keep there what Python makes of sources: not beside
+    them, and whatever the environment says. To make it anew takes longer than all else."""
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(directory)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def _forget_compiled(path: Path) -> None:

@@ -35,7 +35,8 @@ class Dev:
         self.sources = place / "code" / "ksi"
         self.var = place / "var-dev"
         for folder in FOLDERS:
-            shutil.copytree(ROOT / folder, self.sources / folder)
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / folder, self.sources / folder, ignore=ignored)
         self.place = place
         self.edited = self.sources / "actors" / "owners" / "sessions.py"
         self.original = self.edited.read_text()
@@ -46,7 +47,12 @@ class Dev:
         usual = {name: value for name, value in os.environ.items() if not name.startswith("KSI_")}
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "ksi.console", "dev", "--json"],
-            env={**usual, "KSI_VAR": "var", "PYTHONPATH": str(self.place / "code")},
+            env={
+                **usual,
+                "KSI_VAR": "var",
+                "PYTHONPATH": str(self.place / "code"),
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
             cwd=self.place,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -177,6 +183,14 @@ def test_the_state_of_development_is_its_own(dev: Dev) -> None:
     assert (dev.var / "FORMAT").exists()
     assert not (dev.place / "var").exists()
     assert development_var(dev.place / "var") == dev.var == development_var(dev.var)
+
+
+def test_what_is_compiled_of_the_sources_is_kept_with_the_state_whatever_is_said(dev: Dev) -> None:
+    dev.said("ready")
+
+    kept = dev.var / "bytecode" / dev.sources.relative_to("/") / "actors" / "owners"
+    assert {path.name.split(".")[0] for path in kept.glob("*.pyc")} >= {"sessions", "state"}
+    assert not [*dev.sources.rglob("__pycache__")]
 
 
 def test_nothing_of_it_outlives_its_parent_however_that_ends(dev: Dev) -> None:
