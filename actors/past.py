@@ -113,8 +113,7 @@ def _replay(
     """Apply to a view that holds `base` what follows in the journal, up to then."""
     if base.seq == then or base.journal is None:
         return
-    # It replays and commits nothing, so a view alone will do for a store.
-    loop: Any = CommitLoop(owner, view, iter(()), None)  # type: ignore[arg-type]
+    loop: Any = CommitLoop(owner, view, iter(()), None)  # type: ignore[arg-type]  # commits nothing
     decode = batch_decoder(owner.events)
     for stored in journal.read(base.journal, stop):
         batch = decode(stored.payload)

@@ -19,6 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -290,6 +291,10 @@ def be_stopped(place: str, total: int, counts: Counts) -> None:
     asyncio.run(hear())
 
 
+def all_count(counts: Counts) -> bool:
+    return min(counts) >= 0
+
+
 async def times_s(client: AsyncClient, news: Any, count: int) -> list[float]:
     """Publish one by one; return how long each took from the call to its delivery."""
     taken_s = []
@@ -320,7 +325,7 @@ async def stopped_reader(options: Options, system: System, report: Report) -> No
             counts, total = RawArray("q", [-1, -1]), flood + single
             reader = _SPAWN.Process(target=be_stopped, args=(str(system.var), total, counts))
             reader.start()
-            wait_until(lambda: min(counts) >= 0, "the reader has subscribed")  # noqa: B023  # awaited here
+            wait_until(partial(all_count, counts), "the reader has subscribed")
             assert reader.pid is not None
             os.kill(reader.pid, signal.SIGSTOP)
             published = 0

@@ -48,12 +48,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 
 
 @pytest.fixture
-def alice(system: System) -> Iterator[Client]:
-    with system.client("alice") as client:
-        yield client
-
-
-@pytest.fixture
 def session(alice: Client) -> str:
     """A session of alice."""
     return str(alice.ask("session:create")["session_id"])

@@ -87,7 +87,7 @@ class ListedJournal:
             Record("alice", b"i", 2, "session:heartbeat", b"", [OwnerSeen("alice", now)], []),
         ]
         stored = StoredBatch(first_seq, 2, b"", Position(1, n), Position(1, n + 1))
-        self.batches.append(_Taken(now, self, stored, Batch(now, 0.0, 0, records)))  # type: ignore[arg-type]
+        self.batches.append(_Taken(now, self, stored, Batch(now, 0.0, 0, records)))  # type: ignore[arg-type]  # a list is its journal
 
     def take(self, known: Followed | None) -> tuple[list[_Taken], Followed, bool]:
         if known is None or known.store != self.store:
@@ -100,7 +100,7 @@ def follower(
     var: Path, *journals: ListedJournal, keep_days: int = 90_000, archive_days: int = 90_000
 ) -> EventFollower:
     made = EventFollower(var, Logger(), keep_days, archive_days)
-    made._journals = list(journals)  # type: ignore[arg-type]
+    made._journals = list(journals)  # type: ignore[arg-type]  # lists for journals
     return made
 
 
@@ -540,7 +540,7 @@ def test_of_a_long_day_only_what_may_be_late_enough_is_looked_at(tmp_path: Path)
 
 def ordered(logging: EventFollower, orders: _Orders) -> None:
     """Let a follower find orders, which are rows of its owner."""
-    logging._ordered = lambda: orders  # type: ignore[method-assign]
+    logging._ordered = lambda: orders  # type: ignore[method-assign]  # no owner runs
     logging.turn()
 
 

@@ -27,6 +27,7 @@ from ksi.console import main as console
 from ksi.console.declared import catalogue
 from ksi.transport.errors import Forbidden, UnknownOperation
 from ksi.transport.identity import KeyRing
+from ksi.transport.message import Role
 
 ERAS = ("auto", "legacy")
 
@@ -76,8 +77,9 @@ def test_the_example_of_an_operation_is_right_by_its_schema() -> None:
 
 
 def test_a_thin_catalogue_is_under_a_tenth_of_the_full_one_and_takes_any_arguments() -> None:
-    for role in ("agent", "worker", "operator"):
-        tools = tools_of(role)  # type: ignore[arg-type]
+    roles: tuple[Role, ...] = ("agent", "worker", "operator")
+    for role in roles:
+        tools = tools_of(role)
         sizes = [len(json.dumps([*each.values()])) for each in (tools.full, tools.thin)]
         assert sizes[1] < sizes[0] / 10, role
         for name, thin in tools.thin.items():

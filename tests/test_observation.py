@@ -266,7 +266,7 @@ def test_a_replay_is_oldest_first_marked_and_in_its_time(twin: Observed) -> None
         now[0] += seconds
 
     before = twin.store.rows()
-    for event in replayed(read, {"target": "target", "speed": 10.0}, lambda: now[0], wait):  # type: ignore[arg-type]
+    for event in replayed(read, {"target": "target", "speed": 10.0}, lambda: now[0], wait):
         found.append(event)
         at.append(now[0])
     assert [event["n"] for event in found] == list(range(1, 2501))

@@ -56,12 +56,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     running.end()
 
 
-@pytest.fixture
-def alice(system: System) -> Iterator[Client]:
-    with system.client("alice") as client:
-        yield client
-
-
 def process(system: System, code: str, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code, *words],

@@ -31,12 +31,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 
 
 @pytest.fixture
-def alice(system: System) -> Iterator[Client]:
-    with system.client("alice") as client:
-        yield client
-
-
-@pytest.fixture
 def session_id(alice: Client) -> str:
     return str(alice.ask("session:create")["session_id"])
 

@@ -57,12 +57,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 
 
 @pytest.fixture
-def alice(system: System) -> Iterator[Client]:
-    with system.client("alice") as client:
-        yield client
-
-
-@pytest.fixture
 def crowd(system: System) -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that push what they are told, or pop all they get."""
     processes = [

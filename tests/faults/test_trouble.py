@@ -51,12 +51,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     running.end()
 
 
-@pytest.fixture
-def alice(system: System) -> Iterator[Client]:
-    with system.client("alice") as client:
-        yield client
-
-
 def note(client: Client, session_id: str, n: int = 0, **more: Any) -> dict[str, Any]:
     return client.ask("session:append", session_id=session_id, event="n", data={"n": n}, **more)
 
