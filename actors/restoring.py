@@ -194,9 +194,8 @@ def _keep(directory: Path, keys: list[str], aside: Path) -> None:
     """Keep files aside as they are, durably: only then may anything happen to them."""
     make_directory(aside)
     for key in keys:
-        with suppress(
-            FileExistsError, FileNotFoundError
-        ):  # We did, and were cut short; no file yet.
+        # We did, and were cut short; or there is no file yet.
+        with suppress(FileExistsError, FileNotFoundError):
             os.link(directory / log_name(key), aside / log_name(key))
     sync_directory(aside)
 
