@@ -288,6 +288,31 @@ def test_an_index_that_differs_is_built_again(said: System) -> None:
     assert wrong(said) == {}
 
 
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_damaged_cache_of_the_library_is_made_again(said: System, is_stopped: bool) -> None:
+    cache = said.var / "cache" / "conversations.db"
+    with said.client("alice") as alice:
+        until(lambda: alice.read("conversation:list")["total"] == 2)
+    if is_stopped:
+        said.stop()
+    else:
+        said.kill("library", signal.SIGSTOP)
+    with open(cache, "r+b") as file:
+        file.seek(100)
+        file.write(bytes(4000))
+    try:
+        assert wrong(said)["library"].startswith("the library's conversations.db is damaged: ")
+    finally:
+        if not is_stopped:
+            said.kill("library", signal.SIGCONT)
+    assert checked(said, repair=True)["library"].state == "repaired"
+    assert wrong(said) == {}
+    if is_stopped:
+        said.start()
+    with said.client("alice") as alice:
+        until(lambda: alice.read("conversation:list")["total"] == 2)
+
+
 def wait_until_written(system: System) -> None:
     """Return when files and index have what was said."""
     until(system.file("talk").exists)
