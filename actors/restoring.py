@@ -27,7 +27,7 @@ from ksi.actors.checkpoints import RESTORING, root_of
 from ksi.actors.commit import bind, table_types
 from ksi.actors.owner import Interrupted
 from ksi.actors.owners import completion
-from ksi.actors.owners.completion import Open
+from ksi.actors.owners.requests import Open, open_in
 from ksi.actors.reading import archive_directory, log_directory
 from ksi.actors.supervision import lock
 from ksi.storage import checkpoints
@@ -263,7 +263,7 @@ def _open_in(checkpoint: Path) -> Open:
     return read_copy(
         checkpoint / owner.name,
         specs,
-        lambda tables: completion.open_in(bind(owner.tables, tables)),
+        lambda tables: open_in(bind(owner.tables, tables)),
     )
 
 

@@ -15,7 +15,7 @@ from system import System
 from trouble import entries, kill, paused, until
 from workers import WorkerProcess, happened, registered, state, working
 
-from ksi.actors.declarations.completion import WorkerRenewed
+from ksi.actors.declarations.workers import WorkerRenewed
 from ksi.transport import Client
 from ksi.transport.errors import Conflict, Forbidden, NotFound, StaleEpoch, Unavailable
 from ksi.transport.identity import KeyRing
