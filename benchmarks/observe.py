@@ -46,7 +46,7 @@ APPENDS: Final = 3_000  # a round
 RING: Final = Target("≤", 5, "ms")
 FIRST: Final = Target("≤", 200, "ms")
 HUNG: Final = Target("≤", 1.1)
-EYE: Final = {"subscription_id": "eye"}
+EYE: Final[dict[str, Any]] = {"subscription_id": "eye"}
 _SPAWN: Final = multiprocessing.get_context("spawn")
 
 

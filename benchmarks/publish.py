@@ -87,8 +87,10 @@ class Raw:
     """The other side: a PUB socket, a message a frame."""
 
     def __init__(self, path: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.PUB)
-        self._socket.sndhwm = 0  # PUB drops at the mark, and learns of room only now and then.
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUB)
+        self._socket.setsockopt(
+            zmq.SNDHWM, 0
+        )  # PUB drops at the mark, and learns of room only now and then.
         self._socket.bind(path)
 
     async def publish(self, count: int) -> None:
@@ -139,7 +141,7 @@ def hear_raw(numbers: range, place: str, total: int, counts: Counts) -> None:
     """Be SUB sockets."""
     poller, sockets = zmq.Poller(), {}
     for number in numbers:
-        socket = zmq.Context.instance().socket(zmq.SUB)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         socket.rcvhwm = 0
         socket.subscribe(TOPIC)
         socket.connect(place)
@@ -147,7 +149,7 @@ def hear_raw(numbers: range, place: str, total: int, counts: Counts) -> None:
         sockets[socket] = number
         counts[number] = 0
     while min(counts[number] for number in numbers) < total:
-        for socket, _event in poller.poll(WAIT_S * 1000):
+        for socket, _event in poller.poll(int(WAIT_S * 1000)):
             got = 0
             try:
                 while True:
@@ -292,7 +294,7 @@ def be_stopped(place: str, total: int, counts: Counts) -> None:
 
 
 def all_count(counts: Counts) -> bool:
-    return min(counts) >= 0
+    return bool(min(counts) >= 0)
 
 
 async def times_s(client: AsyncClient, news: Any, count: int) -> list[float]:

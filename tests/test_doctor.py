@@ -194,7 +194,7 @@ def test_a_damaged_row_is_found_and_its_view_built_again(stopped: System) -> Non
     environment = lmdb.open(str(view), max_dbs=32, lib_version=0, map_size=64 << 30)
     with environment.begin(write=True) as txn:
         rows = environment.open_db(b"sessions", txn=txn)
-        value = txn.get(b"plan", db=rows)
+        value = txn.get(b"plan", db=rows) or b""
         txn.put(b"plan", bytes([value[0] ^ 1]) + value[1:], db=rows)
     environment.close()
     assert "table sessions, key b'plan'" in wrong(stopped)["rows"]

@@ -29,7 +29,7 @@ PROGRAM = f"{sys.executable} {Path(__file__).parents[1] / 'printing.py'}"
 COMMAND = ("--provider", "command", "--command", PROGRAM)
 KSI = [sys.executable, "-P", "-m", "ksi.console"]
 SECRET = "sk-never-to-be-seen-4711"
-SOON = {"retry_s": 0.1}
+SOON: dict[str, Any] = {"retry_s": 0.1}
 
 
 @pytest.fixture(scope="module")

@@ -372,7 +372,7 @@ class FullDisk:
     """A system on a small disk that can be filled to the last byte, and freed."""
 
     def __init__(self, disk: Path) -> None:
-        self.system = System(disk / "var", **{"supervisor.intensity": 5})  # as it is by default
+        self.system = System(disk / "var", (), **{"supervisor.intensity": 5})  # as it is by default
         self._ballast = disk / "ballast"
         self.system.client("reader").close()  # It is enrolled now: that needs room, too.
 
