@@ -269,7 +269,8 @@ def _release(command: ReleaseLock, sender: Sender, tables: LockTables, given: Gi
     if held is None:
         if command.epoch is not None:
             raise StaleEpoch(f"request {request_id} of {agent_id} has no lock any more")
-        raise NotFound(f"request {request_id} of {agent_id} holds no lock and waits for none")
+        text = f"request {request_id} of {agent_id} holds no lock and waits for none"
+        raise NotFound(text, hint="ksi read conversation:locks")
     conversation_id = held.conversation_id
     if held.ticket:
         left = LockLeft(conversation_id, agent_id, request_id, held.ticket)
@@ -372,7 +373,8 @@ def _require_holder(
 ) -> Lock:
     lock = tables.locks.get(conversation_id)
     if lock is None:
-        raise NotFound(f"conversation {conversation_id} is not locked")
+        text = f"conversation {conversation_id} is not locked"
+        raise NotFound(text, hint="ksi read conversation:locks")
     _require_epoch(conversation_id, lock, epoch)
     if (lock.holder, lock.request_id) != (sender.name, request_id):
         raise NotOwner(
