@@ -55,7 +55,7 @@ def dev(options: Options, flags: tuple[str, ...]) -> None:
 
     require_here(options.var, "ksi dev")
     var = development_var(options.var)
-    _keep_compiled(var / "bytecode")
+    _keep_compiled(var)
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: done.set())
@@ -156,9 +156,14 @@ def _sources(roots: list[Path]) -> Sources:
     return found
 
 
-def _keep_compiled(directory: Path) -> None:
-    """Have this process and those it starts keep there what Python makes of sources: not beside
-    them, and whatever the environment says. To make it anew takes longer than all else."""
+def _keep_compiled(var: Path) -> None:
+    """Have this process and those it starts keep below `var` what Python makes of sources, whatever
+    the environment says. To make it anew takes longer than all else between an edit and an answer.
+    """
+    directory = var / "cache" / "bytecode"
+    with suppress(OSError):  # Whoever starts the system finds out, and says it better.
+        for each in (var, directory.parent, directory):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(directory)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

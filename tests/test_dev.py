@@ -192,7 +192,7 @@ def test_the_state_of_development_is_its_own(dev: Dev) -> None:
 def test_what_is_compiled_of_the_sources_is_kept_with_the_state_whatever_is_said(dev: Dev) -> None:
     dev.said("ready")
 
-    kept = dev.var / "bytecode" / dev.sources.relative_to("/") / "actors" / "owners"
+    kept = dev.var / "cache" / "bytecode" / dev.sources.relative_to("/") / "actors" / "owners"
     assert {path.name.split(".")[0] for path in kept.glob("*.pyc")} >= {"sessions", "state"}
     assert not [*dev.sources.rglob("__pycache__")]
 
