@@ -16,13 +16,14 @@ ones and journal segments that nobody needs any more may go.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -67,6 +68,9 @@ T = TypeVar("T")
 DELIVER_S: Final = 5.0  # An owner that has not made its cut by then fails the checkpoint ...
 COPY_S_MAX: Final = 600.0  # ... and this long it may copy behind it: gigabytes.
 LOOK_S: Final = 0.002  # How often is looked for copies.
+NICE: Final = 10  # Whoever is asked meanwhile goes first.
+TURN_S_MAX: Final = 1.0  # How long an owner lets others copy before it does ...
+TURN_LOOK_S: Final = 0.005  # ... and how often it looks.
 PAGE_LOGS: Final = 1000  # Session files looked up at once.
 READ_BYTES: Final = 1 << 20  # Of a session file at once.
 RESTORING: Final = "RESTORING"  # Stands in `db` from the first step of a restore to its last.
@@ -103,13 +107,17 @@ class Cuts:
 
         def copy() -> None:
             temporary = place / f".{self._owner}"
+            os.nice(NICE)  # This thread alone: nice(2).
             try:
-                frozen.copy(temporary)
+                with _turn(place):
+                    frozen.copy(temporary)
                 os.rename(temporary, place / self._owner)
             except (OSError, lmdb.Error) as error:
                 self._log.warning("a checkpoint failed", number=number, error=str(error))
                 with suppress(OSError):
                     (place / (self._owner + FAILED)).write_text(str(error))
+            finally:
+                frozen.release()  # Again, or because it did not come to that.
 
         thread = threading.Thread(target=copy, name=f"checkpoint-{number}", daemon=True)
         self._copying.append(thread)
@@ -120,6 +128,23 @@ class Cuts:
         """Wait for what is being copied: its store must not be closed before."""
         for thread in self._copying:
             thread.join()
+
+
+@contextmanager
+def _turn(place: Path) -> Iterator[None]:
+    """Let other owners copy first, one at a time: all at once they take disk and cores from whoever
+    is asked meanwhile. For a while only: no owner depends on another."""
+    held = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        until_s = time.monotonic() + TURN_S_MAX
+        while time.monotonic() < until_s:
+            with suppress(BlockingIOError):
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(TURN_LOOK_S)  # `flock` has no deadline.
+        yield
+    finally:
+        os.close(held)
 
 
 def run_checkpoint(var: str, checkpoint_id: str, reason: str, keep: str, former_s: str) -> None:
@@ -135,6 +160,8 @@ def run_checkpoint(var: str, checkpoint_id: str, reason: str, keep: str, former_
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     root = Path(var)
     logger = log.configure(root, "checkpoint")
+    if reason != "stop":
+        os.nice(NICE)
     begun_s = time.monotonic()
     try:
         made = make(root, checkpoint_id, reason)

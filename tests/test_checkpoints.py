@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +20,7 @@ from system import System
 from trouble import until
 
 from ksi.actors import checkpoints as actors_checkpoints
-from ksi.actors.checkpoints import root_of
+from ksi.actors.checkpoints import Cuts, root_of
 from ksi.actors.config import CheckpointSection
 from ksi.actors.supervision import checkpointing
 from ksi.actors.supervision.checkpointing import Checkpoints
@@ -193,6 +198,40 @@ def test_a_last_one_that_hangs_is_ended(
     monkeypatch.setattr(checkpointing, "LAST_S_MAX", -1.0)
     assert not making.is_last_taken(CheckpointSection())
     assert spawned.signals == [signal.SIGKILL]
+
+
+def test_one_owner_copies_at_a_time_and_none_waits_for_another_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, released = checkpoints.making(tmp_path / "checkpoints", 1), []
+    place.mkdir(parents=True)
+    frozen = SimpleNamespace(copy=Path.mkdir, release=lambda: released.append(1))
+    store: Any = SimpleNamespace(freeze=lambda: frozen)
+    cuts = Cuts("sessions", tmp_path, store, None)
+    with other_copies(place):
+        monkeypatch.setattr(actors_checkpoints, "TURN_S_MAX", 60.0)
+        assert cuts.make(1)
+        time.sleep(0.1)  # It has its chance.
+        assert not (place / "sessions").exists()
+        assert not released
+    until((place / "sessions").exists)
+    with other_copies(place):
+        monkeypatch.setattr(actors_checkpoints, "TURN_S_MAX", 0.01)
+        (place / "sessions").rmdir()
+        assert cuts.make(1)
+        until((place / "sessions").exists)
+        cuts.close()
+    assert released == [1, 1]
+
+
+@contextmanager
+def other_copies(place: Path) -> Iterator[None]:
+    held = os.open(place, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def test_segments_are_counted_and_dropped_but_for_the_last(tmp_path: Path) -> None:

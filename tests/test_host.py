@@ -89,5 +89,5 @@ def test_who_connects_while_the_store_is_opened_is_answered_once_it_is_open(tmp_
                     wire.Frame(wire.VERSION, wire.Kind.HELLO, "", 0, b"i" * 16, 0, False, [])
                 )
             )
-            assert dealer.poll(PATIENCE_S * 1000)
+            assert dealer.poll(int(PATIENCE_S * 1000))
             dealer.disable_monitor()
