@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def choose(chance: random.Random) -> Asked:
             ("observation:next", place),
             ("observation:count", place),
             ("observation:query", target),
+            ("observation:query_history", {"include_data": False}),
+            ("observation:analyze_patterns", {"analysis_type": "sequence"}),
             ("observation:replay", target),
             ("observation:analyze", {**target, "analysis_type": "errors"}),
         ]
@@ -284,6 +287,18 @@ def test_history_is_asked_without_a_subscription(twin: Observed) -> None:
     assert ([event["n"] for event in page.events], page.next) == ([2], 2)
 
 
+def test_history_is_asked_of_all_agents_and_without_what_events_hold(twin: Observed) -> None:
+    twin.happens({"data": {"a": 1}}, {"event": "agent:status", "agents": ["other"]})
+    ask = partial(twin.read, "observation:query_history")
+    assert [event["n"] for event in ask().events] == [1, 2]
+    assert [event["n"] for event in ask(event_name="agent:*").events] == [2]
+    assert [event["n"] for event in ask(target="target", events=["*:*"]).events] == [1]
+    (event,) = ask(target="target", include_data=False).events
+    assert "data" not in event
+    assert (event["n"], event["agents"]) == (1, ["target"])
+    assert ask(target="target").events == twin.read("observation:query", target="target").events
+
+
 def test_what_is_excluded_takes_no_room_in_a_page(twin: Observed) -> None:
     twin.happens(*({"event": name} for name in ("a:x", "b:x", "a:x", "b:x", "b:x", "a:x")))
     fields = {"target": "target", "exclude": ["a:*"], "limit": 2}
@@ -333,6 +348,31 @@ def test_an_analysis_counts_finds_failures_and_times_completions(twin: Observed)
     times = analysed("performance")
     assert times["ran_s"] == {"count": 2, "mean": 2.0, "p50": 3.0, "p95": 3.0, "max": 3.0}
     assert (times["waited_s"]["max"], times["open"]) == (5.0, 1)
+
+
+def test_an_analysis_finds_what_agents_do_in_a_row(twin: Observed) -> None:
+    def did(agent: str, *names: str, at: float = 0.0) -> list[dict[str, Any]]:
+        return [
+            {"agents": [agent, "target"], "event": name, "timestamp": NOON + at + n}
+            for n, name in enumerate(names)
+        ]
+
+    twin.happens(*did("a", "x:1", "x:2", "x:1", "x:2"), *did("b", "x:2", "y:3", at=4.0))
+    twin.happens(*did("a", "x:2", at=90.0))
+    fields = {"event_patterns": ["x:*"], "analysis_type": "sequence"}
+    found = twin.read("observation:analyze_patterns", **fields)
+    assert (found.target, found.events) == (None, 6)
+    assert found.found["pairs"] == [
+        {"events": ["x:1", "x:2"], "count": 2}, {"events": ["x:2", "x:1"], "count": 1},
+    ]  # fmt: skip
+    assert found.found["triples"][0] == {"events": ["x:1", "x:2", "x:1"], "count": 1}
+    of_one = {"filter": {"originator_id": "b", "since": NOON}, "analysis_type": "frequency"}
+    found = twin.read("observation:analyze_patterns", **of_one)
+    assert found.found["by_event"] == {"x:2": 1, "y:3": 1}
+    same = twin.read("observation:analyze", target="b", since=NOON)
+    assert same == found
+    with pytest.raises(Invalid):
+        twin.read("observation:analyze_patterns", analysis_type="sequence", limit=9)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ Patterns = Annotated[list[Pattern], msgspec.Meta(max_length=PATTERNS_MAX)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_EVENTS_MAX)]
 Operator = Literal["equals", "contains", "gt", "lt"]
-Analysis = Literal["frequency", "errors", "performance"]
+Analysis = Literal["frequency", "sequence", "errors", "performance"]
 Breaker = Literal["closed", "open"]
 _TIMES: Final = {"time_range.start": "since", "time_range.end": "until"}
 _FILTER: Final = {
@@ -140,7 +140,7 @@ class Replayed(Reply, frozen=True, kw_only=True):
 class Analysed(Reply, frozen=True, kw_only=True):
     """What an analysis has found in `events` events; `next`: it goes on behind that one."""
 
-    target: str
+    target: str | None
     analysis_type: Analysis
     events: int
     found: dict[str, Any]
@@ -239,19 +239,22 @@ class Count(Query[Counted], frozen=True, kw_only=True):
 
 
 @operation(
-    "observation:query",
+    "observation:query_history",
     owner="events",
     refuses=(Invalid,),
-    example={"target": "alice", "since": "1h"},
+    example={"event_name": "completion:*", "include_data": False},
 )
-class FindHistory(Query[History], frozen=True, kw_only=True):
-    """Return what an agent has done: events it has to do with, without a subscription."""
+class QueryHistory(Query[History], frozen=True, kw_only=True):
+    """Return what an agent has done, or all of them: `observation:query` as KSI's users ask it.
 
-    older: ClassVar = _TIMES
+    Without `include_data` what the events hold is left out.
+    """
+
+    older: ClassVar = {**_TIMES, "event_name": "events"}
     instead: ClassVar = _OBSERVER
 
-    target: Id
-    events: Patterns = []
+    target: Id | None = None
+    events: Patterns | Pattern = []
     exclude: Patterns = []
     since: Moment | None = None
     until: Moment | None = None
@@ -259,6 +262,21 @@ class FindHistory(Query[History], frozen=True, kw_only=True):
     offset: Number = 0
     after: Number | None = None
     reverse: bool = False
+    include_data: bool = True
+
+
+@operation(
+    "observation:query",
+    owner="events",
+    refuses=(Invalid,),
+    example={"target": "alice", "since": "1h"},
+)
+class FindHistory(QueryHistory, frozen=True, kw_only=True):
+    """Return what an agent has done: events it has to do with, without a subscription."""
+
+    older: ClassVar = _TIMES
+
+    target: Id
 
 
 @operation(
@@ -292,21 +310,40 @@ class Replay(Query[Replayed], frozen=True, kw_only=True):
 
 
 @operation(
+    "observation:analyze_patterns",
+    owner="events",
+    refuses=(Invalid,),
+    example={"event_patterns": ["completion:*"], "analysis_type": "sequence"},
+)
+class AnalysePatterns(Query[Analysed], frozen=True, kw_only=True):
+    """Say the same of certain events, of one agent or of all: what `observation:analyze` finds."""
+
+    older: ClassVar = {**_TIMES, **_FILTER}
+    instead: ClassVar = {"limit": "since and until: what is found is of all events in between"}
+
+    target: Id | None = None
+    analysis_type: Analysis = "frequency"
+    events: Patterns = []
+    since: Moment | None = None
+    until: Moment | None = None
+    after: Number | None = None
+
+
+@operation(
     "observation:analyze",
     owner="events",
     refuses=(Invalid,),
     example={"target": "alice", "analysis_type": "performance"},
 )
-class Analyse(Query[Analysed], frozen=True, kw_only=True):
-    """Say how often an agent does what, what has failed, or how long its completions take."""
+class Analyse(AnalysePatterns, frozen=True, kw_only=True):
+    """Say how often an agent does what, and what after what, what has failed, or how long its
+    completions take.
+    """
 
     older: ClassVar = _TIMES
+    instead: ClassVar = {}
 
     target: Id
-    analysis_type: Analysis = "frequency"
-    since: Moment | None = None
-    until: Moment | None = None
-    after: Number | None = None
 
 
 class ObservationSet(Event, frozen=True, array_like=True, tag="observing"):

@@ -25,6 +25,8 @@ import msgspec
 from ksi.actors.declarations.events import (
     Acknowledge,
     Acknowledged,
+    Broadcast,
+    BroadcastEvent,
     Clear,
     Cleared,
     ClearedDays,
@@ -87,6 +89,7 @@ class EventsOwner(Owner[EventTables]):
     events = (
         Acknowledged
         | ObservationAcknowledged
+        | Broadcast
         | Subscribed
         | Unsubscribed
         | DaysCleared
@@ -116,6 +119,8 @@ class EventsOwner(Owner[EventTables]):
                 return _subscribe(command, sender, tables, given)
             case Unsubscribe():
                 return _unsubscribe(command, sender, tables)
+            case BroadcastEvent():
+                return _broadcast(command, sender, given)
             case Clear():
                 return _clear(command, sender, given)
             case RestoreDays():
@@ -140,6 +145,8 @@ class EventsOwner(Owner[EventTables]):
                 tables.subscriptions.put((event.subscriber, event.name), row)
             case Unsubscribed():
                 tables.subscriptions.delete((event.subscriber, event.name))
+            case Broadcast():
+                pass  # Its place is the log.
             case DaysCleared():
                 tables.cleared.put("before", ClearedDays(event.before))
             case DaysRestored():
@@ -203,6 +210,11 @@ def _acknowledge(command: Acknowledge, sender: Sender, tables: EventTables) -> D
     if command.upto <= known.acked:
         return Decision()
     return Decision((Acknowledged(sender.name, command.name, command.upto),))
+
+
+def _broadcast(command: BroadcastEvent, sender: Sender, given: Given) -> Decision:
+    said = (command.event_name, command.event_data, command.broadcast_metadata)
+    return Decision((Broadcast(*said, sender.name, given.now),))
 
 
 def _clear(command: Clear, sender: Sender, given: Given) -> Decision:

@@ -27,15 +27,14 @@ import msgspec
 
 from ksi.actors.declarations.observation import (
     AcknowledgeObserved,
-    Analyse,
     Analysed,
+    AnalysePatterns,
     BreakerOpened,
     BreakerPassed,
     ContentMatch,
     Count,
     Counted,
     Filter,
-    FindHistory,
     FindObserved,
     History,
     ListObservations,
@@ -47,6 +46,7 @@ from ksi.actors.declarations.observation import (
     ObservationView,
     Observe,
     Observed,
+    QueryHistory,
     Replay,
     Replayed,
     Unobserve,
@@ -66,6 +66,8 @@ from ksi.transport.patterns import matcher, plain_part
 OBSERVATIONS_MAX: Final = 1000  # In all: a tick looks at each.
 LOOKS_MAX: Final = 8  # Pages of the log looked at for one answer: half a second at the worst.
 ERRORS_SHOWN_MAX: Final = 20  # Of an analysis.
+ROW_S: Final = 60.0  # What comes later is not in a row with what was before.
+ROWS_MAX: Final = 10  # The most frequent ones, of an analysis.
 LOOK: Final = 1000  # Events looked at in one page of the log.
 
 
@@ -127,11 +129,11 @@ def answer(query: Any, tables: ObservationTables) -> Reply:
             return _find(query, tables)
         case Count():
             return _count(query, tables)
-        case FindHistory():
+        case QueryHistory():
             return _history(query, tables)
         case Replay():
             return _replay(query, tables)
-        case Analyse():
+        case AnalysePatterns():
             return _analyse(query, tables)
         case ListObservations():
             views = [
@@ -420,17 +422,20 @@ def _page(query: Any, tables: ObservationTables, **more: Any) -> dict[str, Any]:
     return tables.log.find({"agent_id": query.target, **times, **more})
 
 
-def _history(query: FindHistory, tables: ObservationTables) -> History:
+def _history(query: QueryHistory, tables: ObservationTables) -> History:
     page = _page(
         query,
         tables,
-        patterns=query.events,
+        patterns=[query.events] if isinstance(query.events, str) else query.events,
         exclude=query.exclude,
         limit=query.limit,
         offset=query.offset,
         reverse=query.reverse,
     )
-    return History(events=page["events"], next=page["next"], offset=page["offset"])
+    events = page["events"]
+    if not query.include_data:
+        events = [{name: event[name] for name in event if name != "data"} for event in events]
+    return History(events=events, next=page["next"], offset=page["offset"])
 
 
 def _replay(query: Replay, tables: ObservationTables) -> Replayed:
@@ -448,21 +453,21 @@ def _replay(query: Replay, tables: ObservationTables) -> Replayed:
 _FAILED: Final = frozenset({"failed", "lost", "cancelled", "error", "timeout"})
 
 
-def _analyse(query: Analyse, tables: ObservationTables) -> Analysed:
+def _analyse(query: AnalysePatterns, tables: ObservationTables) -> Analysed:
     events: list[dict[str, Any]] = []
     after = query.after
     for _ in range(LOOKS_MAX):
-        page = _page(msgspec.structs.replace(query, after=after), tables, limit=LOOK)
+        query = msgspec.structs.replace(query, after=after)
+        page = _page(query, tables, patterns=query.events, limit=LOOK)
         events += page["events"]
         after = page["next"]
         if after is None:
             break
-    found = {"frequency": _frequency, "errors": _errors, "performance": _performance}
     return Analysed(
         target=query.target,
         analysis_type=query.analysis_type,
         events=len(events),
-        found=found[query.analysis_type](events),
+        found=_ANALYSES[query.analysis_type](events),
         next=after,
     )
 
@@ -474,6 +479,29 @@ def _frequency(events: list[dict[str, Any]]) -> dict[str, Any]:
         "by_event": dict(Counter(event["event"] for event in events).most_common()),
         "seconds": seconds,
         "per_s": len(events) / seconds if seconds else 0.0,
+    }
+
+
+def _sequence(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what agents do in a row, two and three at a time, each within a minute of the last."""
+    pairs: Counter[tuple[str, ...]] = Counter()
+    triples: Counter[tuple[str, ...]] = Counter()
+    last: dict[str, list[str]] = {}  # names, by agent
+    last_at: dict[str, float] = {}
+    for event in events:
+        for agent in event.get("agents", ())[:1]:  # who has done it
+            row = (
+                last.get(agent, []) if event["timestamp"] - last_at.get(agent, 0.0) < ROW_S else []
+            )
+            row = [*row, event["event"]][-3:]
+            if len(row) > 1:
+                pairs[row[-2], row[-1]] += 1
+            if len(row) > 2:
+                triples[tuple(row)] += 1
+            last[agent], last_at[agent] = row, event["timestamp"]
+    return {
+        name: [{"events": list(row), "count": count} for row, count in counts.most_common(ROWS_MAX)]
+        for name, counts in (("pairs", pairs), ("triples", triples))
     }
 
 
@@ -514,6 +542,11 @@ def _performance(events: list[dict[str, Any]]) -> dict[str, Any]:
                 ran.append(at - since)
             begun.pop(("completion:queued", request), None)
     return {"waited_s": _spread(waited), "ran_s": _spread(ran), "open": len(begun)}
+
+
+_ANALYSES: Final = {
+    "frequency": _frequency, "sequence": _sequence, "errors": _errors, "performance": _performance,
+}  # fmt: skip
 
 
 def _spread(seconds: list[float]) -> dict[str, Any]:
