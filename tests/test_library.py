@@ -317,6 +317,57 @@ def test_a_composition_is_found_by_path_id_or_name_and_read_from_its_file(
         library.read("composition:get", name="../secret")
 
 
+def test_what_agents_write_is_in_the_folder_and_indexed_at_once_and_no_edit_by_hand_is_lost(
+    compositions: Library,
+) -> None:
+    library = compositions
+    with library.system.client("author") as author, author.subscribe("composition.*") as news:
+        made = author.ask("composition:create", name="core/base", type="core", content="One.")
+        assert news.next(timeout_s=10).message["number"] == made["number"]
+        found = author.read("composition:get", name="core/base")
+        assert (found["content"], found["file_hash"]) == ("One.", made["file_hash"])
+        by_hand = library.write("core/base.md", "By hand.", name="base", type="core")
+        with pytest.raises(Conflict, match="somebody else has changed it"):
+            author.ask("composition:update", name="core/base", file_hash=made["file_hash"])
+        fork = {"parent": "core/base", "name": "terse", "reason": "shorter"}
+        author.ask("composition:fork", **fork, content="Two.")
+        assert news.next(timeout_s=10).message["file_path"] == "core/terse.md"
+        merge = {"source": "core/terse", "target": "core/base", "strategy": "full"}
+        until(lambda: library.read("composition:get", name="core/base")["content"] == "By hand.")
+        author.ask("composition:merge", **merge)
+        assert news.next(timeout_s=10).topic == "composition.written"
+        assert "Two." in by_hand.read_text()
+        author.ask("composition:delete", name="core/terse")
+        assert news.next(timeout_s=10).topic == "composition.deleted"
+        assert library.ids() == ["core/base"]
+        (library.folder / "away").symlink_to(library.system.var)
+        for path in ("away/x.md", "README.md"):
+            with pytest.raises(Conflict):
+                author.ask("composition:create", name=path, type="core", content="Out.")
+    assert library.read("composition:edits")["edits"] == []
+
+
+def test_edits_survive_kills_and_a_folder_that_cannot_be_written(compositions: Library) -> None:
+    """Each is carried out once, in the end, and nothing of it is left beside."""
+    library = compositions
+    with library.system.client("author") as author:
+        with paused(library.system, "library"):
+            (library.folder / "in_the_way").touch()
+        for n in range(12):
+            edit = {"composition": {"name": f"n{n}", "type": "core"}, "path": f"storm/n{n}.yaml"}
+            author.ask("composition:save", **edit, timeout_s=20.0)
+            if n % 3 == 0:
+                kill(library.system, "library")
+        until(lambda: len(library.ids(name="storm")) == 12, 20.0)
+        until(lambda: library.read("composition:edits")["edits"] == [])
+        assert sorted(path.name for path in (library.folder / "storm").iterdir()) == sorted(
+            f"n{n}.yaml" for n in range(12)
+        )
+        author.ask("composition:delete", name="storm/n3", timeout_s=20.0)
+        kill(library.system, "library")
+        until(lambda: not (library.folder / "storm/n3.yaml").exists())
+
+
 def test_a_cache_that_is_deleted_or_damaged_is_made_again(library: Library) -> None:
     library.write("kept.md", name="kept", type="core")
     library.log("kept.jsonl", human("keep this safe"))

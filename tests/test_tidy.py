@@ -49,6 +49,7 @@ MAY_IMPORT = {
         "ksi.transport.message",
     ),
     "actors/owners": (
+        "ksi.actors.composing",
         "ksi.actors.declarations",
         "ksi.actors.entities",
         "ksi.actors.owner",

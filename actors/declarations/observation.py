@@ -242,7 +242,7 @@ class Count(Query[Counted], frozen=True, kw_only=True):
     "observation:query_history",
     owner="events",
     refuses=(Invalid,),
-    example={"event_name": "completion:*", "include_data": False},
+    example={"events": "completion:*", "include_data": False},
 )
 class QueryHistory(Query[History], frozen=True, kw_only=True):
     """Return what an agent has done, or all of them: `observation:query` as KSI's users ask it.
@@ -313,7 +313,7 @@ class Replay(Query[Replayed], frozen=True, kw_only=True):
     "observation:analyze_patterns",
     owner="events",
     refuses=(Invalid,),
-    example={"event_patterns": ["completion:*"], "analysis_type": "sequence"},
+    example={"events": ["completion:*"], "analysis_type": "sequence"},
 )
 class AnalysePatterns(Query[Analysed], frozen=True, kw_only=True):
     """Say the same of certain events, of one agent or of all: what `observation:analyze` finds."""

@@ -89,19 +89,22 @@ def _list(query: ListCompositions, cache: Compositions) -> CompositionPage:
 
 
 def _get(query: GetComposition, cache: Compositions) -> CompositionView:
-    found = cache.named(query.name, query.type)
+    return msgspec.convert(one_named(query.name, query.type, cache), CompositionView)
+
+
+def one_named(name: str, kind: str | None, cache: Compositions) -> dict[str, Any]:
+    """Return the composition that a name means, or raise a refusal."""
+    found = cache.named(name, kind)
     if not found:
-        raise NotFound(
-            f"there is no composition {query.name!r}"[:300], hint="ksi compositions list"
-        )
+        raise NotFound(f"there is no composition {name!r}"[:300], hint="ksi compositions list")
     if len(found) > 1:
         paths = [each["file_path"] for each in found[:NAMED_MAX]]
         raise Conflict(
-            f"{query.name!r} may be {len(found)} compositions: {', '.join(paths)}"[:1000],
+            f"{name!r} may be {len(found)} compositions: {', '.join(paths)}"[:1000],
             hint="give the path",
             file_paths=paths,
         )
-    return msgspec.convert(found[0], CompositionView)
+    return found[0]
 
 
 def _status(cache: Compositions, ordered: int) -> CompositionStatus:
