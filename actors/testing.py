@@ -250,8 +250,9 @@ class OneComposition:
         if name != "known":
             return []
         texts = ("id", "name", "component_type", "file_hash")
-        gaps = ("version", "description", "author", "extends", "loading_strategy", "content")
+        gaps = ("version", "description", "author", "extends", "loading_strategy")
         row = {**dict.fromkeys(texts, "known"), **dict.fromkeys(gaps), "file_path": "known.md"}
+        row["content"] = "text"
         return [{**row, "tags": [], "capabilities": [], "size_bytes": 0, "modified_at": 0.0}]
 
     def source(self, path: str) -> bytes | None:

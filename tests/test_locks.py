@@ -116,6 +116,8 @@ QUERIES: list[tuple[str, dict[str, Any]]] = [
     ("composition:list", {}),
     ("composition:discover", {"include_metadata": True}),
     ("composition:get", {"name": "known"}),
+    ("composition:render", {"name": "known"}),
+    ("composition:render_component", {"name": "known", "include_metadata": True}),
     ("composition:get", {"name": "other"}),
     ("composition:problems", {}),
     ("composition:status", {}),

@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "ksi.actors.owner",
         "ksi.actors.owners",
         "ksi.actors.queries",
+        "ksi.actors.rendering",
         "ksi.transport.errors",
         "ksi.transport.limits",
         "ksi.transport.message",
