@@ -85,6 +85,8 @@ class ObservationView(Reply, frozen=True, kw_only=True):
     missed: int
     breaker: Breaker
     breaker_s: float
+    push: bool = False
+    unread: int = 0
 
 
 class Observations(Reply, frozen=True, kw_only=True):
@@ -116,6 +118,25 @@ class Counted(Reply, frozen=True, kw_only=True):
     sampled_out: int
     rate_limited: int
     window: list[float]
+
+
+class Due(Reply, frozen=True, kw_only=True):
+    """What an observer is to be told next: the events, and what becomes of all up to `upto`."""
+
+    subscription_id: str
+    after: int
+    upto: int
+    shown: int
+    sampled_out: int
+    rate_limited: int
+    window: list[float]
+    events: list[dict[str, Any]]
+
+
+class AllDue(Reply, frozen=True, kw_only=True):
+    """What is due now, of those who have waited longest, as much as is told at once."""
+
+    due: list[Due]
 
 
 class History(Reply, frozen=True, kw_only=True):
@@ -161,7 +182,9 @@ class Observe(Command[ObservationView], frozen=True, kw_only=True):
     """Observe what an agent does from now on: events it has to do with, that match.
 
     `target` may be a pattern. Who observes is the sender; no other `observer` can be named. Whoever
-    observes the same target under the same id changes how, and keeps his place.
+    observes the same target under the same id changes how, and keeps his place. With `push` what is
+    shown comes into his inbox, a message `observe:end` for each event, and he acknowledges what he
+    has read; else he asks for it: `observation:next`.
     """
 
     observer: Id | None = None
@@ -171,6 +194,7 @@ class Observe(Command[ObservationView], frozen=True, kw_only=True):
     subscription_id: Id | None = None
     after: Number | None = None
     breaker_s: Annotated[float, msgspec.Meta(ge=1.0, le=30 * 86_400.0)] = BREAKER_S
+    push: bool = False
 
 
 @operation(
@@ -236,6 +260,11 @@ class Count(Query[Counted], frozen=True, kw_only=True):
 
     subscription_id: Id
     upto: Number | None = None
+
+
+@operation("observation:due", owner="events")
+class FindDue(Query[AllDue], frozen=True, kw_only=True):
+    """Return what observers are told next whose observations come by themselves."""
 
 
 @operation(
@@ -356,6 +385,7 @@ class ObservationSet(Event, frozen=True, array_like=True, tag="observing"):
     acked: int
     now: float
     time_s: float
+    push: bool = False
 
 
 class ObservationEnded(Event, frozen=True, array_like=True, tag="observation_ended"):
@@ -372,6 +402,32 @@ class ObservationAcknowledged(Event, frozen=True, array_like=True, tag="observat
     rate_limited: int
     window: list[float]
     time_s: float
+
+
+class ObservationPushed(Event, frozen=True, array_like=True, tag="observation_pushed"):
+    subscription_id: str
+    upto: int
+    shown: int
+    sampled_out: int
+    rate_limited: int
+    window: list[float]
+    pushed: int  # number of the last event that he is told of
+    time_s: float
+
+
+class ObservationRead(Event, frozen=True, array_like=True, tag="observation_read"):
+    subscription_id: str
+    is_all: bool
+    time_s: float
+
+
+class PushRefused(Event, frozen=True, array_like=True, tag="push_refused"):
+    """A message found no room, or nobody: he has missed it, and the breaker is open."""
+
+    subscription_id: str
+    observer: str
+    target: str
+    reason: str
 
 
 class BreakerOpened(Event, frozen=True, array_like=True, tag="breaker_opened"):
@@ -406,3 +462,6 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
     missed: int = 0
     is_open: bool = False
     window: list[float] = []
+    push: bool = False
+    pushed: int = 0
+    unread: int = 0  # Of what was pushed.

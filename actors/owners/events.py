@@ -58,10 +58,14 @@ from ksi.actors.declarations.observation import (
     BreakerOpened,
     BreakerPassed,
     Count,
+    FindDue,
     ObservationAcknowledged,
     ObservationEnded,
+    ObservationPushed,
+    ObservationRead,
     ObservationSet,
     Observe,
+    PushRefused,
     Unobserve,
 )
 from ksi.actors.owner import (
@@ -73,8 +77,8 @@ from ksi.actors.owner import (
     Sender,
     Tick,
 )
-from ksi.actors.owners import observation
-from ksi.transport.errors import NotFound, Quota
+from ksi.actors.owners import observation, pushing
+from ksi.transport.errors import KsiError, NotFound, Quota
 from ksi.transport.moments import day_of, moment
 
 SUBSCRIPTIONS_MAX: Final = 1000  # In all; each is a row, and costs nothing else.
@@ -96,11 +100,14 @@ class EventsOwner(Owner[EventTables]):
         | DaysRestored
         | ObservationSet
         | ObservationEnded
+        | ObservationPushed
+        | ObservationRead
+        | PushRefused
         | BreakerOpened
         | BreakerPassed
     )
     # Whoever follows everything would follow himself.
-    routine = (Acknowledged, ObservationAcknowledged)
+    routine = (Acknowledged, ObservationAcknowledged, ObservationPushed, ObservationRead)
 
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
         match command:
@@ -108,6 +115,8 @@ class EventsOwner(Owner[EventTables]):
                 return GetNewest()
             case AcknowledgeObserved():
                 return Count(subscription_id=command.subscription_id, upto=command.upto)
+            case Tick():
+                return FindDue()
             case _:
                 return None
 
@@ -128,9 +137,16 @@ class EventsOwner(Owner[EventTables]):
             case Observe() | Unobserve() | AcknowledgeObserved():
                 return observation.decide(command, sender, tables, given)
             case Tick():
-                return observation.tick(tables, given)
+                opened = observation.tick(tables, given).events
+                told = pushing.told(opened, tables, given)
+                return Decision((*opened, *told.events), sends=told.sends)
             case _:
                 raise TypeError(command)
+
+    def answered(
+        self, command: Any, refusal: KsiError | None, tables: EventTables, given: Given
+    ) -> Decision:
+        return pushing.answered(command, refusal, tables)
 
     def apply(self, event: Any, tables: EventTables) -> None:
         match event:
@@ -161,6 +177,8 @@ class EventsOwner(Owner[EventTables]):
                 return _find(query, tables)
             case FindNext():
                 return _next(query, tables)
+            case FindDue():
+                return pushing.due(tables)
             case GetNewest():
                 return Newest(n=tables.log.newest())
             case GetStats():
