@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ksi.actors.composing import SUFFIXES, hash_of, read_metadata, split
-from ksi.actors.declarations.editing import GetSource, Source, Sources
+from ksi.actors.declarations.editing import EditSettled, GetSource, Source, Sources
 from ksi.actors.owner import Compositions, Query, Reply, Sender
 from ksi.actors.owners import editing
 from ksi.actors.owners.library import OWNER
@@ -75,7 +75,7 @@ class Editor(Twin):
                 content = None if edit.content is None else edit.content.encode()
                 shared.replace(self.folder, path, content, edit.base)
             except shared.Differs as differs:
-                done = {"state": "refused", "reason": str(differs)}
+                done: dict[str, Any] = {"state": "refused", "reason": str(differs)}
             else:
                 done = {"state": "written", "reason": None}
             self.view.doing[path] = {"number": edit.number, **done}
@@ -115,23 +115,22 @@ def choose(chance: random.Random) -> Asked:
     name = chance.choice((f"n{chance.randrange(1 << 30)}", "../x"))  # None waits for another.
     composition = {"name": name, "type": "core", "n": chance.randrange(3)}
     request = {"request_id": chance.choice((None, None, "r1"))}
-    operation, fields = chance.choice(
-        [
-            ("create", {"name": name, "type": "core", "content": "text", **request}),
-            ("create", {"prompt": "Do {{it}}."}),
-            ("create", {"name": name, "content": composition}),
-            ("save", {"composition": composition, "overwrite": chance.random() < 0.5}),
-            ("save", {"composition": {"type": "core"}, "path": name}),
-            ("update", {"name": name, "updates": {"n": chance.randrange(3), "tags": None}}),
-            ("update", {"name": name, "file_hash": "0" * 64}),
-            ("fork", {"parent": name, "name": f"{name}_of", "reason": "why"}),
-            ("merge", {"source": "fork", "target": name, "strategy": "full"}),
-            ("delete", {"name": name}),
-            ("delete_component", {"name": name}),
-            ("source", {"names": ["known"], "target": name}),
-            ("edits", {}),
-        ]
-    )
+    choices: list[tuple[str, dict[str, Any]]] = [
+        ("create", {"name": name, "type": "core", "content": "text", **request}),
+        ("create", {"prompt": "Do {{it}}."}),
+        ("create", {"name": name, "content": composition}),
+        ("save", {"composition": composition, "overwrite": chance.random() < 0.5}),
+        ("save", {"composition": {"type": "core"}, "path": name}),
+        ("update", {"name": name, "updates": {"n": chance.randrange(3), "tags": None}}),
+        ("update", {"name": name, "file_hash": "0" * 64}),
+        ("fork", {"parent": name, "name": f"{name}_of", "reason": "why"}),
+        ("merge", {"source": "fork", "target": name, "strategy": "full"}),
+        ("delete", {"name": name}),
+        ("delete_component", {"name": name}),
+        ("source", {"names": ["known"], "target": name}),
+        ("edits", {}),
+    ]
+    operation, fields = chance.choice(choices)
     given = {key: value for key, value in fields.items() if value is not None}
     return Asked(who, f"composition:{operation}", given)
 
@@ -229,7 +228,7 @@ def test_while_an_edit_is_open_the_next_one_of_its_file_waits(
     twin.ask("bob", "composition:update", name="core/base", updates={"m": 2})
     twin.settle()
     assert (twin.said(path)["n"], twin.said(path)["m"]) == (1, 2)
-    written = [each.message["number"] for each in twin.told]
+    written = [event.number for event in twin.events if isinstance(event, EditSettled)]
     assert written == [1, 2]
     monkeypatch.setattr(editing, "EDITS_MAX", 1)
     twin.ask("bob", "composition:create", name="core/one", type="core")

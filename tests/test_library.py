@@ -9,11 +9,13 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from system import System
 from trouble import kill, paused, until
 
@@ -45,7 +47,7 @@ class Library:
         self.logs = place / "logs"
         self.folder.mkdir()
         self.logs.mkdir()
-        self.system = System(place / "var", **{"compositions.folder": str(self.folder)})
+        self.system = System(place / "var", (), **{"compositions.folder": str(self.folder)})
         self.operator = self.system.client("operator", role="operator")
         self.read = self.operator.read
         self.ask = self.operator.ask
@@ -95,6 +97,9 @@ class Library:
             for line in lines:
                 file.write(line if isinstance(line, str) else json.dumps(line) + "\n")
         return path
+
+    def finds(self, query: str, times: int) -> bool:
+        return len(self.found(query)) == times
 
     def found(self, query: str, **more: Any) -> list[tuple[str, int]]:
         """Return where words were said: conversation and line."""
@@ -338,11 +343,11 @@ def test_what_agents_write_is_in_the_folder_and_indexed_at_once_and_no_edit_by_h
         with pytest.raises(Conflict, match="somebody else has changed it"):
             author.ask("composition:update", name="core/base", file_hash=made["file_hash"])
         fork = {"parent": "core/base", "name": "terse", "reason": "shorter"}
-        author.ask("composition:fork", **fork, content="Two.")
+        author.ask("composition:fork", {**fork, "content": "Two."})
         assert news.next(timeout_s=10).message["file_path"] == "core/terse.md"
         merge = {"source": "core/terse", "target": "core/base", "strategy": "full"}
         until(lambda: library.read("composition:get", name="core/base")["content"] == "By hand.")
-        author.ask("composition:merge", **merge)
+        author.ask("composition:merge", merge)
         assert news.next(timeout_s=10).topic == "composition.written"
         assert "Two." in by_hand.read_text()
         author.ask("composition:delete", name="core/terse")
@@ -456,7 +461,7 @@ def test_a_new_line_is_found_at_once(library: Library) -> None:
                 "session:append", session_id="quokkas", event="note", data={"text": f"quokka {n}"}
             )
             query = f'"quokka {n}"'
-            until(lambda query=query: len(library.found(query)) == 2)
+            until(partial(library.finds, query, 2))
         assert time.monotonic() - begun_s < TTL_S
     assert library.found("quokka", session_id="growing") == [("growing", n) for n in range(1, 7)]
     assert library.found("quokka", sender="quokka") == [("quokkas", n) for n in range(1, 6)]
@@ -735,11 +740,11 @@ def test_queries_are_answered_in_place_with_the_library_stopped(library: Library
 
 def test_locks_survive_a_kill_and_a_silent_holder_is_fenced_off(library: Library) -> None:
     """The next in the queue has a higher epoch, and what the former holder writes is refused."""
-    lock = {"conversation_id": "shared", "request_id": "r"}
+    lock: dict[str, Any] = {"conversation_id": "shared", "request_id": "r"}
     with library.system.client("silent") as silent, library.system.client("eager") as eager:
         silent.ask("session:create", session_id="shared")
         former = silent.ask("conversation:acquire_lock", ttl_s=2.0, **lock)["epoch"]
-        entry = {"session_id": "shared", "event": "note"}
+        entry: dict[str, Any] = {"session_id": "shared", "event": "note"}
         silent.ask("session:append", lock_epoch=former, **entry)
         assert eager.ask("conversation:acquire_lock", **lock)["position"] == 1
         kill(library.system, "library")
@@ -761,7 +766,7 @@ def test_locks_survive_a_kill_and_a_silent_holder_is_fenced_off(library: Library
 @pytest.mark.skipif(not CORPORA.is_dir(), reason="KSI_CORPORA names no logs and compositions")
 def test_real_logs_are_indexed_and_searched_completely(tmp_path: Path) -> None:
     logs = sorted((CORPORA / "claude-logs").glob("*.jsonl"))
-    system = System(tmp_path / "var")
+    system = System(tmp_path / "var", ())
     try:
         with system.client("operator", role="operator") as operator:
             (path,) = {each.parent for each in logs}
@@ -790,7 +795,7 @@ def test_real_compositions_are_indexed_or_reported_and_put_together(
 ) -> None:
     folder = CORPORA / "compositions"
     settings = {"compositions.folder": str(folder), "compositions.exclude": exclude}
-    system = System(tmp_path / "var", **settings)
+    system = System(tmp_path / "var", (), **settings)
     try:
         with system.client("operator", role="operator") as operator:
             until(lambda: operator.read("composition:status")["state"] == "following")

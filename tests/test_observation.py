@@ -75,7 +75,9 @@ class Observed(Twin):
         return [message["n"] for message in self.messages()]
 
     def messages(self) -> list[dict[str, Any]]:
-        sent = (CATALOGUE[operation].decode(body) for _, _, operation, body in self.sends)
+        sent: list[Any] = [
+            CATALOGUE[operation].decode(body) for _, _, operation, body in self.sends
+        ]
         return [each.message for each in sent]
 
     def counts(self) -> tuple[int, int, int, int]:
@@ -94,26 +96,25 @@ def choose(chance: random.Random) -> Asked:
     place = {"subscription_id": chance.choice(("o1", "o2", "o3"))}
     target = {"target": chance.choice(("carol", "dave"))}
     limits = {"rate_limit": {"max_events": 2}, "sampling_rate": 0.5, "exclude": ["a:*"]}
-    operation, fields = chance.choice(
-        [
-            ("observation:subscribe", {**place, **target, "after": chance.randrange(3)}),
-            ("observation:subscribe", {**place, **target, "filter": limits, "breaker_s": 60.0}),
-            ("observation:subscribe", target),
-            ("observation:unsubscribe", place),
-            ("observation:unsubscribe", target),
-            ("observation:ack", {**place, "upto": chance.randrange(9)}),
-            ("observation:subscribe", {**place, **target, "push": True}),
-            ("observation:list", target),
-            ("observation:due", {}),
-            ("observation:next", place),
-            ("observation:count", place),
-            ("observation:query", target),
-            ("observation:query_history", {"include_data": False}),
-            ("observation:analyze_patterns", {"analysis_type": "sequence"}),
-            ("observation:replay", target),
-            ("observation:analyze", {**target, "analysis_type": "errors"}),
-        ]
-    )
+    choices: list[tuple[str, dict[str, Any]]] = [
+        ("observation:subscribe", {**place, **target, "after": chance.randrange(3)}),
+        ("observation:subscribe", {**place, **target, "filter": limits, "breaker_s": 60.0}),
+        ("observation:subscribe", target),
+        ("observation:unsubscribe", place),
+        ("observation:unsubscribe", target),
+        ("observation:ack", {**place, "upto": chance.randrange(9)}),
+        ("observation:subscribe", {**place, **target, "push": True}),
+        ("observation:list", target),
+        ("observation:due", {}),
+        ("observation:next", place),
+        ("observation:count", place),
+        ("observation:query", target),
+        ("observation:query_history", {"include_data": False}),
+        ("observation:analyze_patterns", {"analysis_type": "sequence"}),
+        ("observation:replay", target),
+        ("observation:analyze", {**target, "analysis_type": "errors"}),
+    ]
+    operation, fields = chance.choice(choices)
     return Asked(who, operation, fields)
 
 
@@ -371,7 +372,7 @@ def test_a_replay_is_oldest_first_marked_and_in_its_time(twin: Observed) -> None
         now[0] += seconds
 
     before = twin.store.rows()
-    for event in replayed(read, {"target": "target", "speed": 10.0}, lambda: now[0], wait):  # type: ignore[arg-type]
+    for event in replayed(read, {"target": "target", "speed": 10.0}, lambda: now[0], wait):
         found.append(event)
         at.append(now[0])
     assert [event["n"] for event in found] == list(range(1, 2501))
@@ -509,7 +510,7 @@ def test_what_is_pushed_is_in_the_inbox_once_whatever_is_killed(system: System) 
         pushed.ask("session:create", session_id="told")
         eye.ask("agent:register")
         asked = {"target": "pushed", "events": ["session:appended"], "push": True}
-        place = {"subscription_id": eye.ask("observation:subscribe", **asked)["subscription_id"]}
+        place = {"subscription_id": eye.ask("observation:subscribe", asked)["subscription_id"]}
         got: list[int] = []
         with eye.inbox() as inbox:
             for n in range(4):

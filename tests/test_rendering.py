@@ -58,7 +58,7 @@ def test_what_is_given_is_stronger_than_a_default_and_the_outer_default_than_the
 
 def test_values_are_put_in_as_they_are_and_not_looked_at_again() -> None:
     text = "{{user.name}} {{items.1}} {{items.9}} {{none|there}} {{ n }} {{yes}} {{map}} {{x|}}."
-    values = {
+    values: dict[str, Any] = {
         "user": {"name": "{{n}}"},
         "items": ["a", "ü"],
         "n": 1.5,
