@@ -2,6 +2,7 @@
 
     extends                    its text comes before, or where `{{base_content}}` stands
     mixins, dependencies       their texts follow, each once
+    components                 texts of a profile: a `template`, or another's by `source`
     conditions                 mixins that follow where a condition holds: `level == 'high'`
     variables                  defaults; what is given is stronger, and the outer one of two
     {{name}} {{a.b.0}} {{name|default}}    places of values; one without a value stays, and is told
@@ -91,10 +92,7 @@ class _Assembly:
         self.parts.append(part.id)
         self._within.append(part.id)
         said = part.metadata
-        for name, value in _map(said.get("variables"), part, "variables").items():
-            default = value.get("default") if isinstance(value, Mapping) else value
-            if default is not None:
-                self.values.setdefault(name, default)
+        self._take_defaults(said.get("variables"), part, "variables")
         texts, metadata = [part.text.strip()], dict(said)
         parent = self._other(said.get("extends"), part)
         base = ""
@@ -105,6 +103,7 @@ class _Assembly:
             texts[0] = texts[0].replace(f"{{{{{_BASE}}}}}", base)
         else:
             texts.insert(0, base)
+        texts += [self._component(each, part) for each in _list(said, "components", part)]
         for name in self._mixed_in(part):
             other = self._other(name, part)
             if other is not None:
@@ -113,6 +112,35 @@ class _Assembly:
         text = "\n\n".join(filter(None, texts))
         _require_room(len(text))
         return text, metadata
+
+    def _take_defaults(self, said: Any, part: Part, what: str) -> None:
+        for name, value in _map(said, part, what).items():
+            default = value.get("default") if isinstance(value, Mapping) else value
+            if default is not None:
+                self.values.setdefault(name, default)
+
+    def _component(self, said: Any, part: Part) -> str:
+        """Return the text of a component of a part, if its conditions hold."""
+        if not isinstance(said, Mapping):
+            raise Conflict(f"{part.id} has a component that is no mapping")
+        if not self._applies(said, part):
+            return ""
+        self._take_defaults(said.get("vars"), part, "vars")
+        other = self._other(said.get("source") or said.get("composition"), part)
+        if other is not None:
+            return self.put_in(other)[0]
+        template = said.get("template")
+        return template.strip() if isinstance(template, str) else ""
+
+    def _applies(self, said: Mapping[str, Any], part: Part) -> bool:
+        groups = _map(said.get("conditions"), part, "conditions")
+        every, some, none = (
+            [holds(str(each), self.values) for each in _list(groups, name, part)]
+            for name in ("all_of", "any_of", "none_of")
+        )
+        if said.get("condition") is not None:
+            every.append(holds(str(said["condition"]), self.values))
+        return all(every) and (any(some) or not some) and not any(none)
 
     def _other(self, name: Any, part: Part) -> Part | None:
         """Return the composition that a part names; None if it names none, or one that is in."""

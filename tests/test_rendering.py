@@ -90,6 +90,23 @@ def test_a_name_may_depend_on_values_and_a_mixin_on_a_condition() -> None:
         rendered(parts, lang="fr")
 
 
+def test_a_profile_is_made_of_its_components_whose_conditions_hold() -> None:
+    components = [
+        {"name": "config", "inline": {"role": "x"}},
+        {"name": "prompt", "template": "Find {{it}}.\n", "vars": {"it": "all"}},
+        {"name": "other", "source": "o"},
+        {"name": "same", "composition": "o"},
+        {"name": "if", "template": "IF", "condition": "n > 1"},
+        {"name": "not", "template": "NOT", "conditions": {"none_of": ["n > 1"]}},
+        {"name": "any", "template": "ANY", "conditions": {"any_of": ["n == 1", "n == 2"]}},
+        {"name": "all", "template": "ALL", "conditions": {"all_of": ["n > 1", "n > 2"]}},
+    ]
+    parts: Parts = {"it": ("", {"components": components, "mixins": ["m"]}), "o": ("O", {})}
+    parts["m"] = ("M", {})
+    assert rendered(parts, n=2).text == "Find all.\n\nO\n\nIF\n\nANY\n\nM"
+    assert rendered(parts, n=0, it="it").text == "Find it.\n\nO\n\nNOT\n\nM"
+
+
 @pytest.mark.parametrize(
     ("condition", "is_so"),
     [
@@ -135,6 +152,7 @@ def test_a_condition_that_is_more_than_that_is_refused_and_never_carried_out(
         ({"mixins": [{"m": 1}]}, "names a composition by"),
         ({"variables": ["a"]}, "variables that are no mapping"),
         ({"conditions": ["x"]}, "a condition that is no mapping"),
+        ({"components": ["x"]}, "a component that is no mapping"),
     ],
 )
 def test_what_contains_itself_or_is_not_understood_is_refused(
