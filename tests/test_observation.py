@@ -72,6 +72,7 @@ class Observed(Twin):
     def pushed(self) -> list[int]:
         """Let a tick pass, and return what was sent by now: numbers of events."""
         self.pass_time(0.25)
+        assert not self.errors
         return [message["n"] for message in self.messages()]
 
     def messages(self) -> list[dict[str, Any]]:
