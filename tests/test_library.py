@@ -17,11 +17,16 @@ import pytest
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from system import System
+from test_events import Logger
 from trouble import kill, paused, until
 
+from ksi.actors.composing import hash_of
+from ksi.actors.declarations.editing import Edit
 from ksi.actors.followers import composed, conversed
+from ksi.actors.followers.library import CompositionsFollower
 from ksi.actors.followers.watching import TTL_S
 from ksi.console.main import main
+from ksi.storage import shared
 from ksi.storage.compositions import CompositionsReader
 from ksi.storage.conversations import ConversationsReader
 from ksi.transport import Client
@@ -377,6 +382,51 @@ def test_edits_survive_kills_and_are_each_carried_out(compositions: Library) -> 
         author.ask("composition:delete", name="storm/n3", timeout_s=20.0)
         kill(library.system, "library")
         until(lambda: not (library.folder / "storm/n3.yaml").exists())
+
+
+def test_an_edit_waits_for_room_is_written_then_and_never_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = "name: x\ntype: core\n"
+    edit = Edit(1, content, hash_of(content.encode()), None, "alice", 0.0)
+    follower: Any = CompositionsFollower(tmp_path, Logger())
+    follower._orders = Rows([("a/x.yaml", edit)])
+    follower._look = lambda *_args, **_kinds: None
+    path = tmp_path / "lib/compositions/a/x.yaml"
+
+    def full(_fd: int, _content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "write_all", full)
+        for _ in range(2):
+            follower._edit(None)
+            (told,) = follower._more()["edits"].values()
+            assert (told["state"], "No space" in told["reason"]) == ("waiting", True)
+            assert not path.exists()
+    for _ in range(2):
+        follower._edit(None)
+        assert follower._more()["edits"]["a/x.yaml"]["state"] == "written"
+    assert path.read_text() == content
+    path.unlink()
+    follower._edit(None)
+    assert not path.exists(), "who has removed it since wants it removed"
+    follower._orders = Rows([])
+    follower._edit(None)
+    assert follower._more()["edits"] == {}
+
+
+class Rows:
+    """A reader of edits, and of nothing else."""
+
+    def __init__(self, edits: list[tuple[str, Edit]]) -> None:
+        self._edits = edits
+
+    def read(self, look: Callable[[Any, None], Any]) -> Any:
+        return look({"edits": self}, None)
+
+    def range(self) -> list[tuple[str, Edit]]:
+        return self._edits
 
 
 def test_a_cache_that_is_deleted_or_damaged_is_made_again(library: Library) -> None:
