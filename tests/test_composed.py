@@ -138,7 +138,7 @@ PLAIN = st.recursive(
     st.sampled_from(["a.md", "a.yaml"]),
     st.sampled_from(["", "text", "---\nmore\n---", "\tx  \n\n y"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_is_written_says_what_was_meant_and_so_does_what_is_changed(
     one: dict[str, Any], other: dict[str, Any], path: str, text: str
 ) -> None:
