@@ -43,7 +43,7 @@ _SWEEP_ROWS: Final = 200  # Client rows looked at a tick for idle ones, likewise
 _ACTIVE_CLIENTS_MAX: Final = 4096  # Kept in memory; the others come back from their rows.
 
 
-class Record(msgspec.Struct, Generic[E], array_like=True, frozen=True):
+class Record(msgspec.Struct, Generic[E], array_like=True, frozen=True, gc=False):
     """One command as the journal holds it: whose, which, what was replied, what happened."""
 
     sender: str
