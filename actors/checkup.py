@@ -1,10 +1,10 @@
 """Whether what is on disk, and what it is on, is as it should be; and what can safely be mended.
 
 `Checkup` compares what says the same thing twice: the journal with the view, the session files with
-the journal, the index with the session files; and looks at what KSI stands on: rights, locks, the
-file system, limits. It works while the system runs, which goes on meanwhile, and with everything
-stopped. What it mends is what cannot lose anything: it is made again from what is known to be good,
-by the process that owns it.
+the journal, the index with the session files; looks into the caches, and at what KSI stands on:
+rights, locks, the file system, limits. It works while the system runs, which goes on meanwhile, and
+with everything stopped. What it mends is what cannot lose anything: it is made again from what is
+known to be good, by the process that owns it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import msgspec
 
 from ksi.actors import log
 from ksi.actors.checkpoints import root_of
+from ksi.actors.followers import composed, conversed
 from ksi.actors.followers.files import LogFollower
 from ksi.actors.followers.indexed import Verification
 from ksi.actors.owners import OWNERS
 from ksi.actors.reading import OwnerReader, archive_directory, cursor_path, log_directory, reader_of
 from ksi.actors.supervision import lock
 from ksi.actors.supervision.reports import read_children
-from ksi.storage import checkpoints
+from ksi.storage import checkpoints, sqlite
 from ksi.storage.archive import Archive
 from ksi.storage.boot import this_boot
 from ksi.storage.errors import Corrupt
@@ -48,7 +49,6 @@ from ksi.storage.examination import (
 from ksi.storage.files import log_name, log_size, read_cursor, read_log
 from ksi.storage.format import check_format
 from ksi.storage.recovery import Mark
-from ksi.storage.sqlite import is_damage
 from ksi.storage.store import set_view_aside
 from ksi.transport.errors import KsiError, NotFound, NotRunning
 from ksi.transport.identity import run_directory
@@ -65,7 +65,7 @@ COMPARED_BYTES: Final = 8 << 20  # Of the journal, compared with the session fil
 
 # LMDB's locks and shared memory need a disk of this machine.
 FOREIGN: Final = ("9p", "afs", "ceph", "cifs", "fuse", "glusterfs", "lustre", "ncpfs", "nfs", "smb")
-PRIVATE: Final = ("run", "keys", "db", "checkpoints", "logs", "state", "archive")
+PRIVATE: Final = ("run", "keys", "db", "checkpoints", "logs", "state", "archive", "cache")
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -123,6 +123,7 @@ class Checkup:
             ("session files", self._session_files, self._write_files_again),
             ("archive", self._archived, None),
             ("index", self._index, self._build_index_again),
+            ("library", self._library, self._build_library_again),
         )
         for name, look, mend in steps:
             yield self._check(name, look, mend if repair else None)
@@ -432,7 +433,7 @@ class Checkup:
             while verification.turn():
                 pass
         except sqlite3.Error as error:
-            if not is_damage(error):
+            if not sqlite.is_damage(error):
                 raise
             return "it cannot be read", [Finding(f"the index is damaged: {error}", command)]
         found = [Finding(text, command) for text in verification.found]
@@ -452,6 +453,34 @@ class Checkup:
             "the index is built again while the system runs",
             hint=f"{self._ksi} start; {self._ksi} index rebuild",
         )
+
+    def _library(self) -> Looked:
+        found, count = [], 0
+        for path, _rebuild in self._caches():
+            count += 1
+            if wrong := sqlite.damage(path, "SELECT count(*) FROM about", 1):
+                words = f"the library's {path.name} is damaged: {wrong}"
+                found.append(Finding(words, f"{self._ksi} doctor --repair"))
+        return f"{count} caches, whole", found
+
+    def _caches(self) -> Iterator[tuple[Path, str]]:
+        """Yield those that are there, and what is asked to have each made again."""
+        for path, rebuild in (
+            (composed.cache_path(self.var), "composition:rebuild_index"),
+            (conversed.cache_path(self.var), "conversation:rebuild_index"),
+        ):
+            if path.exists():
+                yield path, rebuild
+
+    def _build_library_again(self) -> None:
+        for path, rebuild in self._caches():
+            if not sqlite.damage(path, "SELECT count(*) FROM about", 1):
+                continue
+            if self.is_running:
+                assert self._ask is not None
+                self._ask(rebuild)
+            else:
+                sqlite.remove(path)  # It is made again when the system is started.
 
     def _log(self) -> Any:
         self._logger = self._logger or log.configure(self.var, "doctor")

@@ -54,7 +54,7 @@ def as_of(owner: Owner[Any], var: Path, at: int | str) -> Iterator[Answer]:
     then = at if isinstance(at, int) else moment(at, now=time.time(), what="at")
     if isinstance(then, int) and not 0 <= then <= present.seq:
         text = f"{owner.name} is at number {present.seq}: there is no number {then}"
-        raise NotFound(text, seq=present.seq)
+        raise NotFound(text, hint="ksi status", seq=present.seq)
     store = var / "db" / owner.name / present.store
     found = bases(store, root_of(var).glob(f"[!.]*/{owner.name}"))
     near = [base for base in found if _leads_to(base, then)]
@@ -80,7 +80,8 @@ def _gone(owner: str, found: Sequence[Base], then: Then) -> NotFound:
     """Return the refusal of what is not there any more."""
     kept = [base for base in found if base.journal is not None]
     if not kept:
-        return NotFound(f"of {owner} there is no copy that its journal goes on from")
+        text = f"of {owner} there is no copy that its journal goes on from"
+        return NotFound(text, hint="ksi checkpoint list")
     oldest = min(kept, key=lambda base: base.seq)
     wanted, first = (then, oldest.seq) if isinstance(then, int) else (iso(then), iso(oldest.at))
     return NotFound(
@@ -113,8 +114,7 @@ def _replay(
     """Apply to a view that holds `base` what follows in the journal, up to then."""
     if base.seq == then or base.journal is None:
         return
-    # It replays and commits nothing, so a view alone will do for a store.
-    loop: Any = CommitLoop(owner, view, iter(()), None)  # type: ignore[arg-type]
+    loop: Any = CommitLoop(owner, view, iter(()), None)  # type: ignore[arg-type]  # commits nothing
     decode = batch_decoder(owner.events)
     for stored in journal.read(base.journal, stop):
         batch = decode(stored.payload)

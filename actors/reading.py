@@ -140,13 +140,14 @@ class Facts:
         self._var = var
         self._readers: dict[str, OwnerReader] = {}
 
-    def __call__(self, query: Query[Reply]) -> Reply | KsiError | None:
+    def __call__(self, query: Query[Any]) -> Reply | KsiError | None:
         """Return the reply, or the refusal; None if that state cannot be read now."""
         asked = operation_of(query)
         if asked.owner not in self._readers:
             self._readers[asked.owner] = reader_of(asked.owner, self._var)
         try:
-            return self._readers[asked.owner].answer(query)
+            reply: Reply = self._readers[asked.owner].answer(query)
+            return reply
         except KsiError as refusal:
             return refusal if isinstance(refusal, asked.refuses) else None
 

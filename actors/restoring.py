@@ -27,7 +27,7 @@ from ksi.actors.checkpoints import RESTORING, root_of
 from ksi.actors.commit import bind, table_types
 from ksi.actors.owner import Interrupted
 from ksi.actors.owners import completion
-from ksi.actors.owners.completion import Open
+from ksi.actors.owners.requests import Open, open_in
 from ksi.actors.reading import archive_directory, log_directory
 from ksi.actors.supervision import lock
 from ksi.storage import checkpoints
@@ -194,9 +194,8 @@ def _keep(directory: Path, keys: list[str], aside: Path) -> None:
     """Keep files aside as they are, durably: only then may anything happen to them."""
     make_directory(aside)
     for key in keys:
-        with suppress(
-            FileExistsError, FileNotFoundError
-        ):  # We did, and were cut short; no file yet.
+        # We did, and were cut short; or there is no file yet.
+        with suppress(FileExistsError, FileNotFoundError):
             os.link(directory / log_name(key), aside / log_name(key))
     sync_directory(aside)
 
@@ -264,7 +263,7 @@ def _open_in(checkpoint: Path) -> Open:
     return read_copy(
         checkpoint / owner.name,
         specs,
-        lambda tables: completion.open_in(bind(owner.tables, tables)),
+        lambda tables: open_in(bind(owner.tables, tables)),
     )
 
 

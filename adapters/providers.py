@@ -23,7 +23,7 @@ from typing import Annotated, Any, Final, NamedTuple, Protocol, runtime_checkabl
 
 import msgspec
 
-from ksi.actors.declarations.completion import PASSING, Kind
+from ksi.actors.declarations.completion import PASSING, GrantView, Kind
 from ksi.actors.declarations.spending import Usage
 from ksi.transport.errors import Invalid
 from ksi.transport.limits import HISTORY_BYTES_MAX, HISTORY_TURNS_MAX
@@ -32,20 +32,7 @@ KEY_BYTES_MAX: Final = 4096  # A file that holds more is no key.
 WORDS_MAX: Final = 1000  # Characters of what a provider says of its failure.
 
 
-class Grant(msgspec.Struct, frozen=True, kw_only=True):
-    """What there is to do: answer `prompt`. `data` is what the session's entry says besides."""
-
-    request_id: str
-    attempt: int
-    session_id: str
-    requester: str
-    prompt: str
-    model: str | None
-    data: dict[str, Any]
-    options: dict[str, Any]
-    requires: str | None
-    run_s: float
-    follows: str | None = None
+Grant = GrantView  # What a provider is given to do.
 
 
 class Turn(NamedTuple):

@@ -70,7 +70,7 @@ def probe_lag(var: Path, ended: Event, found: Connection) -> None:
 
 def caught_up(client: Client) -> bool:
     status = client.read("index:status")
-    return status["state"] == "following" and status["behind_bytes"] == 0
+    return bool(status["state"] == "following" and status["behind_bytes"] == 0)
 
 
 async def measure_load(options: Options, system: System, report: Report, client: Client) -> None:

@@ -189,7 +189,7 @@ def caught_up(system: System) -> bool:
         said = sum(each["seq"] for each in client.read("session:list", limit=1000)["sessions"])
         listed = client.read("conversation:list", limit=1000, sort_by="message_count")
         rows = [each for each in listed["conversations"] if each["origin"] == "session"]
-        return sum(each["message_count"] for each in rows) == said
+        return bool(sum(each["message_count"] for each in rows) == said)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

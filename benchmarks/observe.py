@@ -17,6 +17,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, Final
 
@@ -45,7 +46,7 @@ APPENDS: Final = 3_000  # a round
 RING: Final = Target("≤", 5, "ms")
 FIRST: Final = Target("≤", 200, "ms")
 HUNG: Final = Target("≤", 1.1)
-EYE: Final = {"subscription_id": "eye"}
+EYE: Final[dict[str, Any]] = {"subscription_id": "eye"}
 _SPAWN: Final = multiprocessing.get_context("spawn")
 
 
@@ -96,7 +97,7 @@ def find(options: Options, client: Client, report: Report) -> None:
             median = spread(rounds)
             report.add(f"{what}, {way}, p50 ms", f"{median:.2f}", target=RING, value=median.median)
         taken_s = timed(
-            lambda: call("monitor:get_correlation_chain", correlation_id="the-first"),  # noqa: B023
+            partial(call, "monitor:get_correlation_chain", correlation_id="the-first"),
             max(1, times // 20),
             lambda found: [each["data"]["seq"] for each in found["events"]] == [1],
         )
@@ -125,6 +126,10 @@ def watch(place: str, seen: Any, total: int) -> None:
         eye.ask("observation:unsubscribe", **EYE)
 
 
+def has_seen(seen: Any, count: int) -> bool:
+    return bool(seen[0] == count)
+
+
 def appends(target: Client, count: int) -> list[float]:
     """Return how long each of some appends took, in seconds."""
     return timed(
@@ -147,9 +152,9 @@ def hang(options: Options, system: System, report: Report) -> None:
             seen = RawArray("q", [-1])
             observer = _SPAWN.Process(target=watch, args=(str(system.var), seen, count + 10))
             observer.start()
-            wait_until(lambda: seen[0] == 0, "the observer has begun")  # noqa: B023  at once
+            wait_until(partial(has_seen, seen, 0), "the observer has begun")
             appends(target, 10)
-            wait_until(lambda: seen[0] == 10, "the observer sees")  # noqa: B023
+            wait_until(partial(has_seen, seen, 10), "the observer sees")
             assert observer.pid is not None
             os.kill(observer.pid, signal.SIGSTOP)
             beside.append(appends(target, count))

@@ -19,6 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -86,8 +87,10 @@ class Raw:
     """The other side: a PUB socket, a message a frame."""
 
     def __init__(self, path: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.PUB)
-        self._socket.sndhwm = 0  # PUB drops at the mark, and learns of room only now and then.
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUB)
+        self._socket.setsockopt(
+            zmq.SNDHWM, 0
+        )  # PUB drops at the mark, and learns of room only now and then.
         self._socket.bind(path)
 
     async def publish(self, count: int) -> None:
@@ -138,7 +141,7 @@ def hear_raw(numbers: range, place: str, total: int, counts: Counts) -> None:
     """Be SUB sockets."""
     poller, sockets = zmq.Poller(), {}
     for number in numbers:
-        socket = zmq.Context.instance().socket(zmq.SUB)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         socket.rcvhwm = 0
         socket.subscribe(TOPIC)
         socket.connect(place)
@@ -146,7 +149,7 @@ def hear_raw(numbers: range, place: str, total: int, counts: Counts) -> None:
         sockets[socket] = number
         counts[number] = 0
     while min(counts[number] for number in numbers) < total:
-        for socket, _event in poller.poll(WAIT_S * 1000):
+        for socket, _event in poller.poll(int(WAIT_S * 1000)):
             got = 0
             try:
                 while True:
@@ -290,6 +293,10 @@ def be_stopped(place: str, total: int, counts: Counts) -> None:
     asyncio.run(hear())
 
 
+def all_count(counts: Counts) -> bool:
+    return bool(min(counts) >= 0)
+
+
 async def times_s(client: AsyncClient, news: Any, count: int) -> list[float]:
     """Publish one by one; return how long each took from the call to its delivery."""
     taken_s = []
@@ -320,7 +327,7 @@ async def stopped_reader(options: Options, system: System, report: Report) -> No
             counts, total = RawArray("q", [-1, -1]), flood + single
             reader = _SPAWN.Process(target=be_stopped, args=(str(system.var), total, counts))
             reader.start()
-            wait_until(lambda: min(counts) >= 0, "the reader has subscribed")  # noqa: B023  # awaited here
+            wait_until(partial(all_count, counts), "the reader has subscribed")
             assert reader.pid is not None
             os.kill(reader.pid, signal.SIGSTOP)
             published = 0

@@ -72,7 +72,7 @@ class Size:
     def _asked(self, client: Client) -> list[tuple[str, Callable[[], Any], Callable[[Any], bool]]]:
         """Return what is measured: its name, how it is asked, and whether a reply is right."""
         ask = client.ask
-        queue = {"namespace": "bench", "key": "q"}
+        queue: dict[str, Any] = {"namespace": "bench", "key": "q"}
 
         def query(**fields: Any) -> Any:
             return ask("state:entity:query", type="task", limit=MATCHES, **fields)

@@ -51,7 +51,7 @@ def imports(options: Options, path: Path | None, forget: bool, lists: bool, no_w
 def _require_logs(options: Options, path: Path) -> None:
     """Raise unless there is something at `path` that is no session file of ours."""
     if not path.exists():
-        raise NotFound(f"there is no {path}")
+        raise NotFound(f"there is no {path}", hint="ksi import --help")
     if path.is_relative_to(os.path.realpath(options.var / "logs" / "responses")):
         text = f"{path} holds session files, which are indexed as they are written"
         raise Invalid(text, hint="ksi conversations list")

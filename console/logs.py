@@ -154,7 +154,8 @@ def _show_output(options: Options, name: str | None) -> None:
     try:
         text = path.read_text(errors="backslashreplace")
     except FileNotFoundError:
-        raise NotFound(f"{name} has written nothing: there is no {path}") from None
+        text = f"{name} has written nothing: there is no {path}"
+        raise NotFound(text, hint="ksi ps") from None
     if options.json:
         show_json("logs", {"name": name, "output": text})
     else:

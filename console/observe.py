@@ -144,7 +144,7 @@ def replay(
 
 
 def replayed(
-    read: Reads,
+    read: Callable[..., dict[str, Any]],
     fields: dict[str, Any],
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], None] = time.sleep,

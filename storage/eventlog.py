@@ -232,10 +232,8 @@ class EventWriter:
         archive = Archive(directory / day)
         archive.sweep()
         for key in (EVENTS, PAYLOADS):
-            path, size = (
-                self._directory / day / f"{key}.jsonl",
-                log_size(self._directory / day, key),
-            )
+            path = self._directory / day / f"{key}.jsonl"
+            size = log_size(path.parent, key)
             if size and archive.size(key) is None:
                 archive.store(key, path, size, lambda: None)
             elif size and not _begins(archive.chunks(key), path):

@@ -66,7 +66,7 @@ def require_index(system: System) -> None:
         def has_caught_up(rebuilt: int = 0) -> bool:
             now = operator.ask("index:status")
             following = now["state"] == "following" and now["behind_bytes"] == 0
-            return following and now["rebuilt"] >= rebuilt
+            return bool(following and now["rebuilt"] >= rebuilt)
 
         until(has_caught_up, PATIENCE_S)
         followed = digest(reader)

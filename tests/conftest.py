@@ -13,6 +13,8 @@ import soaked
 from left_behind import Left, left_behind
 from system import System
 
+from ksi.transport import Client
+
 mutants.apply()
 _reached: dict[str, soaked.Reached] = {}
 
@@ -37,6 +39,13 @@ def system(tmp_path: Path) -> Iterator[System]:
     running = System(tmp_path / "var")
     yield running
     running.end()
+
+
+@pytest.fixture
+def alice(system: System) -> Iterator[Client]:
+    """An agent of that system, or of the one that the module shares."""
+    with system.client("alice") as client:
+        yield client
 
 
 @pytest.fixture

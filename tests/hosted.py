@@ -35,8 +35,9 @@ def host_of(twin: Twin, mailbox: Any, outbox: Any, log: Any) -> Host:
         record=lambda _: None, refusals=0, commits=0, commands=0, queries=0, mailbox_peak=0,
         internal_errors=0, replies_dropped=0,
     )  # fmt: skip
-    parts: tuple[Any, ...] = (store, reader, mailbox, outbox, stat, nothing(make=lambda _: False))
-    return Host(twin.loop, *parts, log)
+    beside = nothing(make=lambda _: False)
+    parts: tuple[Any, ...] = (store, reader, mailbox, outbox, stat, beside, log)
+    return Host(twin.loop, *parts)
 
 
 def bound(twin: Twin) -> Any:

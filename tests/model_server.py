@@ -38,7 +38,7 @@ class Model(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.asked.append(body)
-        key = self.headers.get("x-api-key") or self.headers.get("authorization", "")
+        key = self.headers.get("x-api-key") or self.headers.get("authorization") or ""
         self.keys.append(key)
         prompt = body["messages"][-1]["content"]
         if prompt.isdecimal():

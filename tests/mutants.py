@@ -59,8 +59,8 @@ def reply_before_commit() -> None:
             time.sleep(0.005)
         commit(self, *arguments)
 
-    Host._carry_out = knowing_its_host  # type: ignore[method-assign]
-    CommitLoop._commit = committing_late  # type: ignore[method-assign]
+    Host._carry_out = knowing_its_host
+    CommitLoop._commit = committing_late
 
 
 def journal_not_synced() -> None:
@@ -71,7 +71,7 @@ def journal_not_synced() -> None:
         def __getattr__(self, name: str) -> Any:
             return (lambda _fd: None) if name == "fdatasync" else getattr(os, name)
 
-    journal.os = Unsynced()  # type: ignore[assignment]
+    journal.os = Unsynced()
 
 
 def view_trusted_after_a_crash() -> None:
@@ -100,14 +100,14 @@ def no_duplicate_check() -> None:
             client.last = work.request.number - 1
         return real(self, work, *arguments)
 
-    CommitLoop._carry_out = forgetful  # type: ignore[method-assign]
+    CommitLoop._carry_out = forgetful
 
 
 def request_ids_forgotten() -> None:
     """The id a caller gave a command is kept, and never looked up."""
     from ksi.actors import commit
 
-    commit._has_request_id = lambda _operation: False  # type: ignore[assignment]
+    commit._has_request_id = lambda _operation: False
 
 
 def stale_reads() -> None:
@@ -125,7 +125,7 @@ def stale_reads() -> None:
             known = answered[work.request.body] = now_s, real(self, work, tables)
         return wire.Answer(work.request.number, known[1].body, known[1].error)
 
-    Host._answer_one = remembering  # type: ignore[method-assign]
+    Host._answer_one = remembering
 
 
 def bodies_unchecked() -> None:
@@ -141,7 +141,7 @@ def bodies_unchecked() -> None:
         except Invalid as refusal:
             raise ValueError(refusal.text) from refusal
 
-    message.Operation._decode = trusting  # type: ignore[method-assign]
+    message.Operation._decode = trusting
 
 
 def sender_believed() -> None:
@@ -157,7 +157,7 @@ def sender_believed() -> None:
             sender = Sender(data["sender"], sender.role)
         return real(self, command, sender, given)
 
-    CommitLoop._apply = believing  # type: ignore[method-assign]
+    CommitLoop._apply = believing
 
 
 def view_before_journal() -> None:
@@ -171,14 +171,14 @@ def view_before_journal() -> None:
         self.begin()
         return real(self, payload, records, extra, time_s)
 
-    Store.commit = early  # type: ignore[method-assign]
+    Store.commit = early
 
 
 def mailbox_without_bound() -> None:
     """A client that reads nothing is kept everything for."""
     from ksi.transport import mailbox
 
-    mailbox.REPLY_FRAMES_MAX = mailbox.REQUEST_FRAMES_MAX = 0  # type: ignore[misc]
+    mailbox.REPLY_FRAMES_MAX = mailbox.REQUEST_FRAMES_MAX = 0
 
 
 def epoch_unchecked() -> None:
@@ -186,7 +186,7 @@ def epoch_unchecked() -> None:
     from ksi.actors.owners import sessions
 
     real = sessions._open
-    sessions._writable = lambda tables, session_id, _sender, _epoch: real(tables, session_id)  # type: ignore[assignment]
+    sessions._writable = lambda tables, session_id, _sender, _epoch: real(tables, session_id)
 
 
 def attempt_unchecked() -> None:
@@ -213,7 +213,7 @@ def projection_without_offset() -> None:
     def appending(self: Any, key: str, offset: int, content: bytes) -> None:
         real(self, key, self.size(key), content)
 
-    LogWriter.write = appending  # type: ignore[method-assign]
+    LogWriter.write = appending
 
 
 def cut_ignored() -> None:
@@ -224,7 +224,7 @@ def cut_ignored() -> None:
     from ksi.transport import wire
 
     decode = msgspec.msgpack.Decoder(wire.CommandsFrame).decode
-    host._decode_requests = lambda payload: msgspec.structs.replace(decode(payload), cut=0)  # type: ignore[assignment]
+    host._decode_requests = lambda payload: msgspec.structs.replace(decode(payload), cut=0)
 
 
 def prune_before_publish() -> None:
@@ -244,28 +244,28 @@ def checksums_unread() -> None:
     """A damaged row is believed."""
     from ksi.storage.tables import CRC_BYTES, RowCodec
 
-    RowCodec.decode = lambda self, _key, value: self.unpack(value[:-CRC_BYTES])  # type: ignore[method-assign]
+    RowCodec.decode = lambda self, _key, value: self.unpack(value[:-CRC_BYTES])
 
 
 def newer_format_read() -> None:
     """What a newer version has written is taken for ours."""
     from ksi.storage import format
 
-    format.FORMAT = 10  # type: ignore[misc]
+    format.FORMAT = 10
 
 
 def full_disk_believed() -> None:
     """A batch the disk had no room for is taken for written."""
     from ksi.storage.journal import Journal
 
-    Journal._undo = lambda _self, _error: None  # type: ignore[assignment, method-assign]
+    Journal._undo = lambda _self, _error: None
 
 
 def orphans_allowed() -> None:
     """Children are not bound to the life of the supervisor."""
     from ksi.actors.supervision import preload
 
-    preload.die_with = lambda _parent: None  # type: ignore[assignment]
+    preload.die_with = lambda _parent: None
 
 
 FAULTS: Final = "tests/faults/"

@@ -48,12 +48,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 
 
 @pytest.fixture
-def alice(system: System) -> Iterator[Client]:
-    with system.client("alice") as client:
-        yield client
-
-
-@pytest.fixture
 def session(alice: Client) -> str:
     """A session of alice."""
     return str(alice.ask("session:create")["session_id"])
@@ -99,9 +93,9 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_sent(alice: Client) 
     for what in ("session:create", Create()):
         with pytest.raises(Invalid, match="session:create is a command"):
             alice.read(what)
-    for what in ("session:list", ListSessions()):
+    for asked in ("session:list", ListSessions()):
         with pytest.raises(Invalid, match="session:list is a query"):
-            alice.tell(what)
+            alice.tell(asked)
 
     assert unknown.value.hint == "did you mean session:append?"
     assert (link.window.acked, link.window.commands) == (before, {})

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from ksi.actors import commit, delivery
+from ksi.actors.declarations.registry import Describe
 from ksi.actors.declarations.sessions import Append, SessionTables
 from ksi.actors.delivery import EVICTED, GOODBYE, SENT, Record
 from ksi.actors.owner import Decision, Given, Reply, Send, Sender, Tick
@@ -650,7 +651,7 @@ class Careful(Sessions):
     """An owner that looks at another owner's state before it takes an append."""
 
     def fact(self, command: Any, sender: Sender) -> Any:
-        return registry.Describe(agent_id=sender.name) if isinstance(command, Append) else None
+        return Describe(agent_id=sender.name) if isinstance(command, Append) else None
 
     def decide(self, command: Any, sender: Sender, tables: SessionTables, given: Given) -> Decision:
         if isinstance(given.fact, KsiError):
@@ -677,7 +678,7 @@ def test_a_decision_is_given_the_fact_it_wants_of_another_owners_state() -> None
     assert numbers(twin) == []
     assert say(twin, work(3, event="a")) == [(3, "done")]
     assert numbers(twin) == [3]
-    assert asked == [registry.Describe(agent_id="alice")] * 3
+    assert asked == [Describe(agent_id="alice")] * 3
 
 
 # Signals: numbered like commands, written nowhere.

@@ -944,10 +944,12 @@ def test_an_answer_is_heard_as_it_grows_and_kept_nowhere(twin: Twin) -> None:
     register(twin)
     request_id = submit(twin)
     batches = len(twin.store.journal)
-    growing = {"request_id": request_id, "attempt": 1, "start": 3, "text": "epoch"}
+    growing: dict[str, Any] = {"request_id": request_id, "attempt": 1, "start": 3, "text": "epoch"}
     twin.ask(W1, "worker:tokens", **growing)
     assert twin.told[-1].topic == f"completion.alice.{request_id}.tokens"
-    assert (twin.told[-1].message["start"], twin.told[-1].message["text"]) == (3, "epoch")
+    message = twin.told[-1].message
+    assert isinstance(message, dict)
+    assert (message["start"], message["text"]) == (3, "epoch")
     assert len(twin.store.journal) == batches
     with pytest.raises(StaleEpoch):
         twin.ask(W1, "worker:tokens", **{**growing, "attempt": 2})

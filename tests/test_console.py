@@ -885,6 +885,6 @@ def test_a_thousand_events_of_one_moment_have_files_of_their_own(tmp_path: Path)
     assert len(names) == 1000
     assert "evt_1777896000.123000_agent_spawned.json" in names
     if shutil.which("jq") is not None:
-        command = ["jq", "-r", ".event", *sorted((tmp_path / "2026-05-04").iterdir())]
+        command = ["jq", "-r", ".event", *map(str, sorted((tmp_path / "2026-05-04").iterdir()))]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines() == ["agent:spawned"] * 1000

@@ -264,7 +264,7 @@ def test_two_at_once_or_an_answer_too_many_or_too_few_is_seen(
 
 
 def test_an_index_that_differs_from_the_files_is_seen() -> None:
-    files = {"s": [{}, {}]}
+    files: dict[str, list[dict[str, Any]]] = {"s": [{}, {}]}
     assert prove.indexed({"rows": 2, "differences": 0}, files).kept
     assert not prove.indexed({"rows": 1, "differences": 0}, files).kept
     assert not prove.indexed({"rows": 2, "differences": 1}, files).kept

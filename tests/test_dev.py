@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -99,6 +100,9 @@ class Writer(threading.Thread):
         self.seqs: list[int] = []
         self._dev = dev
 
+    def has_written(self, count: int) -> bool:
+        return len(self.seqs) >= count
+
     def run(self) -> None:
         with self._dev.client("writer") as client:
             client.ask("session:create", session_id="written")
@@ -137,7 +141,7 @@ def test_each_of_many_edits_in_a_row_is_answered_by_fresh_code_and_clients_lose_
             made = client.ask("session:create", timeout_s=30.0)["session_id"]
             spent_s.append(time.monotonic() - began_s)
             assert made.startswith(f"edit{number}_")
-            until(lambda count=before: len(writer.seqs) > count + 1)
+            until(partial(writer.has_written, before + 2))
         queued = client.read("completion:list")["requests"]
     slowest_s, median_s = max(spent_s), sorted(spent_s)[edits // 2]
     print(f"{edits} edits, fresh code answered after {median_s:.2f} s, {slowest_s:.2f} at most")

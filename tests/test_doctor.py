@@ -194,7 +194,7 @@ def test_a_damaged_row_is_found_and_its_view_built_again(stopped: System) -> Non
     environment = lmdb.open(str(view), max_dbs=32, lib_version=0, map_size=64 << 30)
     with environment.begin(write=True) as txn:
         rows = environment.open_db(b"sessions", txn=txn)
-        value = txn.get(b"plan", db=rows)
+        value = txn.get(b"plan", db=rows) or b""
         txn.put(b"plan", bytes([value[0] ^ 1]) + value[1:], db=rows)
     environment.close()
     assert "table sessions, key b'plan'" in wrong(stopped)["rows"]
@@ -286,6 +286,31 @@ def test_an_index_that_differs_is_built_again(said: System) -> None:
 
     assert checked(said, repair=True)["index"].state == "repaired"
     assert wrong(said) == {}
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_damaged_cache_of_the_library_is_made_again(said: System, is_stopped: bool) -> None:
+    cache = said.var / "cache" / "conversations.db"
+    with said.client("alice") as alice:
+        until(lambda: alice.read("conversation:list")["total"] == 2)
+    if is_stopped:
+        said.stop()
+    else:
+        said.kill("library", signal.SIGSTOP)
+    with open(cache, "r+b") as file:
+        file.seek(100)
+        file.write(bytes(4000))
+    try:
+        assert wrong(said)["library"].startswith("the library's conversations.db is damaged: ")
+    finally:
+        if not is_stopped:
+            said.kill("library", signal.SIGCONT)
+    assert checked(said, repair=True)["library"].state == "repaired"
+    assert wrong(said) == {}
+    if is_stopped:
+        said.start()
+    with said.client("alice") as alice:
+        until(lambda: alice.read("conversation:list")["total"] == 2)
 
 
 def wait_until_written(system: System) -> None:

@@ -87,7 +87,7 @@ class ListedJournal:
             Record("alice", b"i", 2, "session:heartbeat", b"", [OwnerSeen("alice", now)], []),
         ]
         stored = StoredBatch(first_seq, 2, b"", Position(1, n), Position(1, n + 1))
-        self.batches.append(_Taken(now, self, stored, Batch(now, 0.0, 0, records)))  # type: ignore[arg-type]
+        self.batches.append(_Taken(now, self, stored, Batch(now, 0.0, 0, records)))  # type: ignore[arg-type]  # a list is its journal
 
     def take(self, known: Followed | None) -> tuple[list[_Taken], Followed, bool]:
         if known is None or known.store != self.store:
@@ -100,7 +100,7 @@ def follower(
     var: Path, *journals: ListedJournal, keep_days: int = 90_000, archive_days: int = 90_000
 ) -> EventFollower:
     made = EventFollower(var, Logger(), keep_days, archive_days)
-    made._journals = list(journals)  # type: ignore[arg-type]
+    made._journals = list(journals)  # type: ignore[arg-type]  # lists for journals
     return made
 
 
@@ -162,27 +162,26 @@ def choose(chance: random.Random) -> Asked:
     who = Sender("op", "operator") if chance.random() < 0.2 else who
     name = {"name": chance.choice(("audit", "feed"))}
     patterns = {"event_patterns": chance.sample(["session:*", "agent:seen", "*"], 2)}
-    operation, fields = chance.choice(
-        [
-            ("event_log:subscribe", {**name, **patterns, "after": chance.randrange(5)}),
-            ("event_log:subscribe", {**name, **patterns}),
-            ("event_log:unsubscribe", name),
-            ("event_log:ack", {**name, "upto": chance.randrange(9)}),
-            ("event_log:clear", {"before": chance.choice((START, "2024-12-30", "1d"))}),
-            ("event_log:clear", {}),
-            ("event_log:restore", {"days": ["2024-12-30"]}),
-            ("event_log:query", {"since": chance.choice((None, "10m", "2024-12-30"))}),
-            ("event_log:next", {"subscriber": who.name, **name}),
-            ("event_log:subscriptions", {"subscriber": chance.choice((None, "bob"))}),
-            ("event_log:newest", {}),
-            ("event_log:stats", {}),
-            ("monitor:get_stats", {}),
-            ("monitor:get_status", {"limit": 3}),
-            ("monitor:get_events", {"until": "5m"}),
-            ("monitor:get_session_events", {"session_id": "s"}),
-            ("monitor:get_correlation_chain", {"correlation_id": "c"}),
-        ]
-    )
+    choices: list[tuple[str, dict[str, Any]]] = [
+        ("event_log:subscribe", {**name, **patterns, "after": chance.randrange(5)}),
+        ("event_log:subscribe", {**name, **patterns}),
+        ("event_log:unsubscribe", name),
+        ("event_log:ack", {**name, "upto": chance.randrange(9)}),
+        ("event_log:clear", {"before": chance.choice((START, "2024-12-30", "1d"))}),
+        ("event_log:clear", {}),
+        ("event_log:restore", {"days": ["2024-12-30"]}),
+        ("event_log:query", {"since": chance.choice((None, "10m", "2024-12-30"))}),
+        ("event_log:next", {"subscriber": who.name, **name}),
+        ("event_log:subscriptions", {"subscriber": chance.choice((None, "bob"))}),
+        ("event_log:newest", {}),
+        ("event_log:stats", {}),
+        ("monitor:get_stats", {}),
+        ("monitor:get_status", {"limit": 3}),
+        ("monitor:get_events", {"until": "5m"}),
+        ("monitor:get_session_events", {"session_id": "s"}),
+        ("monitor:get_correlation_chain", {"correlation_id": "c"}),
+    ]
+    operation, fields = chance.choice(choices)
     return Asked(who, operation, {key: value for key, value in fields.items() if value is not None})
 
 
@@ -540,7 +539,7 @@ def test_of_a_long_day_only_what_may_be_late_enough_is_looked_at(tmp_path: Path)
 
 def ordered(logging: EventFollower, orders: _Orders) -> None:
     """Let a follower find orders, which are rows of its owner."""
-    logging._ordered = lambda: orders  # type: ignore[method-assign]
+    logging._ordered = lambda: orders  # type: ignore[method-assign]  # no owner runs
     logging.turn()
 
 
@@ -973,7 +972,7 @@ def test_the_files_of_a_day_are_read_with_jq(happening: Happening) -> None:
         pytest.skip("jq is not installed")
     found = happening.caught_up()
     files = sorted(event_directory(happening.system.var).glob("*/events.jsonl"))
-    command = ["jq", "-r", ".event", *files]
+    command = ["jq", "-r", ".event", *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [event["event"] for event in found]
 
@@ -993,7 +992,7 @@ def test_an_operator_has_the_days_before_today_removed_and_nothing_of_today(
 
 def test_remote_clients_ask_what_local_ones_read(happening: Happening) -> None:
     happening.caught_up()
-    wanted = {"event_patterns": ["session:created"], "limit": 5}
+    wanted: dict[str, Any] = {"event_patterns": ["session:created"], "limit": 5}
     asked = happening.alice.ask("monitor:get_events", **wanted)
     assert asked == happening.alice.read("monitor:get_events", **wanted)
     assert asked["events"][0]["session_id"] == "plan"

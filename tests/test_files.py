@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import resource
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,8 +115,13 @@ def test_very_many_files_are_synced_in_one_go(
     monkeypatch.setattr(files, "FILE_SYNCS_MAX", 3)
     calls: list[str] = []
     real_all, real_one = files._sync_file_system, os.fdatasync
-    monkeypatch.setattr(files, "_sync_file_system", lambda fd: (calls.append("all"), real_all(fd)))
-    monkeypatch.setattr(os, "fdatasync", lambda fd: (calls.append("one"), real_one(fd)))
+
+    def noted(call: str, real: Callable[[int], None], fd: int) -> None:
+        calls.append(call)
+        real(fd)
+
+    monkeypatch.setattr(files, "_sync_file_system", partial(noted, "all", real_all))
+    monkeypatch.setattr(os, "fdatasync", partial(noted, "one", real_one))
     writer = LogWriter(tmp_path)
     for key in range(10):
         writer.write(f"k{key}", 0, b"line\n")

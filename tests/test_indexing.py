@@ -68,7 +68,7 @@ class Index:
 
     def has_caught_up(self) -> bool:
         now = self.status()
-        return now["state"] == "following" and now["behind_bytes"] == 0
+        return bool(now["state"] == "following" and now["behind_bytes"] == 0)
 
     def rebuild(self) -> None:
         number = self.operator.ask("index:rebuild")["number"]

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def test_a_journal_goes_on_where_nothing_can_write_zeros_ahead(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(storage_journal, "PREWRITE_FROM_BYTES", 0)
-    monkeypatch.setattr(prewrite.threading.Thread, "start", no_thread)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
     journal = Journal(tmp_path)
     descriptors = len(os.listdir("/proc/self/fd"))
     for number in range(1, 4):

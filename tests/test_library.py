@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Library:
         self.logs = place / "logs"
         self.folder.mkdir()
         self.logs.mkdir()
-        self.system = System(place / "var", **{"compositions.folder": str(self.folder)})
+        self.system = System(place / "var", (), **{"compositions.folder": str(self.folder)})
         self.operator = self.system.client("operator", role="operator")
         self.read = self.operator.read
         self.ask = self.operator.ask
@@ -93,6 +94,9 @@ class Library:
             for line in lines:
                 file.write(line if isinstance(line, str) else json.dumps(line) + "\n")
         return path
+
+    def finds(self, query: str, times: int) -> bool:
+        return len(self.found(query)) == times
 
     def found(self, query: str, **more: Any) -> list[tuple[str, int]]:
         """Return where words were said: conversation and line."""
@@ -399,7 +403,7 @@ def test_a_new_line_is_found_at_once(library: Library) -> None:
                 "session:append", session_id="quokkas", event="note", data={"text": f"quokka {n}"}
             )
             query = f'"quokka {n}"'
-            until(lambda query=query: len(library.found(query)) == 2)
+            until(partial(library.finds, query, 2))
         assert time.monotonic() - begun_s < TTL_S
     assert library.found("quokka", session_id="growing") == [("growing", n) for n in range(1, 7)]
     assert library.found("quokka", sender="quokka") == [("quokkas", n) for n in range(1, 6)]
@@ -675,11 +679,11 @@ def test_queries_are_answered_in_place_with_the_library_stopped(library: Library
 
 def test_locks_survive_a_kill_and_a_silent_holder_is_fenced_off(library: Library) -> None:
     """The next in the queue has a higher epoch, and what the former holder writes is refused."""
-    lock = {"conversation_id": "shared", "request_id": "r"}
+    lock: dict[str, Any] = {"conversation_id": "shared", "request_id": "r"}
     with library.system.client("silent") as silent, library.system.client("eager") as eager:
         silent.ask("session:create", session_id="shared")
         former = silent.ask("conversation:acquire_lock", ttl_s=2.0, **lock)["epoch"]
-        entry = {"session_id": "shared", "event": "note"}
+        entry: dict[str, Any] = {"session_id": "shared", "event": "note"}
         silent.ask("session:append", lock_epoch=former, **entry)
         assert eager.ask("conversation:acquire_lock", **lock)["position"] == 1
         kill(library.system, "library")
@@ -702,7 +706,7 @@ def test_locks_survive_a_kill_and_a_silent_holder_is_fenced_off(library: Library
 def test_real_logs_and_compositions_are_indexed_completely(tmp_path: Path) -> None:
     folder = CORPORA / "compositions"
     settings = {"compositions.folder": str(folder), "compositions.exclude": ""}
-    system = System(tmp_path / "var", **settings)
+    system = System(tmp_path / "var", (), **settings)
     try:
         with system.client("operator", role="operator") as operator:
             files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.md")]

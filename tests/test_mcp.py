@@ -14,7 +14,7 @@ from mcp import MCPError
 from mcp.client.streamable_http import streamable_http_client
 from mcp.client.subscriptions import ResourceUpdated
 from mcp.shared._httpx_utils import create_mcp_http_client
-from mcp.types import TextContent
+from mcp.types import TextContent, TextResourceContents
 from system import System
 from toolservers import Raw, on_pipes, over_http, tools_of, within
 
@@ -27,6 +27,7 @@ from ksi.console import main as console
 from ksi.console.declared import catalogue
 from ksi.transport.errors import Forbidden, UnknownOperation
 from ksi.transport.identity import KeyRing
+from ksi.transport.message import Role
 
 ERAS = ("auto", "legacy")
 
@@ -76,8 +77,9 @@ def test_the_example_of_an_operation_is_right_by_its_schema() -> None:
 
 
 def test_a_thin_catalogue_is_under_a_tenth_of_the_full_one_and_takes_any_arguments() -> None:
-    for role in ("agent", "worker", "operator"):
-        tools = tools_of(role)  # type: ignore[arg-type]
+    roles: tuple[Role, ...] = ("agent", "worker", "operator")
+    for role in roles:
+        tools = tools_of(role)
         sizes = [len(json.dumps([*each.values()])) for each in (tools.full, tools.thin)]
         assert sizes[1] < sizes[0] / 10, role
         for name, thin in tools.thin.items():
@@ -127,6 +129,7 @@ def test_a_client_on_pipes_appends_and_reads_as_the_agent_of_its_server(
 
     async def run() -> None:
         async with on_pipes(system.var, mode=era) as client:
+            assert client.server_info is not None
             assert client.server_info.name == "ksi"
             assert "you are the agent alice" in (client.instructions or "")
             created = await client.call_tool("ksi_session_create", {"session_id": name})
@@ -218,8 +221,10 @@ def test_whoever_waits_for_a_completion_hears_that_it_goes_on_and_then_its_outco
     monkeypatch.setattr(adapter, "LOOK_S", 0.02)
     heard: list[float] = []
 
-    async def progress(done: float, total: float | None, message: str | None) -> None:
-        heard.append(done)
+    async def progress(
+        progress: float, total: float | None = None, message: str | None = None
+    ) -> None:
+        heard.append(progress)
 
     async def run() -> None:
         async with within(system) as client:
@@ -278,6 +283,7 @@ def test_a_resource_is_what_its_operation_answers(system: System) -> None:
             async def read(uri: str) -> Any:
                 (content,) = (await client.read_resource(uri)).contents
                 assert content.mime_type == "application/json"
+                assert isinstance(content, TextResourceContents)
                 return json.loads(content.text)
 
             page = await read("ksi://session/plan?after=1&limit=1")
@@ -479,7 +485,7 @@ def test_over_http_a_token_admits_and_headers_name_the_conversation_and_claim_no
         assert status_of(url, b"{", **bearer) == 400
 
 
-def status_of(url: str, body: bytes = b"{}", **headers: str) -> int:
+def status_of(url: str, body: bytes = b"{}", /, **headers: str) -> int:
     """Return how a server answers to what is posted to it."""
     import http.client
     from urllib.parse import urlsplit

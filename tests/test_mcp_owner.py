@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ksi.actors.declarations.mcp import Introduction
 from ksi.actors.owner import Sender
 from ksi.actors.owners import mcp
 from ksi.actors.owners.mcp import OWNER
@@ -58,10 +59,10 @@ def names(twin: Twin, **fields: Any) -> list[tuple[str, str]]:
 
 def test_a_conversation_knows_what_it_was_told_until_the_catalogue_is_another(twin: Twin) -> None:
     assert not introduce(twin).known
-    assert introduce(twin) == mcp.Introduction(known=True, listed=2)
+    assert introduce(twin) == Introduction(known=True, listed=2)
     assert not introduce(twin, conversation="d").known
     assert not introduce(twin, "bob").known
-    assert introduce(twin, of=TWO) == mcp.Introduction(known=False, listed=1)
+    assert introduce(twin, of=TWO) == Introduction(known=False, listed=1)
     assert introduce(twin, of=TWO).known
     assert not introduce(twin).known
 
@@ -154,7 +155,8 @@ def test_status_comes_in_pages_and_refuses_a_place_that_is_none(twin: Twin) -> N
     for conversation in ("c", "c.1", "d"):
         introduce(twin, conversation=conversation)
     introduce(twin, "bob", "a")
-    found, after = [], None
+    found: list[Any] = []
+    after = None
     while True:
         page = twin.read("mcp:status", limit=1, after=after)
         assert page.total == 4

@@ -79,22 +79,21 @@ def choose(chance: random.Random) -> Asked:
     place = {"subscription_id": chance.choice(("o1", "o2", "o3"))}
     target = {"target": chance.choice(("carol", "dave"))}
     limits = {"rate_limit": {"max_events": 2}, "sampling_rate": 0.5, "exclude": ["a:*"]}
-    operation, fields = chance.choice(
-        [
-            ("observation:subscribe", {**place, **target, "after": chance.randrange(3)}),
-            ("observation:subscribe", {**place, **target, "filter": limits, "breaker_s": 60.0}),
-            ("observation:subscribe", target),
-            ("observation:unsubscribe", place),
-            ("observation:unsubscribe", target),
-            ("observation:ack", {**place, "upto": chance.randrange(9)}),
-            ("observation:list", target),
-            ("observation:next", place),
-            ("observation:count", place),
-            ("observation:query", target),
-            ("observation:replay", target),
-            ("observation:analyze", {**target, "analysis_type": "errors"}),
-        ]
-    )
+    choices: list[tuple[str, dict[str, Any]]] = [
+        ("observation:subscribe", {**place, **target, "after": chance.randrange(3)}),
+        ("observation:subscribe", {**place, **target, "filter": limits, "breaker_s": 60.0}),
+        ("observation:subscribe", target),
+        ("observation:unsubscribe", place),
+        ("observation:unsubscribe", target),
+        ("observation:ack", {**place, "upto": chance.randrange(9)}),
+        ("observation:list", target),
+        ("observation:next", place),
+        ("observation:count", place),
+        ("observation:query", target),
+        ("observation:replay", target),
+        ("observation:analyze", {**target, "analysis_type": "errors"}),
+    ]
+    operation, fields = chance.choice(choices)
     return Asked(who, operation, fields)
 
 
@@ -266,7 +265,7 @@ def test_a_replay_is_oldest_first_marked_and_in_its_time(twin: Observed) -> None
         now[0] += seconds
 
     before = twin.store.rows()
-    for event in replayed(read, {"target": "target", "speed": 10.0}, lambda: now[0], wait):  # type: ignore[arg-type]
+    for event in replayed(read, {"target": "target", "speed": 10.0}, lambda: now[0], wait):
         found.append(event)
         at.append(now[0])
     assert [event["n"] for event in found] == list(range(1, 2501))

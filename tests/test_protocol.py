@@ -138,15 +138,15 @@ INSTANCE = bytes(range(16))
 def exchange() -> Iterator[tuple[str, list[str]]]:
     """Yield the frames of the page in order: `>` or `<`, and the words. Text stands between two."""
     block = PAGE.split("```hex\n")[1].split("```")[0]
-    for sign, lines in groupby(block.splitlines(), lambda line: re.match(r"[<>]? ?", line)[0]):
+    for sign, lines in groupby(block.splitlines(), lambda line: re.findall(r"^[<>]? ?", line)[0]):
         if sign:
             yield sign[0], " ".join(line[2:] for line in lines).split()
 
 
 def as_bytes(word: str, store: str) -> bytes:
     if word == "INSTANCE":
-        return pack(INSTANCE)
-    return pack(store) if word == "STORE" else bytes.fromhex(word)
+        return bytes(pack(INSTANCE))
+    return bytes(pack(store)) if word == "STORE" else bytes.fromhex(word)
 
 
 def as_pattern(word: str, store: str) -> bytes:

@@ -238,7 +238,7 @@ EACH = pytest.mark.parametrize("name", ["openai", "anthropic", LITELLM])
 def test_litellm_is_told_its_key_by_a_file_or_the_environment_and_says_which_is_missing(
     url: str, tmp_path: Path
 ) -> None:
-    settings = {"base_url": f"{url}/v1", "model": "openai/m1", "environment": {}}
+    settings: dict[str, Any] = {"base_url": f"{url}/v1", "model": "openai/m1", "environment": {}}
     with pytest.raises(Invalid, match="holds no key"):
         build("litellm", Settings(**settings, key_file=Path(__file__)))
     with pytest.raises(Invalid, match="MISTRAL_API_KEY"):

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 import ksi.actors.owners.sessions  # noqa: F401 - declares what the registry sends there
+from ksi.actors.declarations.registry import LAUNCH_BYTES_MAX
 from ksi.actors.owner import Sender
 from ksi.actors.owners import registry
 from ksi.actors.owners.registry import OWNER, REPORT_S
@@ -472,7 +473,7 @@ def test_a_supervised_agent_that_leaves_is_stopping_until_its_process_has_ended(
 @pytest.mark.parametrize(
     ("fields", "limit"),
     [
-        ({"argv": ["x" * 70_000, "y" * 70_000]}, registry.LAUNCH_BYTES_MAX),
+        ({"argv": ["x" * 70_000, "y" * 70_000]}, LAUNCH_BYTES_MAX),
         ({"argv": ["x"], "metadata": {"text": "x" * 20_000}}, registry.PLAIN_BYTES_MAX),
     ],
 )

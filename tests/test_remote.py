@@ -61,8 +61,11 @@ def free_ports(host: str = "127.0.0.1") -> int:
 
 def listening(var: Path, host: str = "127.0.0.1", **flags: Any) -> System:
     """Return a running system that listens on tcp."""
-    where = {"transport.tcp_host": host, "transport.tcp_port": free_ports(host.strip("*") or "")}
-    return System(var, **where | flags)
+    where: dict[str, Any] = {
+        "transport.tcp_host": host,
+        "transport.tcp_port": free_ports(host.strip("*") or ""),
+    }
+    return System(var, (), **where | flags)
 
 
 def carried(system: System, to: Path, name: str = "alice", *more: str) -> Path:

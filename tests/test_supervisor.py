@@ -268,7 +268,7 @@ def test_the_phase_is_that_of_the_first_child_that_does_not_answer(system: Syste
         starting = pool.submit(system.start, *PHASED)
         try:
             for child in PHASED:
-                until(lambda phase=child["phase"]: is_in(phase))
+                until(partial(is_in, child["phase"]))
                 problems = look(system.var).problems()
                 assert not any(" does not run " in problem for problem in problems)
                 (system.var / f"{child['name']}.go").touch()

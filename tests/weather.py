@@ -56,6 +56,6 @@ def apply() -> None:
             now = time.time()
             return now + random.Random(int(now)).uniform(-DAY_S, DAY_S)
 
-    Mailbox.get = roughened  # type: ignore[method-assign]
-    Mailbox.send = answered  # type: ignore[method-assign]
-    host.time = Clock()  # type: ignore[assignment]
+    Mailbox.get = roughened
+    Mailbox.send = answered
+    host.time = Clock()

@@ -96,6 +96,16 @@ def _day(number: float) -> str:
     return datetime.fromtimestamp(number * _DAY_S, UTC).strftime("%Y-%m-%d")
 
 
+def whole_ms(time_s: float) -> int:
+    """Return owner time in whole milliseconds, as keys of tables have it."""
+    return int(time_s * 1000)
+
+
+def due_ms(time_s: float, after_s: float) -> int:
+    """Return the same of so long after a moment, so that nothing is due too early."""
+    return math.ceil((time_s + after_s) * 1000)
+
+
 def _parsed(text: str, now: float | None) -> float | None:
     seconds = span_s(text)
     if seconds is not None:

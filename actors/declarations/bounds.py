@@ -1,4 +1,4 @@
-"""The owner `bounds` in its forms: what happens, and what it keeps.
+"""`bounds`, a part of `completion`, in its forms: events and tables.
 
 What it does: `actors/owners/bounds.py`.
 """

@@ -12,6 +12,7 @@ import msgspec
 
 from ksi.actors.declarations.bounds import BoundTables
 from ksi.actors.declarations.spending import SpendingTables, Usage
+from ksi.actors.declarations.workers import ANYTHING, WORKERS, Word, WorkerTables
 from ksi.actors.owner import Command, Event, Keyed, Query, Reply, Table
 from ksi.transport.errors import (
     Busy,
@@ -29,20 +30,17 @@ from ksi.transport.limits import (
     ACTIVE_USUAL,
     ATTEMPTS_MAX,
     ATTEMPTS_USUAL,
-    OFFERS_MAX,
     RATE_PATTERN,
     REQUEST_RUN_S,
     RETRY_AFTER_S_MAX,
     RETRY_S,
     SLOTS_MAX,
-    WORKER_LEASE_S,
 )
-from ksi.transport.message import OPERATOR, Id, Plain, Role, Signal, Text, operation
+from ksi.transport.message import OPERATOR, Id, Plain, Signal, Text, operation
 from ksi.transport.message import OWNER as OWNERS_ONLY
 
 PAGE_REQUESTS_MAX: Final = 1000  # Requests in one reply.
 
-ANYTHING: Final = "*"  # What a request requires that any worker may take; every worker offers it.
 
 Status = Literal["queued", "active", "completed", "failed", "cancelled"]
 # Why an attempt has failed. Of the first five the next attempt may come to more.
@@ -61,16 +59,10 @@ PASSING: Final[frozenset[Kind]] = frozenset(
     {"timeout", "network_error", "api_rate_limit", "provider_error", "temporary_failure"}
 )
 FINAL: Final = frozenset({"completed", "failed", "cancelled"})
-WORKERS: Final[frozenset[Role]] = frozenset({"worker", "operator"})
 
-Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}$(?!\n)")]
-Offers = Annotated[list[Word], msgspec.Meta(max_length=OFFERS_MAX)]
 Priority = Annotated[int, msgspec.Meta(ge=1, le=9)]
-Epoch = Annotated[int, msgspec.Meta(ge=1)]
 Attempt = Annotated[int, msgspec.Meta(ge=1)]
-Slots = Annotated[int, msgspec.Meta(ge=0, le=SLOTS_MAX)]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_REQUESTS_MAX)]
-LeaseSeconds = Annotated[float, msgspec.Meta(ge=0.5, le=3600.0)]
 RunSeconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400.0)]
 RetrySeconds = Annotated[float, msgspec.Meta(ge=0.05, le=3600.0)]
 RetryAfterSeconds = Annotated[float, msgspec.Meta(ge=0, le=RETRY_AFTER_S_MAX)]
@@ -142,30 +134,6 @@ class SessionQueue(Reply, frozen=True, kw_only=True):
     next: list[RequestView]
 
 
-class Registered(Reply, frozen=True, kw_only=True):
-    """The worker is registered. Its `epoch` names this registration; a later one ends it."""
-
-    worker: str
-    epoch: int
-    lease_s: float
-
-
-class Held(msgspec.Struct, frozen=True, kw_only=True):
-    """A grant by its name."""
-
-    request_id: str
-    attempt: int
-
-
-class Renewed(Reply, frozen=True, kw_only=True):
-    """The lease runs from now; these are all the grants the worker holds."""
-
-    worker: str
-    epoch: int
-    lease_s: float
-    grants: list[Held]
-
-
 class GrantView(Reply, frozen=True, kw_only=True):
     """What a worker is to do: answer `prompt`, and report as `attempt`.
 
@@ -191,24 +159,6 @@ class Grants(Reply, frozen=True, kw_only=True):
     worker: str
     grants: list[GrantView]
     more: bool
-
-
-class WorkerView(Reply, frozen=True, kw_only=True):
-    """One worker; `used` of its slots hold a grant."""
-
-    worker: str
-    epoch: int
-    capabilities: list[str]
-    slots: int
-    used: int
-    lease_s: float
-    registered_at: float
-
-
-class WorkerPage(Reply, frozen=True, kw_only=True):
-    """Workers in the order of their names."""
-
-    workers: list[WorkerView]
 
 
 class ProviderView(Reply, frozen=True, kw_only=True):
@@ -398,39 +348,6 @@ class GetProviderStatus(Query[ProviderPage], frozen=True, kw_only=True):
 
 
 @operation(
-    "worker:register",
-    owner="completion",
-    roles=WORKERS,
-    refuses=(Quota,),
-    example={"capabilities": ["echo"], "slots": 4},
-)
-class RegisterWorker(Command[Registered], frozen=True, kw_only=True):
-    """Take part as a worker, under the name of the sender's key.
-
-    A former registration of that name ends: its grants wait again. What answers requests that
-    require nothing comes first in `capabilities`.
-    """
-
-    capabilities: Offers = []
-    slots: Slots = 1
-    lease_s: LeaseSeconds = WORKER_LEASE_S
-
-
-@operation(
-    "worker:renew",
-    owner="completion",
-    roles=WORKERS,
-    refuses=(NotFound, StaleEpoch),
-    example={"epoch": 1},
-)
-class RenewWorker(Command[Renewed], frozen=True, kw_only=True):
-    """Renew the lease of the sender, and learn what it holds. With `slots` 0 it drains."""
-
-    epoch: Epoch
-    slots: Slots | None = None
-
-
-@operation(
     "worker:progress",
     owner="completion",
     roles=WORKERS,
@@ -507,19 +424,6 @@ class ReportUnfit(Command[None], frozen=True, kw_only=True):
 
 
 @operation(
-    "worker:leave",
-    owner="completion",
-    roles=WORKERS,
-    refuses=(NotFound, StaleEpoch),
-    example={"epoch": 1},
-)
-class LeaveWorker(Command[None], frozen=True, kw_only=True):
-    """Take part no longer. Grants that are still held wait again, for another."""
-
-    epoch: Epoch
-
-
-@operation(
     "worker:grants",
     owner="completion",
     roles=WORKERS,
@@ -531,13 +435,6 @@ class GetGrants(Query[Grants], frozen=True, kw_only=True):
 
     worker: Id
     request_ids: Annotated[list[Id], msgspec.Meta(max_length=SLOTS_MAX)] | None = None
-
-
-@operation("worker:list", owner="completion", example={"limit": 10})
-class ListWorkers(Query[WorkerPage], frozen=True, kw_only=True):
-    """List workers."""
-
-    limit: Limit = PAGE_REQUESTS_MAX
 
 
 class Queued(Event, frozen=True, array_like=True, tag="queued"):
@@ -677,28 +574,6 @@ class LimitSet(Event, frozen=True, array_like=True, tag="limit"):
     limit: int
 
 
-class WorkerRegistered(Event, frozen=True, array_like=True, tag="worker"):
-    worker: str
-    epoch: int
-    capabilities: list[str]
-    slots: int
-    lease_s: float
-    now: float
-    time_s: float
-
-
-class WorkerRenewed(Event, frozen=True, array_like=True, tag="renewed"):
-    worker: str
-    slots: int
-    time_s: float
-
-
-class WorkerLeft(Event, frozen=True, array_like=True, tag="left"):
-    worker: str
-    epoch: int
-    reason: str
-
-
 class Request(msgspec.Struct, frozen=True, array_like=True):
     """The row of a request. Small: what it says is in `prompts` while it is open."""
 
@@ -772,16 +647,6 @@ class Lane(msgspec.Struct, frozen=True, array_like=True):
     last: str = ""
 
 
-class Worker(msgspec.Struct, frozen=True, array_like=True):
-    epoch: int
-    capabilities: list[str]
-    slots: int
-    used: int
-    lease_s: float
-    due_ms: int
-    registered_at: float
-
-
 class Grant(msgspec.Struct, frozen=True, array_like=True):
     attempt: int
     progress: dict[str, Any] | None = None
@@ -822,17 +687,14 @@ class Totals(msgspec.Struct, frozen=True, array_like=True):
     dead_bytes: int = 0
 
 
-class CompletionTables(SpendingTables, BoundTables):
+class CompletionTables(SpendingTables, BoundTables, WorkerTables):
     requests: Table[Request]
     prompts: Annotated[Table[Prompt], Keyed(str, cache_rows=0)]
     outcomes: Annotated[Table[Outcome], Keyed(str, cache_rows=0)]
     queue: Annotated[Table[Waiting], Keyed(str, int, int)]  # session, rank, number
     lanes: Table[Lane]  # by session
     ready: Annotated[Table[Head], Keyed(str, int, int)]  # required, rank, number: one a session
-    workers: Table[Worker]
-    free: Annotated[Table[bytes], Keyed(str, int, str)]  # offered, slots used, worker
     grants: Annotated[Table[Grant], Keyed(str, str)]  # worker, request
-    leases: Annotated[Table[bytes], Keyed(int, str)]  # ms of owner time, worker
     timeouts: Annotated[Table[bytes], Keyed(int, str)]  # likewise, request
     finished: Annotated[Table[bytes], Keyed(int, str)]  # likewise, the longest finished first
     deferred: Annotated[Table[bytes], Keyed(int, str)]  # likewise, request: to be tried again

@@ -1,4 +1,4 @@
-"""The owner `compositions` in its forms: what it is told and answers, what happens, what it keeps.
+"""`compositions`, a part of `library`, in its forms: messages, events, tables.
 
 What it does: `actors/owners/compositions.py`.
 """

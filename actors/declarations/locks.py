@@ -1,4 +1,4 @@
-"""The owner `locks` in its forms: what it is told and answers, what happens, what it keeps.
+"""`locks`, a part of `library`, in its forms: messages, events, tables.
 
 What it does: `actors/owners/locks.py`.
 """

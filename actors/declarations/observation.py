@@ -1,4 +1,4 @@
-"""The owner `observation` in its forms: what it is told and answers, what happens, what it keeps.
+"""`observation`, a part of `events`, in its forms: messages, events, tables.
 
 What it does: `actors/owners/observation.py`.
 """

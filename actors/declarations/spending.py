@@ -1,4 +1,4 @@
-"""The owner `spending` in its forms: what it is told and answers, what happens, what it keeps.
+"""`spending`, a part of `completion`, in its forms: messages, events, tables.
 
 What it does: `actors/owners/spending.py`.
 """

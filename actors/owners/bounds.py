@@ -22,6 +22,7 @@ from ksi.actors.declarations.bounds import Bound, BoundSet, BoundTables, Rested
 from ksi.actors.owner import Event
 from ksi.transport.errors import Quota
 from ksi.transport.limits import ACTIVE_MAX, PROVIDERS_MAX
+from ksi.transport.moments import whole_ms
 
 BEGIN_S: Final = 0.25  # From a grant to the call, at a worker that is not stopped.
 PERIOD_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -32,7 +33,7 @@ class Room:
 
     def __init__(self, tables: BoundTables, time_s: float) -> None:
         self._tables = tables
-        self._now_ms = int(time_s * 1000)
+        self._now_ms = whole_ms(time_s)
         self._left: dict[str, int] = {}
 
     def has(self, provider: str) -> bool:
@@ -61,7 +62,7 @@ def _over(
     provider: str, bound: Bound, tables: BoundTables, now_ms: int
 ) -> list[tuple[str, int, int]]:
     """Return the keys of grants that count no more towards the rate."""
-    before_ms = now_ms - int((PERIOD_S[bound.period] + BEGIN_S) * 1000)
+    before_ms = now_ms - whole_ms(PERIOD_S[bound.period] + BEGIN_S)
     keys = (key for key, _row in tables.calls.range(prefix=(provider,)))
     return list(takewhile(lambda key: key[1] < before_ms, keys))
 
@@ -77,8 +78,8 @@ def set_bound(provider: str, limit: int | None, rate: str | None, tables: BoundT
 def rested(provider: str, time_s: float, rest_s: float, tables: BoundTables) -> tuple[Event, ...]:
     """Return the event of a provider that wants to be left alone."""
     known = tables.bounds.get(provider)
-    until_ms = int((time_s + rest_s) * 1000)
-    if until_ms <= (known.rests_until_ms if known else int(time_s * 1000)):
+    until_ms = whole_ms(time_s + rest_s)
+    if until_ms <= (known.rests_until_ms if known else whole_ms(time_s)):
         return ()
     if known is None and tables.bounds.count() >= PROVIDERS_MAX:
         return ()
@@ -106,7 +107,7 @@ def apply_granted(provider: str, time_s: float, tables: BoundTables) -> None:
     bound = tables.bounds.get(provider)
     if bound is None:
         return
-    called, number, now_ms = bound.called, bound.number, int(time_s * 1000)
+    called, number, now_ms = bound.called, bound.number, whole_ms(time_s)
     if bound.calls:
         over = _over(provider, bound, tables, now_ms)
         for key in over:

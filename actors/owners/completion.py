@@ -17,10 +17,9 @@ Owns the queue of every session, the grants that workers hold, and the outcomes.
   who may speak: nothing is granted before its request is recorded, and what it refuses ends here
   as cancelled. Of an outcome that it refuses the request says so.
 
-Grants are decided once a commit, in the tick that follows, over heads of queues and free workers
-only: the cost depends on neither how many requests wait nor how many sessions there are.
-
-What it costs is in `spending.py`, what providers bear in `bounds.py`.
+Grants are decided once a commit, in the tick that follows, in `granting.py`. How the queue of a
+session is kept is in `lanes.py`, who works in `workers.py`, what providers bear in `bounds.py`,
+what it costs in `spending.py`, and what is told of requests in `requests.py`.
 
 Source: "KSI State Management Analysis" 4, completion service: a queue a session against forks.
 Leases with fencing tokens: Chubby's sequencers; redelivery after a lease: NATS JetStream's AckWait.
@@ -28,8 +27,6 @@ Leases with fencing tokens: Chubby's sequencers; redelivery after a lease: NATS 
 
 from __future__ import annotations
 
-import heapq
-import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -40,11 +37,9 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from ksi.actors.declarations import sessions
-from ksi.actors.declarations.bounds import Bound, BoundSet, Rested
+from ksi.actors.declarations.bounds import BoundSet, Rested
 from ksi.actors.declarations.completion import (
-    ANYTHING,
     FINAL,
-    PAGE_REQUESTS_MAX,
     PASSING,
     Accepted,
     Asking,
@@ -63,54 +58,31 @@ from ksi.actors.declarations.completion import (
     GetStatus,
     Grant,
     Granted,
-    Grants,
-    GrantView,
-    Head,
-    Held,
     Kind,
     Lane,
-    LeaveWorker,
     Limits,
     LimitSet,
     ListRequests,
-    ListWorkers,
     Outcome,
     Progress,
     Progressed,
     Prompt,
     Provider,
-    ProviderPage,
-    ProviderView,
     QueueClosed,
     Queued,
     Recorded,
-    Registered,
-    RegisterWorker,
-    Renewed,
-    RenewWorker,
     Report,
     ReportUnfit,
     Request,
-    RequestPage,
-    RequestView,
     Requeued,
     Resumed,
     Retried,
     Retry,
-    RetryPage,
     SessionClosed,
-    SessionQueue,
     SetLimit,
     Status,
     Totals,
     Unrecorded,
-    Waiting,
-    Worker,
-    WorkerLeft,
-    WorkerPage,
-    WorkerRegistered,
-    WorkerRenewed,
-    WorkerView,
 )
 from ksi.actors.declarations.spending import (
     BudgetPage,
@@ -120,6 +92,20 @@ from ksi.actors.declarations.spending import (
     SetBudget,
     Taken,
     UsageForgotten,
+)
+from ksi.actors.declarations.workers import (
+    ANYTHING,
+    Held,
+    LeaveWorker,
+    ListWorkers,
+    Registered,
+    RegisterWorker,
+    Renewed,
+    RenewWorker,
+    WorkerLeft,
+    WorkerPage,
+    WorkerRegistered,
+    WorkerRenewed,
 )
 from ksi.actors.owner import (
     Announcement,
@@ -136,7 +122,7 @@ from ksi.actors.owner import (
     Table,
     Tick,
 )
-from ksi.actors.owners import bounds, spending
+from ksi.actors.owners import bounds, granting, lanes, requests, spending, workers
 from ksi.transport.errors import (
     Busy,
     Conflict,
@@ -150,7 +136,6 @@ from ksi.transport.errors import (
     TooLarge,
 )
 from ksi.transport.limits import (
-    ACTIVE_MAX,
     AGEING_S,
     DEAD_BYTES_MAX,
     DEAD_MAX,
@@ -173,6 +158,7 @@ from ksi.transport.limits import (
     WAITING_SESSION_MAX,
     WORKERS_MAX,
 )
+from ksi.transport.moments import due_ms, whole_ms
 
 PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX * 3 // 4  # What grants in one reply may say.
 DUE_MAX: Final = 32  # Leases that lapse, and outcomes forgotten, in one decision.
@@ -251,7 +237,7 @@ class Completion(Owner[CompletionTables]):
             case RegisterWorker():
                 return _register(command, sender, tables, given)
             case LeaveWorker():
-                _registered(tables, sender.name, command.epoch)
+                workers.registered(sender.name, command.epoch, tables)
                 return _left(sender.name, "it has left", tables, given, lapsed=False)
             case SetLimit():
                 return _set_limit(command, tables)
@@ -300,13 +286,13 @@ class Completion(Owner[CompletionTables]):
             case QueueClosed():
                 _queue_closed(event, tables)
             case LimitSet():
-                _add(tables, limit=event.limit - _totals(tables).limit)
+                _add(tables, limit=event.limit - requests.totals(tables).limit)
             case WorkerRenewed():
-                _worker_renewed(event, tables)
+                workers.apply_renewed(event, tables)
             case WorkerRegistered():
                 _worker_registered(event, tables)
             case WorkerLeft():
-                _put_worker(tables, event.worker, None)
+                workers.apply_left(event, tables)
             case Deferred():
                 _deferred(event, tables)
             case Resumed():
@@ -331,24 +317,24 @@ class Completion(Owner[CompletionTables]):
     def answer(self, query: Any, tables: CompletionTables) -> Reply:
         match query:
             case GetStatus():
-                return _status(query.request_id, tables)
+                return requests.status(query.request_id, tables)
             case GetGrants():
-                return _grants(query, tables)
+                return requests.grants(query, tables)
             case GetSessionStatus():
-                return _session_status(query, tables)
+                return requests.session_status(query, tables)
             case ListRequests():
-                return _list(query, tables)
+                return requests.listed(query, tables)
             case GetRetryStatus():
-                return _retry_status(query, tables)
+                return requests.retry_status(query, tables)
             case GetProviderStatus():
-                return _provider_status(query, tables)
+                return requests.provider_status(query, tables)
             case GetTokenUsage():
                 return spending.token_usage(query, tables)
             case ListBudgets():
                 return spending.budgets(query, tables)
             case ListWorkers():
                 rows = islice(tables.workers.range(), query.limit)
-                return WorkerPage(workers=[_worker_view(name, worker) for name, worker in rows])
+                return WorkerPage(workers=[workers.view(name, worker) for name, worker in rows])
             case _:
                 raise TypeError(query)
 
@@ -419,7 +405,7 @@ def _queue(
     entry |= {"agent_id": requester} | ({"model": command.model} if command.model else {})
     entry |= {"retry_of": retry_of} if retry_of else {}
     size = _size({**entry, "": command.options}, "the request")
-    lane, totals = tables.lanes.get(session_id) or Lane(), _totals(tables)
+    lane, totals = tables.lanes.get(session_id) or Lane(), requests.totals(tables)
     asking = tables.asking.get(requester) or Asking()
     _require_room(session_id, requester, lane, asking, totals, size)
     event = Queued(
@@ -428,7 +414,7 @@ def _queue(
         requester,
         command.requires or ANYTHING,
         command.priority,
-        _whole_ms(given.time_s + (command.priority - 1) * AGEING_S),
+        whole_ms(given.time_s + (command.priority - 1) * AGEING_S),
         totals.number + 1,
         command.prompt,
         command.model,
@@ -505,7 +491,7 @@ def _require_room(
 
 def _cancel(command: Cancel, sender: Sender, tables: CompletionTables, given: Given) -> Decision:
     request_id = command.request_id
-    request = _known(tables, request_id)
+    request = requests.known(tables, request_id)
     _require_authority(request_id, request, sender, given.fact)
     if request.status in FINAL:
         raise Conflict(f"request {request_id} is {request.status}", status=request.status)
@@ -531,7 +517,7 @@ def _require_authority(
 
 def _retry(command: Retry, sender: Sender, tables: CompletionTables, given: Given) -> Decision:
     request_id = command.request_id
-    request = _known(tables, request_id)
+    request = requests.known(tables, request_id)
     _require_authority(request_id, request, sender, given.fact)
     prompt = tables.prompts.get(request_id)
     if tables.dead.get((request.finished_ms, request_id)) is None or prompt is None:
@@ -545,7 +531,7 @@ def _retry(command: Retry, sender: Sender, tables: CompletionTables, given: Give
         session_id=request.session_id,
         prompt=prompt.prompt,
         model=prompt.model,
-        requires=_required(request),
+        requires=requests.required(request),
         priority=request.priority,
         data=prompt.data,
         options=prompt.options,
@@ -672,7 +658,7 @@ def _defer(request_id: str, request: Request, why: _Failure, given: Given, *, by
         why.kind or "",
         why.reason or "",
         why.provider,
-        _due_ms(given.time_s, wait_s),
+        due_ms(given.time_s, wait_s),
         given.now + wait_s,
         by,
         given.now,
@@ -681,12 +667,12 @@ def _defer(request_id: str, request: Request, why: _Failure, given: Given, *, by
         request, status="queued", failures=request.failures + 1, kind=event.kind,
         reason=event.reason, retry_at=event.retry_at,
     )  # fmt: skip
-    return Decision((event,), _view(request_id, waiting), tick=True)
+    return Decision((event,), requests.view(request_id, waiting), tick=True)
 
 
 def _held(tables: CompletionTables, request_id: str, attempt: int, sender: Sender) -> Request:
     """Return the request if the sender holds its grant now: a former attempt is refused first."""
-    request = _known(tables, request_id)
+    request = requests.known(tables, request_id)
     if request.status != "active" or request.attempt != attempt:
         raise StaleEpoch(
             f"request {request_id} is {request.status} in attempt {request.attempt}: "
@@ -747,7 +733,7 @@ def _end(
     ended = msgspec.structs.replace(
         request, status=status, finished_at=given.now, reason=reason, kind=kind, retry_at=None
     )
-    return Decision((event,), _view(request_id, ended), sends, tick=True)
+    return Decision((event,), requests.view(request_id, ended), sends, tick=True)
 
 
 _RECORDED: Final[dict[Status, sessions.Recorded]] = {
@@ -778,7 +764,7 @@ def _register(
         raise Quota(f"there are {WORKERS_MAX} workers", limit=WORKERS_MAX)
     event = WorkerRegistered(
         name,
-        _totals(tables).epoch + 1,
+        requests.totals(tables).epoch + 1,
         list(dict.fromkeys(command.capabilities)),
         command.slots,
         command.lease_s,
@@ -793,7 +779,7 @@ def _renew(
     command: RenewWorker, sender: Sender, tables: CompletionTables, given: Given
 ) -> Decision:
     name = sender.name
-    worker = _registered(tables, name, command.epoch)
+    worker = workers.registered(name, command.epoch, tables)
     slots = worker.slots if command.slots is None else command.slots
     held = [
         Held(request_id=request_id, attempt=grant.attempt)
@@ -801,23 +787,6 @@ def _renew(
     ]
     reply = Renewed(worker=name, epoch=worker.epoch, lease_s=worker.lease_s, grants=held)
     return Decision((WorkerRenewed(name, slots, given.time_s),), reply, tick=slots > worker.slots)
-
-
-def _registered(tables: CompletionTables, name: str, epoch: int) -> Worker:
-    worker = tables.workers.get(name)
-    if worker is None:
-        raise NotFound(
-            f"there is no worker {name}: its lease has lapsed, or it has left",
-            hint="register again",
-            worker=name,
-        )
-    if worker.epoch != epoch:
-        raise StaleEpoch(
-            f"another registered as {name}: it is in epoch {worker.epoch}, not {epoch}",
-            hint="stop, or take another name",
-            epoch=worker.epoch,
-        )
-    return worker
 
 
 def _restored(interrupted: Interrupted, tables: CompletionTables, given: Given) -> Decision:
@@ -849,7 +818,7 @@ def _left(
     events: list[Event] = []
     sends: list[Send] = []
     for (_, request_id), grant in tables.grants.range(prefix=(name,)):
-        request = _known(tables, request_id)
+        request = requests.known(tables, request_id)
         if lapsed and request.lapses + 1 >= lapses_max:
             given_up = why or f"given up: {LAPSES_MAX} workers vanished over it, at last {name}"
             end = _end(request_id, request, "failed", given, by=OURS, reason=given_up)
@@ -872,6 +841,42 @@ def _left(
     return Decision((*events, WorkerLeft(name, worker.epoch, reason)), None, tuple(sends), True)
 
 
+def _found_unfit(command: ReportUnfit, tables: CompletionTables, given: Given) -> Decision:
+    known = tables.providers.get(command.provider)
+    if known is None and tables.providers.count() >= PROVIDERS_MAX:
+        raise Quota(f"there are {PROVIDERS_MAX} providers", limit=PROVIDERS_MAX)
+    return Decision((FoundUnfit(command.provider, command.reason, given.now),))
+
+
+def _set_limit(command: SetLimit, tables: CompletionTables) -> Decision:
+    """Bound what providers bear: one of them, or all together."""
+    if command.provider is not None:
+        provider = command.provider
+        event = bounds.set_bound(provider, command.limit, command.rate, tables)
+        active = _granted_of(provider, tables)
+        reply = Limits(limit=command.limit, active=active, provider=provider, rate=command.rate)
+        return Decision((event,), reply, tick=True)
+    if command.limit is None or command.rate is not None:
+        raise Invalid(
+            "without a provider there is a limit, and no rate",
+            hint="ksi ask completion:limit --provider openai --rate 60/m",
+        )
+    reply = Limits(limit=command.limit, active=requests.totals(tables).active)
+    return Decision((LimitSet(command.limit),), reply, tick=True)
+
+
+def _granted_of(provider: str, tables: CompletionTables) -> int:
+    """Return how many grants a provider has: it is counted once, when it gets a bound."""
+    return sum(grant.provider == provider for _, grant in tables.grants.range())
+
+
+def _set_budget(command: SetBudget, tables: CompletionTables, given: Given) -> Decision:
+    event = spending.set_budget(command, tables, given.now)
+    budget = spending.after(event, tables)
+    views = [] if budget is None else [spending.view(event.holder, event.name, budget)]
+    return Decision((event,), BudgetPage(budgets=views), tick=True)
+
+
 def _tick(tables: CompletionTables, given: Given) -> Decision:
     """Do the first of these that there is to do, and ask for another tick; at last grant.
 
@@ -886,16 +891,16 @@ def _tick(tables: CompletionTables, given: Given) -> Decision:
 
 def _lapse(tables: CompletionTables, given: Given) -> Decision:
     """Let go the worker that has been silent for too long; the next follows in the next tick."""
-    for (_, name), _row in tables.leases.range((0,), (_whole_ms(given.time_s) + 1,)):
+    for (_, name), _row in tables.leases.range((0,), (whole_ms(given.time_s) + 1,)):
         return _left(name, "its lease has lapsed", tables, given, lapsed=True)
     return Decision()
 
 
 def _time_out(tables: CompletionTables, given: Given) -> Decision:
-    overdue = tables.timeouts.range((0,), (_whole_ms(given.time_s) + 1,))
+    overdue = tables.timeouts.range((0,), (whole_ms(given.time_s) + 1,))
     ends = []
     for (_, request_id), _row in islice(overdue, DUE_MAX):
-        request = _known(tables, request_id)
+        request = requests.known(tables, request_id)
         why = _Failure(f"it took longer than {request.run_s:g} s", "timeout")
         if _may_pass(request, why.kind):
             ends.append(_defer(request_id, request, why, given, by=OURS))
@@ -910,9 +915,9 @@ def _time_out(tables: CompletionTables, given: Given) -> Decision:
 
 def _resume(tables: CompletionTables, given: Given) -> Decision:
     """Let what has waited for its next attempt be granted."""
-    due = tables.deferred.range((0,), (_whole_ms(given.time_s) + 1,))
+    due = tables.deferred.range((0,), (whole_ms(given.time_s) + 1,))
     ids = [request_id for (_, request_id), _row in islice(due, DUE_MAX)]
-    events = tuple(Resumed(each, _known(tables, each).session_id) for each in ids)
+    events = tuple(Resumed(each, requests.known(tables, each).session_id) for each in ids)
     return Decision(events, tick=bool(events))
 
 
@@ -926,8 +931,10 @@ def _close(tables: CompletionTables, given: Given) -> Decision:
         why = f"session {session_id} was closed"
         return _together(
             [
-                _end(each, _known(tables, each), "cancelled", given, by="sessions", reason=why,
-                     record=False)
+                _end(
+                    each, requests.known(tables, each), "cancelled", given,
+                    by="sessions", reason=why, record=False,
+                )
                 for each in request_ids
             ]
         )  # fmt: skip
@@ -945,7 +952,7 @@ def _together(decisions: list[Decision]) -> Decision:
 
 def _forget(tables: CompletionTables, given: Given) -> Decision:
     """Forget what is not kept any more: the longest finished, dead letters, sums of usage."""
-    totals, time_s = _totals(tables), given.time_s
+    totals, time_s = requests.totals(tables), given.time_s
     forgotten = (
         Forgotten(finished_ms, request_id)
         for (finished_ms, request_id), _ in _surplus(
@@ -957,7 +964,7 @@ def _forget(tables: CompletionTables, given: Given) -> Decision:
         Buried(finished_ms, request_id)
         for (finished_ms, request_id), _ in _surplus(
             tables.dead, DEAD_MAX, time_s - DEAD_S,
-            totals.dead_bytes - DEAD_BYTES_MAX, lambda each: _known(tables, each).size,
+            totals.dead_bytes - DEAD_BYTES_MAX, lambda each: requests.known(tables, each).size,
         )
     )  # fmt: skip
     events = (*forgotten, *buried, *spending.forgotten(tables, given.now))
@@ -973,7 +980,7 @@ def _surplus(
 ) -> Iterator[tuple[tuple[int, str], bytes]]:
     """Yield the first rows of a table as long as it is over a bound: some of them."""
     surplus = table.count() - rows_max
-    before_ms = _whole_ms(before_s) if before_s > 0 else 0
+    before_ms = whole_ms(before_s) if before_s > 0 else 0
     for (finished_ms, request_id), row in islice(table.range(), DUE_MAX):
         if surplus <= 0 and surplus_bytes <= 0 and finished_ms >= before_ms:
             return
@@ -992,12 +999,12 @@ def _grant_or_end(tables: CompletionTables, given: Given) -> Decision:
     """Grant what can be; what has no budget left ends instead, and others get its slot next."""
     granted: list[Event] = []
     ends: list[Decision] = []
-    for event in _grant(tables, given):
+    for event in granting.drawn(tables, given):
         spent = spending.exhausted(tables, event.requester, event.session_id)
         if spent is None:
             granted.append(event)
             continue
-        request, why = _known(tables, event.request_id), f"the budget is used up: {spent}"
+        request, why = requests.known(tables, event.request_id), f"the budget is used up: {spent}"
         ends.append(
             _end(event.request_id, request, "failed", given, by=OURS, reason=why, kind="budget")
         )
@@ -1005,120 +1012,8 @@ def _grant_or_end(tables: CompletionTables, given: Given) -> Decision:
     return replace(ended, events=(*granted, *ended.events), tick=bool(ends))
 
 
-def _grant(tables: CompletionTables, given: Given) -> Iterator[Granted]:
-    """Yield a grant for every free slot that a request at the head of its session can take.
-
-    The best of the ready first. A grant makes nothing ready and frees nobody, so what changes while
-    they are drawn is only how many slots are left.
-    """
-    totals = _totals(tables)
-    room = totals.limit - totals.active
-    if room <= 0:
-        return
-    taken: dict[str, int] = {}  # slots, by worker
-    lines = {each: tables.ready.range(prefix=(each,)) for each in _in_demand(tables)}
-    heads = {each: next(line) for each, line in lines.items()}
-    bearable = bounds.Room(tables, given.time_s)
-    offers = {each: _Offer(tables, each, taken, bearable) for each in lines}
-    while heads and room:
-        required = min(heads, key=lambda each: heads[each][0][1:])
-        found = offers[required].take()
-        if found is None:
-            del heads[required]
-            continue
-        worker, provider = found
-        room -= 1
-        request_id = heads[required][1].request_id
-        request = _known(tables, request_id)
-        yield Granted(
-            request_id,
-            request.session_id,
-            request.requester,
-            worker,
-            request.attempt + 1,
-            given.now,
-            given.time_s,
-            provider,
-        )
-        head = next(lines[required], None)
-        if head is None:
-            del heads[required]
-        else:
-            heads[required] = head
-
-
-def _in_demand(tables: CompletionTables) -> Iterator[str]:
-    """Yield what is both required and offered, by leaping from one to the other."""
-    at = ""
-    while True:
-        required = next((key[0] for key, _ in tables.ready.range((at,))), None)
-        if required is None:
-            return
-        offered = next((key[0] for key, _ in tables.free.range((required,))), None)
-        if offered is None:
-            return
-        if offered == required:
-            yield required
-            at = required + "\x01"
-        else:
-            at = offered
-
-
-class _Offer:
-    """The workers that offer one thing, the least busy first, as far as providers bear more."""
-
-    def __init__(
-        self, tables: CompletionTables, offered: str, taken: dict[str, int], bearable: bounds.Room
-    ) -> None:
-        self._workers = tables.workers
-        self._offered = offered
-        self._taken = taken
-        self._bearable = bearable
-        rows = islice(tables.free.range(prefix=(offered,)), ACTIVE_MAX)
-        free = [(used, name) for (_, used, name), _row in rows]
-        self._free: list[tuple[int, str]] = free  # in order, and so a heap
-
-    def take(self) -> tuple[str, str] | None:
-        """Take a slot of the least busy worker: it, and what will answer; None if none is left."""
-        while self._free:
-            used, name = self._free[0]
-            worker = self._workers.get(name)
-            assert worker is not None
-            provider = self._offered
-            if provider == ANYTHING and worker.capabilities:
-                provider = worker.capabilities[0]
-            now_used = worker.used + self._taken.get(name, 0)
-            if now_used >= worker.slots or not self._bearable.has(provider):
-                heapq.heappop(self._free)
-            elif now_used > used:
-                heapq.heapreplace(self._free, (now_used, name))
-            else:
-                self._taken[name] = self._taken.get(name, 0) + 1
-                self._bearable.take(provider)
-                return name, provider
-        return None
-
-
-def _known(tables: CompletionTables, request_id: str) -> Request:
-    request = tables.requests.get(request_id)
-    if request is None:
-        raise NotFound(
-            f"there is no request {request_id}, or its outcome is not kept any more",
-            hint="the session's file has it; ksi queue list",
-            request_id=request_id,
-        )
-    return request
-
-
-def _totals(tables: CompletionTables) -> Totals:
-    return tables.totals.get("all") or Totals()
-
-
 # What takes more bytes in a session's line than in JSON: up to six for two.
 _WIDE: Final = re.compile("[\u0080-\u009f\u2028\u2029]")
-
-
-_NUMBER: Final = re.compile("[0-9]{1,18}")
 
 
 def _size(entry: dict[str, Any], what: str, limit: int = ENTRY_BYTES_MAX) -> int:
@@ -1144,17 +1039,9 @@ def _size(entry: dict[str, Any], what: str, limit: int = ENTRY_BYTES_MAX) -> int
     return size
 
 
-def _whole_ms(seconds: float) -> int:
-    return int(seconds * 1000)
-
-
-def _due_ms(time_s: float, after_s: float) -> int:
-    return math.ceil((time_s + after_s) * 1000)
-
-
 def _add(tables: CompletionTables, **more: int) -> None:
     """Add to the totals."""
-    totals = _totals(tables)
+    totals = requests.totals(tables)
     sums = {name: getattr(totals, name) + amount for name, amount in more.items()}
     tables.totals.put("all", msgspec.structs.replace(totals, **sums))
 
@@ -1190,30 +1077,36 @@ def _queued(event: Queued, tables: CompletionTables) -> None:
     prompt = Prompt(event.prompt, event.model, event.data, event.options)
     tables.prompts.put(event.request_id, prompt)
     lane = tables.lanes.get(event.session_id) or Lane()
-    _put_lane(tables, event.session_id, lane, _enter(tables, event.request_id, request, lane))
-    _add(tables, number=event.number - _totals(tables).number, waiting=1, open_bytes=event.size)
+    after = lanes.enter(tables, event.request_id, request, lane)
+    lanes.put(tables, event.session_id, lane, after)
+    _add(
+        tables,
+        number=event.number - requests.totals(tables).number,
+        waiting=1,
+        open_bytes=event.size,
+    )
     _ask_for(tables, event.requester, waiting=1, size=event.size)
 
 
 def _request_noted(request_id: str, tables: CompletionTables) -> None:
-    request = _known(tables, request_id)
+    request = requests.known(tables, request_id)
     tables.requests.put(request_id, msgspec.structs.replace(request, recorded=True))
     lane = tables.lanes.get(request.session_id) or Lane()
     if lane.head is not None and lane.head.request_id == request_id:
         head = msgspec.structs.replace(lane.head, recorded=True)
-        _put_lane(tables, request.session_id, lane, msgspec.structs.replace(lane, head=head))
+        lanes.put(tables, request.session_id, lane, msgspec.structs.replace(lane, head=head))
 
 
 def _outcome_missed(event: Unrecorded, tables: CompletionTables) -> None:
-    request = _known(tables, event.request_id)
+    request = requests.known(tables, event.request_id)
     missed = f"not in the session's file: {event.reason}"
     reason = missed if request.reason is None else f"{request.reason}; {missed}"
     tables.requests.put(event.request_id, msgspec.structs.replace(request, reason=reason))
 
 
 def _granted(event: Granted, tables: CompletionTables) -> None:
-    request = _known(tables, event.request_id)
-    timeout_ms = _due_ms(event.time_s, request.run_s)
+    request = requests.known(tables, event.request_id)
+    timeout_ms = due_ms(event.time_s, request.run_s)
     active = msgspec.structs.replace(
         request,
         status="active",
@@ -1227,10 +1120,10 @@ def _granted(event: Granted, tables: CompletionTables) -> None:
     grant = Grant(event.attempt, follows=lane.last, provider=event.provider)
     tables.grants.put((event.worker, event.request_id), grant)
     tables.timeouts.put((timeout_ms, event.request_id), b"")
-    after = _leave(tables, event.request_id, request, lane)
+    after = lanes.leave(tables, event.request_id, request, lane)
     after = msgspec.structs.replace(after, active=event.request_id)
-    _put_lane(tables, event.session_id, lane, after)
-    _use_slot(tables, event.worker, 1)
+    lanes.put(tables, event.session_id, lane, after)
+    workers.apply_used(event.worker, 1, tables)
     bounds.apply_granted(event.provider, event.time_s, tables)
     _add(tables, waiting=-1, active=1)
     _ask_for(tables, event.requester, waiting=-1)
@@ -1269,20 +1162,20 @@ def _wait_again(tables: CompletionTables, request_id: str, request: Request) -> 
     )
     tables.requests.put(request_id, waiting)
     lane = tables.lanes.get(request.session_id) or Lane()
-    after = _enter(tables, request_id, waiting, lane)
-    _put_lane(tables, request.session_id, lane, msgspec.structs.replace(after, active=""))
+    after = lanes.enter(tables, request_id, waiting, lane)
+    lanes.put(tables, request.session_id, lane, msgspec.structs.replace(after, active=""))
     _add(tables, waiting=1)
     _ask_for(tables, request.requester, waiting=1)
 
 
 def _resumed(event: Resumed, tables: CompletionTables) -> None:
-    request = _known(tables, event.request_id)
+    request = requests.known(tables, event.request_id)
     tables.deferred.delete((request.due_ms, event.request_id))
     lane = tables.lanes.get(event.session_id) or Lane()
-    after = _leave(tables, event.request_id, request, lane)
+    after = lanes.leave(tables, event.request_id, request, lane)
     resumed = msgspec.structs.replace(request, due_ms=0, retry_at=None)
     tables.requests.put(event.request_id, resumed)
-    _put_lane(tables, event.session_id, lane, _enter(tables, event.request_id, resumed, after))
+    lanes.put(tables, event.session_id, lane, lanes.enter(tables, event.request_id, resumed, after))
 
 
 def _count(tables: CompletionTables, name: str, **changes: Any) -> None:
@@ -1293,19 +1186,19 @@ def _count(tables: CompletionTables, name: str, **changes: Any) -> None:
 
 
 def _ended(event: Ended, tables: CompletionTables) -> None:
-    request = _known(tables, event.request_id)
+    request = requests.known(tables, event.request_id)
     lane = tables.lanes.get(event.session_id) or Lane()
     if request.status == "active":
         _release(event, tables)
         last = event.request_id if event.status == "completed" else lane.last
         after = msgspec.structs.replace(lane, active="", last=last)
     else:
-        after = _leave(tables, event.request_id, request, lane)
+        after = lanes.leave(tables, event.request_id, request, lane)
         _add(tables, waiting=-1)
     was_waiting = request.status == "queued"
     _ask_for(tables, request.requester, waiting=-was_waiting, size=-request.size)
-    _put_lane(tables, event.session_id, lane, after)
-    finished_ms = _whole_ms(event.time_s)
+    lanes.put(tables, event.session_id, lane, after)
+    finished_ms = whole_ms(event.time_s)
     ended = msgspec.structs.replace(
         request, status=event.status, finished_at=event.now, reason=event.reason, timeout_ms=0,
         kind=event.kind, due_ms=0, retry_at=None, finished_ms=finished_ms,
@@ -1330,68 +1223,15 @@ def _ended(event: Ended, tables: CompletionTables) -> None:
 
 def _release(event: Requeued | Deferred | Ended, tables: CompletionTables) -> Request:
     """Take the grant of an active request away, whatever becomes of it."""
-    request = _known(tables, event.request_id)
+    request = requests.known(tables, event.request_id)
     grant = tables.grants.get((request.worker, event.request_id))
     assert grant is not None
     bounds.apply_released(grant.provider, tables)
     tables.grants.delete((request.worker, event.request_id))
     tables.timeouts.delete((request.timeout_ms, event.request_id))
-    _use_slot(tables, request.worker, -1)
+    workers.apply_used(request.worker, -1, tables)
     _add(tables, active=-1)
     return request
-
-
-def _enter(tables: CompletionTables, request_id: str, request: Request, lane: Lane) -> Lane:
-    """Put a request into the queue of its session."""
-    key = (request.session_id, request.rank, request.number)
-    deferred = request.due_ms > 0
-    tables.queue.put(key, Waiting(request_id, request.requires))
-    head = Head(
-        request.rank, request.number, request_id, request.requires, request.recorded, deferred
-    )
-    if lane.head is not None and (lane.head.rank, lane.head.number) < key[1:]:
-        head = lane.head
-    return msgspec.structs.replace(lane, waiting=lane.waiting + 1, head=head)
-
-
-def _leave(tables: CompletionTables, request_id: str, request: Request, lane: Lane) -> Lane:
-    """Take a request out of the queue of its session."""
-    tables.queue.delete((request.session_id, request.rank, request.number))
-    if request.due_ms:
-        tables.deferred.delete((request.due_ms, request_id))
-    head = lane.head
-    if head is not None and head.request_id == request_id:
-        head = None
-        if lane.waiting > 1:
-            (_, rank, number), first = next(tables.queue.range(prefix=(request.session_id,)))
-            then = _known(tables, first.request_id)
-            head = Head(
-                rank, number, first.request_id, first.requires, then.recorded, then.due_ms > 0
-            )
-    return msgspec.structs.replace(lane, waiting=lane.waiting - 1, head=head)
-
-
-def _put_lane(tables: CompletionTables, session_id: str, before: Lane, after: Lane) -> None:
-    """Set the lane of a session, and whether its head is ready."""
-    was, now = _ready_of(before), _ready_of(after)
-    if was != now:
-        if was is not None:
-            tables.ready.delete((was.requires, was.rank, was.number))
-        if now is not None:
-            tables.ready.put((now.requires, now.rank, now.number), now)
-    if after.waiting or after.active:
-        tables.lanes.put(session_id, after)
-        return
-    tables.lanes.delete(session_id)
-    if after.closed:
-        tables.closing.delete(session_id)
-
-
-def _ready_of(lane: Lane) -> Head | None:
-    head = lane.head
-    if lane.active or head is None or not head.recorded or head.deferred:
-        return None
-    return head
 
 
 def _queue_closed(event: QueueClosed, tables: CompletionTables) -> None:
@@ -1399,7 +1239,16 @@ def _queue_closed(event: QueueClosed, tables: CompletionTables) -> None:
     if lane is not None:
         tables.closing.put(event.session_id, b"")
         closed = msgspec.structs.replace(lane, closed=True)
-        _put_lane(tables, event.session_id, lane, closed)
+        lanes.put(tables, event.session_id, lane, closed)
+
+
+def _worker_registered(event: WorkerRegistered, tables: CompletionTables) -> None:
+    workers.apply_registered(event, tables)
+    for offered in event.capabilities:
+        provider = tables.providers.get(offered)
+        if provider is not None and provider.unfit:
+            _count(tables, offered, unfit="")
+    _add(tables, epoch=event.epoch - requests.totals(tables).epoch)
 
 
 def _forgotten(event: Forgotten, tables: CompletionTables) -> None:
@@ -1414,7 +1263,7 @@ def _forgotten(event: Forgotten, tables: CompletionTables) -> None:
 def _buried(event: Retried | Buried, tables: CompletionTables) -> None:
     """Take a dead letter away; its outcome stays as long as that of others."""
     key = (event.finished_ms, event.request_id)
-    request = _known(tables, event.request_id)
+    request = requests.known(tables, event.request_id)
     tables.dead.delete(key)
     tables.prompts.delete(event.request_id)
     _add(tables, dead_bytes=-request.size)
@@ -1424,285 +1273,6 @@ def _buried(event: Retried | Buried, tables: CompletionTables) -> None:
     elif isinstance(event, Retried):
         retried = msgspec.structs.replace(request, retried_as=event.retried_as)
         tables.requests.put(event.request_id, retried)
-
-
-def _use_slot(tables: CompletionTables, name: str, change: int) -> None:
-    worker = tables.workers.get(name)
-    if worker is not None:
-        used = worker.used + change
-        _put_worker(tables, name, msgspec.structs.replace(worker, used=used))
-
-
-def _worker_registered(event: WorkerRegistered, tables: CompletionTables) -> None:
-    due_ms = _due_ms(event.time_s, event.lease_s)
-    worker = Worker(
-        event.epoch, event.capabilities, event.slots, 0, event.lease_s, due_ms, event.now
-    )
-    _put_worker(tables, event.worker, worker)
-    for offered in event.capabilities:
-        provider = tables.providers.get(offered)
-        if provider is not None and provider.unfit:
-            _count(tables, offered, unfit="")
-    _add(tables, epoch=event.epoch - _totals(tables).epoch)
-
-
-def _worker_renewed(event: WorkerRenewed, tables: CompletionTables) -> None:
-    worker = tables.workers.get(event.worker)
-    assert worker is not None
-    due_ms = _due_ms(event.time_s, worker.lease_s)
-    renewed = msgspec.structs.replace(worker, slots=event.slots, due_ms=due_ms)
-    _put_worker(tables, event.worker, renewed)
-
-
-def _put_worker(tables: CompletionTables, name: str, worker: Worker | None) -> None:
-    """Set or remove a worker, its lease, and the rows that say it is free."""
-    before = tables.workers.get(name)
-    was, now = _free_rows(name, before), _free_rows(name, worker)
-    for key in was - now:
-        tables.free.delete(key)
-    for key in now - was:
-        tables.free.put(key, b"")
-    if before is not None and (worker is None or worker.due_ms != before.due_ms):
-        tables.leases.delete((before.due_ms, name))
-    if worker is None:
-        tables.workers.delete(name)
-    else:
-        tables.leases.put((worker.due_ms, name), b"")
-        tables.workers.put(name, worker)
-
-
-def _free_rows(name: str, worker: Worker | None) -> set[tuple[str, int, str]]:
-    if worker is None or worker.used >= worker.slots:
-        return set()
-    return {(offered, worker.used, name) for offered in (ANYTHING, *worker.capabilities)}
-
-
-class Open(NamedTuple):
-    """What is open in a state: how many wait, by session, and the requests that run."""
-
-    waiting: dict[str, int]
-    active: list[str]
-
-
-def open_in(tables: CompletionTables) -> Open:
-    """Return what is open, for whoever is told what a restore would do."""
-    lanes = dict(tables.lanes.range())
-    return Open(
-        {session_id: lane.waiting for session_id, lane in lanes.items() if lane.waiting},
-        [lane.active for lane in lanes.values() if lane.active],
-    )
-
-
-def _view(request_id: str, request: Request) -> RequestView:
-    return RequestView(
-        request_id=request_id,
-        session_id=request.session_id,
-        requester=request.requester,
-        status=request.status,
-        priority=request.priority,
-        requires=_required(request),
-        attempt=request.attempt,
-        worker=request.worker or None,
-        queued_at=request.queued_at,
-        granted_at=request.granted_at,
-        finished_at=request.finished_at,
-        reason=request.reason,
-        kind=request.kind or None,
-        failures=request.failures,
-        attempts_max=request.attempts_max,
-        retry_at=request.retry_at,
-        retried_as=request.retried_as or None,
-        retry_of=request.retry_of or None,
-    )
-
-
-def _required(request: Request) -> str | None:
-    return None if request.requires == ANYTHING else request.requires
-
-
-def _status(request_id: str, tables: CompletionTables) -> RequestView:
-    request = _known(tables, request_id)
-    view = _view(request_id, request)
-    if request.status in FINAL:
-        outcome = tables.outcomes.get(request_id)
-        return msgspec.structs.replace(view, result=outcome.result if outcome else None)
-    grant = tables.grants.get((request.worker, request_id)) if request.worker else None
-    return msgspec.structs.replace(view, progress=grant.progress if grant else None)
-
-
-def _grants(query: GetGrants, tables: CompletionTables) -> Grants:
-    held = tables.grants.range(prefix=(query.worker,))
-    named = None if query.request_ids is None else {*query.request_ids}
-    found: list[GrantView] = []
-    room = PAGE_BYTES_MAX
-    for (_, request_id), grant in held:
-        if named is not None and request_id not in named:
-            continue
-        request, prompt = _known(tables, request_id), tables.prompts.get(request_id)
-        assert prompt is not None
-        room -= request.size
-        if room < 0 and found:
-            return Grants(worker=query.worker, grants=found, more=True)
-        view = GrantView(
-            request_id=request_id,
-            attempt=grant.attempt,
-            session_id=request.session_id,
-            requester=request.requester,
-            prompt=prompt.prompt,
-            model=prompt.model,
-            data=prompt.data,
-            options=prompt.options,
-            requires=_required(request),
-            run_s=request.run_s,
-            follows=grant.follows or None,
-        )
-        found.append(view)
-    return Grants(worker=query.worker, grants=found, more=False)
-
-
-def _session_status(query: GetSessionStatus, tables: CompletionTables) -> SessionQueue:
-    lane = tables.lanes.get(query.session_id) or Lane()
-    rows = islice(tables.queue.range(prefix=(query.session_id,)), query.limit)
-    return SessionQueue(
-        session_id=query.session_id,
-        waiting=lane.waiting,
-        active=_view(lane.active, _known(tables, lane.active)) if lane.active else None,
-        next=[_view(each.request_id, _known(tables, each.request_id)) for _, each in rows],
-    )
-
-
-def _list(query: ListRequests, tables: CompletionTables) -> RequestPage:
-    rows: Iterator[tuple[Any, str]]
-    if query.status == "queued":
-        start = _place(query.after, str, int, int)
-        rows = ((key, each.request_id) for key, each in tables.queue.range(start))
-    elif query.status == "active":
-        start = _place(query.after, str, str)
-        rows = ((key, key[1]) for key, _ in tables.grants.range(start))
-    else:
-        stop = _place(query.after, int, str)
-        table = tables.dead if query.status == "dead" else tables.finished
-        rows = ((k, k[1]) for k, _ in table.range((), stop or None, reverse=True))
-    found: list[RequestView] = []
-    following: str | None = None
-    for key, request_id in rows:
-        place = "/".join(map(str, key))
-        if place == query.after:
-            continue
-        if len(found) == query.limit:
-            break
-        following = place
-        found.append(_view(request_id, _known(tables, request_id)))
-    else:
-        following = None
-    totals = _totals(tables)
-    return RequestPage(
-        requests=found,
-        waiting=totals.waiting,
-        active=totals.active,
-        finished=tables.finished.count(),
-        limit=totals.limit,
-        next=following,
-    )
-
-
-def _retry_status(query: GetRetryStatus, tables: CompletionTables) -> RetryPage:
-    rows = islice(tables.deferred.range(), query.limit)
-    return RetryPage(
-        requests=[_view(each, _known(tables, each)) for (_, each), _row in rows],
-        waiting=tables.deferred.count(),
-        dead=tables.dead.count(),
-    )
-
-
-def _provider_status(query: GetProviderStatus, tables: CompletionTables) -> ProviderPage:
-    offered: dict[str, list[Worker]] = {}
-    for _, worker in tables.workers.range():
-        for name in worker.capabilities:
-            offered.setdefault(name, []).append(worker)
-    rows, bound = dict(tables.providers.range()), dict(tables.bounds.range())
-    names = sorted({*offered, *rows, *bound}) if query.provider is None else [query.provider]
-    found = []
-    for name in names[:PAGE_REQUESTS_MAX]:
-        row, workers = rows.get(name) or Provider(), offered.get(name, [])
-        bounded = bound.get(name) or Bound()
-        view = ProviderView(
-            provider=name,
-            workers=len(workers),
-            slots=sum(each.slots for each in workers),
-            used=sum(each.used for each in workers),
-            completed=row.completed,
-            failed=row.failed,
-            retried=row.retried,
-            completed_at=row.completed_at,
-            failed_at=row.failed_at,
-            kind=row.kind or None,
-            reason=row.reason or None,
-            unfit=row.unfit or None,
-            limit=bounded.limit,
-            rate=bounds.rate_of(bounded),
-        )
-        found.append(view)
-    return ProviderPage(providers=found)
-
-
-def _found_unfit(command: ReportUnfit, tables: CompletionTables, given: Given) -> Decision:
-    known = tables.providers.get(command.provider)
-    if known is None and tables.providers.count() >= PROVIDERS_MAX:
-        raise Quota(f"there are {PROVIDERS_MAX} providers", limit=PROVIDERS_MAX)
-    return Decision((FoundUnfit(command.provider, command.reason, given.now),))
-
-
-def _set_limit(command: SetLimit, tables: CompletionTables) -> Decision:
-    """Bound what providers bear: one of them, or all together."""
-    if command.provider is not None:
-        provider = command.provider
-        event = bounds.set_bound(provider, command.limit, command.rate, tables)
-        active = _granted_of(provider, tables)
-        reply = Limits(limit=command.limit, active=active, provider=provider, rate=command.rate)
-        return Decision((event,), reply, tick=True)
-    if command.limit is None or command.rate is not None:
-        raise Invalid(
-            "without a provider there is a limit, and no rate",
-            hint="ksi ask completion:limit --provider openai --rate 60/m",
-        )
-    reply = Limits(limit=command.limit, active=_totals(tables).active)
-    return Decision((LimitSet(command.limit),), reply, tick=True)
-
-
-def _granted_of(provider: str, tables: CompletionTables) -> int:
-    """Return how many grants a provider has: it is counted once, when it gets a bound."""
-    return sum(grant.provider == provider for _, grant in tables.grants.range())
-
-
-def _set_budget(command: SetBudget, tables: CompletionTables, given: Given) -> Decision:
-    event = spending.set_budget(command, tables, given.now)
-    budget = spending.after(event, tables)
-    views = [] if budget is None else [spending.view(event.holder, event.name, budget)]
-    return Decision((event,), BudgetPage(budgets=views), tick=True)
-
-
-def _place(after: str | None, *kinds: type) -> Any:
-    """Return the key a cursor names, or the beginning for one that names none."""
-    parts = (after or "").split("/")
-    if len(parts) != len(kinds):
-        return ()
-    keyed = list(zip(kinds, parts, strict=True))
-    if not all(kind is str or _NUMBER.fullmatch(part) for kind, part in keyed):
-        return ()
-    return tuple(kind(part) for kind, part in keyed)
-
-
-def _worker_view(name: str, worker: Worker) -> WorkerView:
-    return WorkerView(
-        worker=name,
-        epoch=worker.epoch,
-        capabilities=worker.capabilities,
-        slots=worker.slots,
-        used=worker.used,
-        lease_s=worker.lease_s,
-        registered_at=worker.registered_at,
-    )
 
 
 def _told(event: Any, what: str, **message: Any) -> Announcement:

@@ -68,6 +68,7 @@ from ksi.transport.limits import (
     LOCK_QUEUE_MAX,
     LOCKS_MAX,
 )
+from ksi.transport.moments import whole_ms
 
 TICK_LOCKS_MAX: Final = 250  # Locks that expire in one decision: it is felt.
 SHOWN_MAX: Final = 5  # Of a queue.
@@ -121,7 +122,7 @@ def apply(event: Any, tables: LockTables) -> None:
         case LockRenewed():
             lock = tables.locks.get(event.conversation_id)
             assert lock is not None
-            expires_ms = _ms(event.time_s + event.ttl_s)
+            expires_ms = whole_ms(event.time_s + event.ttl_s)
             renewed = msgspec.structs.replace(lock, ttl_s=event.ttl_s, expires_ms=expires_ms)
             _put(event.conversation_id, lock, renewed, tables)
         case LockFreed():
@@ -179,7 +180,7 @@ def tick(tables: LockTables, given: Given) -> Decision:
     events: list[Event] = []
     epoch = _count(tables, "epoch")
     for taken, ((_ms_due, conversation_id), _) in enumerate(
-        tables.due.range(stop=(_ms(given.time_s) + 1,))
+        tables.due.range(stop=(whole_ms(given.time_s) + 1,))
     ):
         if taken == TICK_LOCKS_MAX:
             break
@@ -268,7 +269,8 @@ def _release(command: ReleaseLock, sender: Sender, tables: LockTables, given: Gi
     if held is None:
         if command.epoch is not None:
             raise StaleEpoch(f"request {request_id} of {agent_id} has no lock any more")
-        raise NotFound(f"request {request_id} of {agent_id} holds no lock and waits for none")
+        text = f"request {request_id} of {agent_id} holds no lock and waits for none"
+        raise NotFound(text, hint="ksi read conversation:locks")
     conversation_id = held.conversation_id
     if held.ticket:
         left = LockLeft(conversation_id, agent_id, request_id, held.ticket)
@@ -371,7 +373,8 @@ def _require_holder(
 ) -> Lock:
     lock = tables.locks.get(conversation_id)
     if lock is None:
-        raise NotFound(f"conversation {conversation_id} is not locked")
+        text = f"conversation {conversation_id} is not locked"
+        raise NotFound(text, hint="ksi read conversation:locks")
     _require_epoch(conversation_id, lock, epoch)
     if (lock.holder, lock.request_id) != (sender.name, request_id):
         raise NotOwner(
@@ -405,7 +408,7 @@ def _granted(event: LockGranted, tables: LockTables) -> None:
         event.request_id,
         event.epoch,
         event.ttl_s,
-        _ms(event.time_s + event.ttl_s),
+        whole_ms(event.time_s + event.ttl_s),
         event.now,
         False,
         event.metadata,
@@ -424,7 +427,7 @@ def _freed(event: LockFreed, tables: LockTables) -> None:
     tables.requests.delete((event.holder, event.request_id))
     expired = None
     if event.reason == "expired":
-        forgotten_ms = _ms(event.time_s + LOCK_EXPIRED_S)
+        forgotten_ms = whole_ms(event.time_s + LOCK_EXPIRED_S)
         expired = msgspec.structs.replace(lock, has_expired=True, expires_ms=forgotten_ms)
     _put(event.conversation_id, lock, expired, tables)
 
@@ -506,10 +509,6 @@ def _view(conversation_id: str, tables: LockTables) -> LockView:
 def _count(tables: LockTables, name: str) -> int:
     row = tables.counters.get(name)
     return 0 if row is None else row.value
-
-
-def _ms(time_s: float) -> int:
-    return int(time_s * 1000)
 
 
 def _told(conversation_id: str, what: str, sender: str, **message: Any) -> Announcement:

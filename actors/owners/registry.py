@@ -20,7 +20,6 @@ Suspect, then lost: lease-based failure detection with one grace period.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -97,6 +96,7 @@ from ksi.transport.errors import (
 )
 from ksi.transport.limits import BATCH_BYTES_MAX
 from ksi.transport.message import encode
+from ksi.transport.moments import due_ms, whole_ms
 
 AGENTS_MAX: Final = 100_000  # Agents that are here: what `list` and selectors may have to walk.
 GONE_MAX: Final = 1000  # Agents that have left: kept for those who look why, then forgotten.
@@ -231,7 +231,7 @@ def _tick(tables: RegistryTables, given: Given) -> Decision:
     """Let what is overdue happen, and forget the longest gone: a bounded number of each."""
     events: list[Event] = []
     sends: list[Send] = []
-    overdue = tables.deadlines.range((0,), (_whole_ms(given.time_s) + 1,))
+    overdue = tables.deadlines.range((0,), (whole_ms(given.time_s) + 1,))
     for (_, agent_id), _row in islice(overdue, DUE_MAX):
         agent = _known(tables, agent_id)
         if agent.status == "active":
@@ -745,7 +745,7 @@ def _status_changed(event: StatusChanged, tables: RegistryTables) -> None:
         exit=event.exit,
         changed_at=event.now,
         # A lost one that nobody runs is as good as gone; a beat brings it back.
-        gone_ms=_whole_ms(event.time_s) + 1 if _is_gone(event.status, former.supervised) else 0,
+        gone_ms=whole_ms(event.time_s) + 1 if _is_gone(event.status, former.supervised) else 0,
     )
     _put(event.agent_id, former, agent, tables)
     pulse = tables.pulses.get(event.agent_id)
@@ -817,27 +817,23 @@ def _put_pulse(
 ) -> None:
     """Put when the agent was heard of, and keep `deadlines` in step with it."""
     former = tables.pulses.get(agent_id)
-    due_ms = _due_ms(agent, seen_s, time_s)
-    if former is not None and former.due_ms and former.due_ms != due_ms:
+    until_ms = _until_ms(agent, seen_s, time_s)
+    if former is not None and former.due_ms and former.due_ms != until_ms:
         tables.deadlines.delete((former.due_ms, agent_id))
-    if due_ms:
-        tables.deadlines.put((due_ms, agent_id), b"")
-    tables.pulses.put(agent_id, Pulse(seen_at, seen_s, due_ms))
+    if until_ms:
+        tables.deadlines.put((until_ms, agent_id), b"")
+    tables.pulses.put(agent_id, Pulse(seen_at, seen_s, until_ms))
 
 
-def _due_ms(agent: Agent, seen_s: float, time_s: float) -> int:
+def _until_ms(agent: Agent, seen_s: float, time_s: float) -> int:
     """Return when an agent in this state becomes something else by itself; 0: never."""
     if agent.status in ("starting", "stopping") and agent.supervised:
-        return _whole_ms(time_s + REPORT_S) + 1
+        return whole_ms(time_s + REPORT_S) + 1
     if agent.lease_s is not None and agent.status == "active":
-        return math.ceil((seen_s + agent.lease_s) * 1000)
+        return due_ms(seen_s, agent.lease_s)
     if agent.lease_s is not None and agent.status == "suspect":
-        return math.ceil((seen_s + 2 * agent.lease_s) * 1000)
+        return due_ms(seen_s, 2 * agent.lease_s)
     return 0
-
-
-def _whole_ms(seconds: float) -> int:
-    return int(seconds * 1000)
 
 
 def _view(agent_id: str, agent: Agent, tables: RegistryTables) -> AgentView:

@@ -846,7 +846,8 @@ def _seq_up_to(at: int | None, session_id: str, session: Session) -> int:
     if at is None:
         return session.seq
     if at > session.seq:
-        raise NotFound(f"session {session_id} has {session.seq} entries, not {at}", seq=session.seq)
+        text = f"session {session_id} has {session.seq} entries, not {at}"
+        raise NotFound(text, hint="ksi sessions show SESSION", seq=session.seq)
     return at
 
 

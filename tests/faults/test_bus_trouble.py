@@ -56,12 +56,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     running.end()
 
 
-@pytest.fixture
-def alice(system: System) -> Iterator[Client]:
-    with system.client("alice") as client:
-        yield client
-
-
 def process(system: System, code: str, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code, *words],
@@ -126,7 +120,7 @@ def test_a_stopped_reader_misses_what_is_beyond_its_credit_knows_it_and_harms_no
             assert news.next(5.0).message == {"n": 0}
             before_mb = rss_mb(living(system, "bus"))
             os.kill(stopped.pid, signal.SIGSTOP)
-            heard = []
+            heard: list[Any] = []
             step = CREDIT // 2  # So much is granted however little of the rest was taken.
             for start in range(1, MANY, step):
                 for n in range(start, min(start + step, MANY)):
@@ -374,8 +368,9 @@ def test_an_answer_by_somebody_else_is_no_answer_and_stays_in_the_inbox(system: 
 
     async def both() -> list[Any]:
         with system.client("ann") as waiting:
+            request: Any = waiting.request
             async with AsyncClient("ann", var=system.var) as ann:
-                there = await talk(ann, partial(asyncio.to_thread, waiting.request), "tim")
+                there = await talk(ann, partial(asyncio.to_thread, request), "tim")
                 return there + await talk(ann, ann.request, "jim")
 
     assert asyncio.run(both()) == ["tim", "mallory", "jim", "mallory"]

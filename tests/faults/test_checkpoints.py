@@ -21,6 +21,7 @@ from ksi.actors.commit import table_types
 from ksi.actors.owners import OWNERS, load
 from ksi.storage import checkpoints
 from ksi.storage.checkpoints import making, whole
+from ksi.storage.errors import Corrupt
 from ksi.storage.journal import segments_in
 from ksi.storage.snapshots import read_copy
 from ksi.storage.store import read_current, read_mark
@@ -229,7 +230,7 @@ def test_a_damaged_checkpoint_is_found(system: System) -> None:
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    with pytest.raises(checkpoints.Corrupt, match="sessions"):
+    with pytest.raises(Corrupt, match="sessions"):
         checkpoints.verify(root_of(system.var) / found.id)
 
 
@@ -286,7 +287,7 @@ def test_after_a_crash_of_the_machine_a_checkpoint_replaces_dropped_segments(
 
 
 def test_a_checkpoint_is_made_when_the_journals_have_grown(var: Path) -> None:
-    running = System(var, **{"checkpoint.journal_bytes": 16 << 20})
+    running = System(var, (), **{"checkpoint.journal_bytes": 16 << 20})
     try:
         with running.client("alice") as alice:
             alice.ask("session:create", session_id="s")

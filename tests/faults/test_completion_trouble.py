@@ -15,7 +15,7 @@ from system import System
 from trouble import entries, kill, paused, until
 from workers import WorkerProcess, happened, registered, state, working
 
-from ksi.actors.declarations.completion import WorkerRenewed
+from ksi.actors.declarations.workers import WorkerRenewed
 from ksi.transport import Client
 from ksi.transport.errors import Conflict, Forbidden, NotFound, StaleEpoch, Unavailable
 from ksi.transport.identity import KeyRing
@@ -28,12 +28,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     running = System(tmp_path_factory.mktemp("completion") / "var")
     yield running
     running.end()
-
-
-@pytest.fixture
-def alice(system: System) -> Iterator[Client]:
-    with system.client("alice") as client:
-        yield client
 
 
 @pytest.fixture

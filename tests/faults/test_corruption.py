@@ -126,8 +126,9 @@ def is_former(found: str, right: str) -> bool:
     """Whether it says itself that it is older: LMDB keeps two states, and goes back to the former
     if the number of the latter is damaged. An owner that opens it replays its journal behind that.
     """
-    numbers = [re.match(r"0: \((\d+), ", each) for each in (found, right)]
-    return all(numbers) and int(numbers[0][1]) < int(numbers[1][1])  # type: ignore[index]
+    matches = [re.match(r"0: \((\d+), ", each) for each in (found, right)]
+    numbers = [int(each[1]) for each in matches if each is not None]
+    return len(numbers) == 2 and numbers[0] < numbers[1]
 
 
 def has_bytes(path: Path) -> bool:

@@ -70,7 +70,8 @@ class Hosted:
             sender_of=lambda key: (key, self.role), send=self._answered, ring=lambda: None,
             watch=lambda *_: None, timeout_s=0.0, gone=False,
         )  # fmt: skip
-        outbox = Outbox("store", lambda _: (Nobody(), Nobody()), self)
+        nobodies: Any = (Nobody(), Nobody())
+        outbox = Outbox("store", lambda _: nobodies, self)
         self.host = host_of(twin, mailbox, outbox, self)
         for each in self.operations:
             self.send(self.frame(each.name, pack(each.example)), "alice", "operator")

@@ -123,7 +123,7 @@ def restart_the_machine() -> None:
     """Give the machine another boot id, as far as this process knows."""
     for module in [*sys.modules.values()]:
         if module.__name__.startswith("ksi.") and hasattr(module, "this_boot"):
-            module.this_boot = lambda: "after the cut"
+            setattr(module, "this_boot", lambda: "after the cut")  # noqa: B010 - a type has no such name
 
 
 def work_and_cut(left: Left, what: str, states: int) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ PROGRAM = f"{sys.executable} {Path(__file__).parents[1] / 'printing.py'}"
 COMMAND = ("--provider", "command", "--command", PROGRAM)
 KSI = [sys.executable, "-P", "-m", "ksi.console"]
 SECRET = "sk-never-to-be-seen-4711"
-SOON = {"retry_s": 0.1}
+SOON: dict[str, Any] = {"retry_s": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +50,13 @@ def model(system: System) -> Iterator[str]:
 
 
 @pytest.fixture
-def alice(system: System) -> Iterator[Client]:
-    with system.client("alice") as client:
-        yield client
-
-
-@pytest.fixture
 def session_id(alice: Client) -> str:
     return str(alice.ask("session:create")["session_id"])
+
+
+def has_asked(times: int) -> bool:
+    """Whether the model was called so often."""
+    return len(Model.asked) >= times
 
 
 def submit(client: Client, session_id: str, prompt: str, **more: Any) -> str:
@@ -314,8 +314,7 @@ def test_three_workers_give_a_provider_no_more_than_it_bears_though_the_owner_is
         with working(system, "a", "b", "c", **settings):
             asked = [submit(alice, each, "slow", requires="shared") for each in ids]
             for _ in range(2):
-                called = len(Model.asked)
-                until(lambda many=called + 3: len(Model.asked) >= many, 30.0)  # type: ignore[misc]
+                until(partial(has_asked, len(Model.asked) + 3), 30.0)
                 kill(system, "completion")
             ends = [alice.outcome(each, timeout_s=60) for each in asked]
     assert {each["status"] for each in ends} == {"completed"}

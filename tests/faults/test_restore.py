@@ -19,6 +19,7 @@ from ksi.actors import restoring
 from ksi.actors.checkpoints import root_of
 from ksi.actors.owners import OWNERS
 from ksi.storage import checkpoints
+from ksi.storage.store import restore
 from ksi.transport import AsyncClient
 from ksi.transport.errors import Conflict, NotFound, Restored
 
@@ -173,7 +174,7 @@ def test_a_file_kept_aside_that_is_not_what_the_checkpoint_knows_stays_there(
 
 
 def test_a_former_store_goes_behind_the_last_checkpoint_of_it(var: Path) -> None:
-    system = System(var, **{"checkpoint.former_s": 0, "checkpoint.keep": 2})
+    system = System(var, (), **{"checkpoint.former_s": 0, "checkpoint.keep": 2})
     try:
         checkpoint_id = grown(system)
 
@@ -202,7 +203,7 @@ def test_a_restore_that_is_cut_short_is_ended_before_anything_starts(
     system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint_id = grown(system)
-    real, calls = restoring.restore, iter(range(100))
+    real, calls = restore, iter(range(100))
 
     def dies(*arguments: Any) -> str:
         if next(calls) == 2:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -54,12 +55,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     running = System(tmp_path_factory.mktemp("state") / "var")
     yield running
     running.end()
-
-
-@pytest.fixture
-def alice(system: System) -> Iterator[Client]:
-    with system.client("alice") as client:
-        yield client
 
 
 @pytest.fixture
@@ -151,10 +146,13 @@ def transactions_and_kills(system: System, alice: Client, kills: int) -> None:
     counter = threading.Thread(target=count_up)
     counter.start()
     chance = random.Random(1)
+
+    def is_behind(count: int) -> bool:
+        return done[0] > count or bool(failed)
+
     try:
         for _ in range(kills):
-            before = done[0]
-            until(lambda before=before: done[0] > before + chance.randrange(3) or failed, 30.0)
+            until(partial(is_behind, done[0] + chance.randrange(3)), 30.0)
             kill(system, "state")
             assert len(values(alice)) == 1
             living(system, "state")
@@ -238,7 +236,7 @@ def test_a_watch_of_what_is_not_kept_or_not_there_yet_is_refused(
 def test_what_lapses_in_a_queue_does_so_in_its_time_also_if_the_owner_was_killed(
     system: System, alice: Client
 ) -> None:
-    queue = {"namespace": "ttl", "key": "q"}
+    queue: dict[str, Any] = {"namespace": "ttl", "key": "q"}
     begun_s = time.monotonic()
     alice.ask("async_state:push", **queue, data=1, ttl_seconds=1.0)
     kill(system, "state")

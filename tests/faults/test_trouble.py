@@ -51,12 +51,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     running.end()
 
 
-@pytest.fixture
-def alice(system: System) -> Iterator[Client]:
-    with system.client("alice") as client:
-        yield client
-
-
 def note(client: Client, session_id: str, n: int = 0, **more: Any) -> dict[str, Any]:
     return client.ask("session:append", session_id=session_id, event="n", data={"n": n}, **more)
 
@@ -378,7 +372,7 @@ class FullDisk:
     """A system on a small disk that can be filled to the last byte, and freed."""
 
     def __init__(self, disk: Path) -> None:
-        self.system = System(disk / "var", **{"supervisor.intensity": 5})  # as it is by default
+        self.system = System(disk / "var", (), **{"supervisor.intensity": 5})  # as it is by default
         self._ballast = disk / "ballast"
         self.system.client("reader").close()  # It is enrolled now: that needs room, too.
 

@@ -135,7 +135,7 @@ class Process:
             raise Killed
 
         if dies in ("before", "behind"):
-            store.commit = killed  # type: ignore[method-assign]
+            store.commit = killed  # type: ignore[method-assign, assignment]  # for one turn
         self.is_silent = dies == "answers"
         try:
             self.host._turn(Post(letters))
