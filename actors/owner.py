@@ -204,8 +204,7 @@ class Send:
     unless_waiting: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """What happens if this command is carried out: events in order, a reply, and messages.
 
     With `tick` the owner's `Tick` follows in the same commit, after the rest of the batch: for what
