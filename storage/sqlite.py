@@ -91,12 +91,12 @@ def _empty_log(path: Path) -> None:
     """Move what is in the log of a database that nobody writes any more into its own file."""
     if not path.with_name(f"{path.name}-wal").exists():
         return
-    with (
-        suppress(sqlite3.Error),  # A damaged one has nothing to keep.
-        closing(sqlite3.connect(path, isolation_level=None, timeout=INDEX_WAIT_S)) as database,
-    ):
-        database.execute("PRAGMA synchronous=OFF")
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # Waits for readers, each a moment.
+    uri = f"{path.absolute().as_uri()}?mode=rw"  # Readers would find the one that is made here.
+    with suppress(sqlite3.Error):  # A damaged one, and one that was deleted, has nothing to keep.
+        database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=INDEX_WAIT_S)
+        with closing(database):
+            database.execute("PRAGMA synchronous=OFF")
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # Waits for readers, each a moment.
 
 
 def remove(path: Path) -> None:

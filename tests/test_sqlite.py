@@ -49,3 +49,25 @@ def test_whoever_reads_while_a_database_is_replaced_finds_all_of_the_former_or_o
         reader = put_back()
     reader.close()
     assert seen == {ROWS, ROWS + 1}
+
+
+def test_where_a_database_was_deleted_and_its_log_left_nobody_finds_an_empty_one(
+    tmp_path: Path,
+) -> None:
+    path, new = tmp_path / "there.db", tmp_path / "new.db"
+    left = tmp_path / "there.db-wal"
+
+    def put_back() -> None:
+        for each in (path, new):
+            sqlite.remove(each)
+        made(new, ROWS + 1).close()
+        writer = made(path, ROWS)
+        log = left.read_bytes()
+        writer.close()
+        sqlite.remove(path)
+        left.write_bytes(log)
+
+    put_back()
+    for _ in killed_at_each_step(partial(sqlite.replace, new, path), runs=50):
+        assert not path.exists() or count(path) == ROWS + 1
+        put_back()

@@ -40,7 +40,11 @@ def raw(system: System) -> socket.socket:
     """Return a connection to the owner of sessions that speaks no ZeroMQ."""
     connected = socket.socket(socket.AF_UNIX)
     connected.settimeout(5.0)
-    connected.connect(endpoint(system.var, "sessions").removeprefix("ipc://"))
+    try:
+        connected.connect(endpoint(system.var, "sessions").removeprefix("ipc://"))
+    except OSError:
+        connected.close()
+        raise
     return connected
 
 
