@@ -22,7 +22,7 @@ from ksi.transport.identity import bell_endpoint
 from ksi.transport.mailbox import listen
 
 GROUP_S: Final = 0.02  # What comes within this time is taken together ...
-GROUP_S_MAX: Final = 0.1  # ... and where there is much to do, within this.
+GROUP_S_MAX: Final = 0.05  # ... and where there is much to do, within this.
 _REST_FACTOR: Final = 10  # It rests so many times as long as its last work took.
 CLOSE_S: Final = 3.0  # For what is left at the end; a supervisor waits 5.
 
