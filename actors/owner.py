@@ -121,6 +121,9 @@ class Compositions(Protocol):
     def named(self, name: str, kind: str | None) -> list[dict[str, Any]]:
         """Return the compositions that a name may mean, with their metadata and content."""
 
+    def source(self, path: str) -> bytes | None:
+        """Return the file at a path as it is in the folder now; None if there is none."""
+
     def problems(self, **wanted: Any) -> list[dict[str, Any]]:
         """Return the files that are no compositions, and why not."""
 

@@ -152,6 +152,11 @@ def cursor_of(place: tuple[Any, ...], what: str) -> str:
     return urlsafe_b64encode(packed).rstrip(b"=").decode()
 
 
+def beyond(key: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the least key that is greater, of those that end in a text."""
+    return (*key[:-1], key[-1] + "\x01") if key else ()
+
+
 def place_of(cursor: str, what: str, *parts: type) -> tuple[Any, ...]:
     """Return the place that a cursor holds.
 

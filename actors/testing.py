@@ -249,10 +249,15 @@ class OneComposition:
         """Return the one, if it is meant."""
         if name != "known":
             return []
-        texts = ("id", "name", "component_type", "file_path", "file_hash")
-        gaps = ("version", "description", "author", "extends", "loading_strategy", "content")
-        row = {**dict.fromkeys(texts, "known"), **dict.fromkeys(gaps)}
+        texts = ("id", "name", "component_type", "file_hash")
+        gaps = ("version", "description", "author", "extends", "loading_strategy")
+        row = {**dict.fromkeys(texts, "known"), **dict.fromkeys(gaps), "file_path": "known.md"}
+        row["content"] = "text"
         return [{**row, "tags": [], "capabilities": [], "size_bytes": 0, "modified_at": 0.0}]
+
+    def source(self, path: str) -> bytes | None:
+        """Return the file of the one."""
+        return b"---\nname: known\ntype: core\n---\n" if path == "known.md" else None
 
     def problems(self, **_wanted: Any) -> list[dict[str, Any]]:
         """Return nothing."""

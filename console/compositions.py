@@ -92,6 +92,23 @@ def show(options: Options, name: str, type_: str | None) -> None:
         print(clean(line))
 
 
+@compositions.command("render")
+@click.argument("name")
+@click.option("--set", "values", multiple=True, metavar="NAME=VALUE", help="JSON, or a text.")
+@click.pass_obj
+def render(options: Options, name: str, values: tuple[str, ...]) -> None:
+    """Print one with all it is made of, and variables filled in. Sends no message."""
+    variables = dict(map(_pair, values))
+    found = _reads(options)("library", "composition:render", name=name, variables=variables)
+    if options.json:
+        show_json("compositions.render", found)
+        return
+    for line in found["content"].splitlines():
+        print(clean(line))
+    if found["missing"]:
+        print(f"without a value: {clean(' '.join(found['missing']))}", file=sys.stderr)
+
+
 @compositions.command("problems")
 @click.option("--state", type=click.Choice(["rejected", "excluded"]), help="Only these.")
 @click.option("--limit", type=click.IntRange(min=1), default=1000, show_default=True)
@@ -142,7 +159,7 @@ def _pair(text: str) -> tuple[str, Any]:
 
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise click.UsageError(f"--where {text!r} is no KEY=VALUE")
+        raise click.UsageError(f"{text!r} is no NAME=VALUE")
     try:
         return key, json.loads(value)
     except ValueError:

@@ -168,7 +168,8 @@ def replayed(
 @observe.command("analyze")
 @click.argument("target")
 @click.option(
-    "--type", "analysis_type", type=click.Choice(["frequency", "errors", "performance"]),
+    "--type", "analysis_type",
+    type=click.Choice(["frequency", "sequence", "errors", "performance"]),
     default="frequency", show_default=True,
 )  # fmt: skip
 @_since
@@ -177,7 +178,7 @@ def replayed(
 def analyze(
     options: Options, /, target: str, analysis_type: str, since: float | None, until: float | None
 ) -> None:
-    """Say how often TARGET does what, what has failed, or how long it takes."""
+    """Say how often TARGET does what, what after what, what has failed, or how long it takes."""
     times = {"since": since, "until": until}
     given = {name: at for name, at in times.items() if at is not None}
     fields = {"target": target, "analysis_type": analysis_type, **given}

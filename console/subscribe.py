@@ -33,9 +33,10 @@ def subscribe(
 ) -> None:
     """Print what is announced under topics that match PATTERN: `*` a word, `>` the rest.
 
-    What begins with `session`, `agent`, `completion`, `worker`, `message`, `conversation`, `state`
-    or `async_state` its owner announces, anything else is published on the bus. With `--durable`
-    each message is acknowledged once it is printed. With `--json`, one JSON object a line.
+    What begins with `session`, `agent`, `completion`, `worker`, `message`, `conversation`,
+    `composition`, `state` or `async_state` its owner announces, anything else is published on the
+    bus. With `--durable` each message is acknowledged once it is printed. With `--json`, one JSON
+    object a line.
     """
     options.require_running()
     with options.client() as client:

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ksi.actors.followers.composed import Rejected, hash_of, parse, read_file, read_metadata, split
+from ksi.actors.composing import (
+    Rejected,
+    changed,
+    hash_of,
+    path_of,
+    read_metadata,
+    split,
+    written,
+)
+from ksi.actors.followers.composed import parse, read_file
+from ksi.storage.cache import as_json
 from ksi.storage.compositions import facets_of
 from ksi.transport.limits import COMPOSITION_BYTES_MAX
 
@@ -103,3 +116,83 @@ def test_a_link_and_a_file_that_is_too_large_are_not_read(tmp_path: Path) -> Non
 def test_values_can_be_found_as_they_are_and_not_as_their_text() -> None:
     found = facets_of({"a": {"b": [1, "1", True, None, 2.0]}})
     assert found == {("a.b", "1"), ("a.b", '"1"'), ("a.b", "true"), ("a.b", "null"), ("a.b", "2")}
+
+
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20)
+    | st.sampled_from(["2025-07-01", "1.10", "yes", "~", "a\nb", " a\n  b \n", "{{x}}", "#"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(
+    st.dictionaries(st.text(max_size=8), PLAIN, max_size=4),
+    st.dictionaries(st.text(max_size=8), PLAIN, max_size=4),
+    st.sampled_from(["a.md", "a.yaml"]),
+    st.sampled_from(["", "text", "---\nmore\n---", "\tx  \n\n y"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_written_says_what_was_meant_and_so_does_what_is_changed(
+    one: dict[str, Any], other: dict[str, Any], path: str, text: str
+) -> None:
+    one, other = ({"name": "n", "type": "core", **each} for each in (one, other))
+    try:
+        content = written(path, one, text)
+        again = changed(path, content, other, None)
+    except Rejected:  # It has no name any more, or the like.
+        assert not (one["name"] and one["type"] and other["name"] and other["type"])
+        return
+    shown = text.strip("\n") if path == "a.md" else ""
+    for found, meant in ((content, one), (again, other)):
+        assert as_json(read_metadata(path, found)) == as_json(meant)
+        assert split(path, found)[1] == shown
+
+
+def test_what_is_not_changed_stays_as_it_was_written_by_hand() -> None:
+    content = b"""---
+# Who it is.
+name: base   # short
+type: "core"
+tags: [one,  two]
+metadata:
+  level: 3 # high
+  1: one
+---
+
+# Base
+"""
+    meant = read_metadata("base.md", content)
+    meant["metadata"] |= {"level": 4, "note": "a\nb"}
+    del meant["tags"]
+    found = changed("base.md", content, meant, None).decode()
+    assert found == (
+        '---\n# Who it is.\nname: base   # short\ntype: "core"\nmetadata:\n  level: 4 # high\n'
+        "  1: one\n  note: |-\n    a\n    b\n---\n\n# Base\n"
+    )
+    assert changed("base.md", found.encode(), meant, "new").endswith(b"---\n\nnew\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/../x", "/etc/x", "a//b", ".hidden", "a/.git/x", "a\0b", "a\n", "x" * 201,
+     "a/" * 201, "", "a/", "C:x", "a\\b"],
+)  # fmt: skip
+def test_a_path_that_leaves_the_folder_or_hides_is_none(name: str) -> None:
+    with pytest.raises(Rejected, match="is no path"):
+        path_of(name if "/" in name else f"a/{name}", "core", ".md")
+
+
+def test_a_new_composition_goes_where_its_type_is_unless_it_says_where() -> None:
+    assert path_of("x", "profile", ".yaml") == "profiles/x.yaml"
+    assert path_of("x", "core", ".md") == "components/core/x.md"
+    assert path_of("a/b/x", "core", ".md") == "a/b/x.md"
+    assert path_of("x", "core", ".md", "a/b/y.md") == "a/b/x.md"
+    assert path_of("x", "core", ".md", "y.md") == "x.md"
+    assert path_of("größe/ü 1.yml", "core", ".md") == "größe/ü 1.yml"

@@ -20,6 +20,17 @@ def test_every_path_a_page_names_is_there(page: Path) -> None:
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_test_a_page_names_is_there(page: Path) -> None:
+    named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text()))
+    gone = [
+        f"{path}::{name}"
+        for path, name in sorted(named)
+        if not re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.M)
+    ]
+    assert gone == []
+
+
 @pytest.mark.parametrize("page", DECISIONS, ids=lambda page: page.stem)
 def test_a_decision_is_half_a_page_of_four_parts(page: Path) -> None:
     text = page.read_text()

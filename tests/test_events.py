@@ -169,6 +169,7 @@ def choose(chance: random.Random) -> Asked:
         ("event_log:ack", {**name, "upto": chance.randrange(9)}),
         ("event_log:clear", {"before": chance.choice((START, "2024-12-30", "1d"))}),
         ("event_log:clear", {}),
+        ("monitor:broadcast_event", {"event_name": "x:y", "event_data": {"n": 1}}),
         ("event_log:restore", {"days": ["2024-12-30"]}),
         ("event_log:query", {"since": chance.choice((None, "10m", "2024-12-30"))}),
         ("event_log:next", {"subscriber": who.name, **name}),
@@ -965,6 +966,20 @@ def test_what_is_for_one_agent_alone_is_not_in_the_log(happening: Happening) -> 
     assert set(kept["data"]["body"]) == {"bytes", "sha256"}
     logged = happening.system.var / "logs" / "events"
     assert not any(b"between us" in path.read_bytes() for path in logged.rglob("*.jsonl"))
+
+
+def test_whoever_follows_the_log_is_told_what_an_agent_broadcasts_as_what_it_is(
+    happening: Happening,
+) -> None:
+    said = {"event_name": "session:appended", "event_data": {"ok": [1e300, None]}}
+    with happening.system.client("watcher") as watcher:
+        watcher.ask("event_log:subscribe", name="news", event_patterns=["events:broadcast"])
+        happening.alice.ask("monitor:broadcast_event", said)
+        happening.caught_up()
+        (event,) = watcher.read("event_log:next", subscriber="watcher", name="news")["events"]
+    assert event["event"] == "events:broadcast"
+    assert (event["data"]["by"], event["agents"]) == ("alice", ["alice"])
+    assert {name: event["data"][name] for name in said} == said
 
 
 def test_the_files_of_a_day_are_read_with_jq(happening: Happening) -> None:

@@ -14,14 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from system import System
+from test_events import Logger
 from trouble import kill, paused, until
 
+from ksi.actors.composing import hash_of
+from ksi.actors.declarations.editing import Edit
 from ksi.actors.followers import composed, conversed
+from ksi.actors.followers.library import CompositionsFollower
 from ksi.actors.followers.watching import TTL_S
 from ksi.console.main import main
+from ksi.storage import shared
 from ksi.storage.compositions import CompositionsReader
 from ksi.storage.conversations import ConversationsReader
+from ksi.transport import Client
 from ksi.transport.errors import (
     Conflict,
     Forbidden,
@@ -104,18 +112,24 @@ class Library:
         return [(each["session_id"], m["line_number"]) for each in results for m in each["matches"]]
 
     def require_places(self, query: str) -> None:
-        """Check that each match is the line its file has at its offset."""
-        for each in self.read("conversation:search", query=query, limit=100)["results"]:
-            for match in each["matches"]:
-                with open(each["file_path"], "rb") as file:
-                    file.seek(match["byte_offset"])
-                    said = conversed.said(file.readline())
-                assert said.timestamp == match["timestamp"]
-                assert query.strip('"').lower() in said.words.lower()
+        found = self.read("conversation:search", query=query, limit=100)
+        require_places(found, query.strip('"'))
 
     def close(self) -> None:
         self.operator.close()
         self.system.end()
+
+
+def require_places(found: dict[str, Any], word: str) -> None:
+    """Check that each match is the line its file has at its offset."""
+    for each in found["results"]:
+        for match in each["matches"]:
+            with open(each["file_path"], "rb") as file:
+                before = file.read(match["byte_offset"])
+                said = conversed.said(file.readline())
+            assert before.count(b"\n") + 1 == match["line_number"]
+            assert said.timestamp == match["timestamp"]
+            assert word.lower() in said.words.lower()
 
 
 def human(text: str, at: float = 1_750_000_000.0) -> dict[str, Any]:
@@ -319,6 +333,100 @@ def test_a_composition_is_found_by_path_id_or_name_and_read_from_its_file(
     assert refused.value.details == {"file_paths": ["thing.md", "x/thing.md"]}
     with pytest.raises(NotFound):
         library.read("composition:get", name="../secret")
+
+
+def test_what_agents_write_is_in_the_folder_and_indexed_at_once_and_no_edit_by_hand_is_lost(
+    compositions: Library,
+) -> None:
+    library = compositions
+    with library.system.client("author") as author, author.subscribe("composition.*") as news:
+        made = author.ask("composition:create", name="core/base", type="core", content="One.")
+        assert news.next(timeout_s=10).message["number"] == made["number"]
+        found = author.read("composition:get", name="core/base")
+        assert (found["content"], found["file_hash"]) == ("One.", made["file_hash"])
+        by_hand = library.write("core/base.md", "By hand.", name="base", type="core")
+        with pytest.raises(Conflict, match="somebody else has changed it"):
+            author.ask("composition:update", name="core/base", file_hash=made["file_hash"])
+        fork = {"parent": "core/base", "name": "terse", "reason": "shorter"}
+        author.ask("composition:fork", {**fork, "content": "Two."})
+        assert news.next(timeout_s=10).message["file_path"] == "core/terse.md"
+        merge = {"source": "core/terse", "target": "core/base", "strategy": "full"}
+        until(lambda: library.read("composition:get", name="core/base")["content"] == "By hand.")
+        author.ask("composition:merge", merge)
+        assert news.next(timeout_s=10).topic == "composition.written"
+        assert "Two." in by_hand.read_text()
+        author.ask("composition:delete", name="core/terse")
+        assert news.next(timeout_s=10).topic == "composition.deleted"
+        assert library.ids() == ["core/base"]
+        (library.folder / "away").symlink_to(library.system.var)
+        for path in ("away/x.md", "README.md"):
+            with pytest.raises(Conflict):
+                author.ask("composition:create", name=path, type="core", content="Out.")
+    assert library.read("composition:edits")["edits"] == []
+
+
+def test_edits_survive_kills_and_are_each_carried_out(compositions: Library) -> None:
+    """Nothing of them is left beside the files."""
+    library = compositions
+    with library.system.client("author") as author:
+        for n in range(12):
+            edit = {"composition": {"name": f"n{n}", "type": "core"}, "path": f"storm/n{n}.yaml"}
+            author.ask("composition:save", **edit, timeout_s=20.0)
+            if n % 3 == 0:
+                kill(library.system, "library")
+        until(lambda: len(library.ids(name="storm")) == 12, 20.0)
+        until(lambda: library.read("composition:edits")["edits"] == [])
+        assert sorted(path.name for path in (library.folder / "storm").iterdir()) == sorted(
+            f"n{n}.yaml" for n in range(12)
+        )
+        author.ask("composition:delete", name="storm/n3", timeout_s=20.0)
+        kill(library.system, "library")
+        until(lambda: not (library.folder / "storm/n3.yaml").exists())
+
+
+def test_an_edit_waits_for_room_is_written_then_and_never_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = "name: x\ntype: core\n"
+    edit = Edit(1, content, hash_of(content.encode()), None, "alice", 0.0)
+    follower: Any = CompositionsFollower(tmp_path, Logger())
+    follower._orders = Rows([("a/x.yaml", edit)])
+    follower._look = lambda *_args, **_kinds: None
+    path = tmp_path / "lib/compositions/a/x.yaml"
+
+    def full(_fd: int, _content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "write_all", full)
+        for _ in range(2):
+            follower._edit(None)
+            (told,) = follower._more()["edits"].values()
+            assert (told["state"], "No space" in told["reason"]) == ("waiting", True)
+            assert not path.exists()
+    for _ in range(2):
+        follower._edit(None)
+        assert follower._more()["edits"]["a/x.yaml"]["state"] == "written"
+    assert path.read_text() == content
+    path.unlink()
+    follower._edit(None)
+    assert not path.exists(), "who has removed it since wants it removed"
+    follower._orders = Rows([])
+    follower._edit(None)
+    assert follower._more()["edits"] == {}
+
+
+class Rows:
+    """A reader of edits, and of nothing else."""
+
+    def __init__(self, edits: list[tuple[str, Edit]]) -> None:
+        self._edits = edits
+
+    def read(self, look: Callable[[Any, None], Any]) -> Any:
+        return look({"edits": self}, None)
+
+    def range(self) -> list[tuple[str, Edit]]:
+        return self._edits
 
 
 def test_a_cache_that_is_deleted_or_damaged_is_made_again(library: Library) -> None:
@@ -622,6 +730,9 @@ def test_the_shell_imports_lists_searches_and_exports(
     assert shell("compositions", "list", "--tag", "axolotl").split("\n")[1].startswith("shell")
     assert "shell" in shell("compositions", "list", "--where", "name=shell")
     assert "its text" in shell("compositions", "show", "shell")
+    library.write("over.md", "{{a}} {{b}}", name="over", type="core", extends="shell")
+    until(lambda: library.ids(name="over"))
+    assert shell("compositions", "render", "over", "--set", "a=1") == "its text\n\n1 {{b}}\n"
     assert "REASON" in shell("compositions", "problems")
     assert "following" in shell("compositions", "status")
     assert "done in" in shell("compositions", "rebuild")
@@ -703,36 +814,91 @@ def test_locks_survive_a_kill_and_a_silent_holder_is_fenced_off(library: Library
 
 @pytest.mark.extra
 @pytest.mark.skipif(not CORPORA.is_dir(), reason="KSI_CORPORA names no logs and compositions")
-def test_real_logs_and_compositions_are_indexed_completely(tmp_path: Path) -> None:
-    folder = CORPORA / "compositions"
-    settings = {"compositions.folder": str(folder), "compositions.exclude": ""}
-    system = System(tmp_path / "var", (), **settings)
+def test_real_logs_are_indexed_and_searched_completely(tmp_path: Path) -> None:
+    logs = sorted((CORPORA / "claude-logs").glob("*.jsonl"))
+    system = System(tmp_path / "var", ())
     try:
         with system.client("operator", role="operator") as operator:
-            files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.md")]
-            until(lambda: operator.read("composition:status")["state"] == "following")
-            found = operator.read("composition:list", limit=1000)["compositions"]
-            told = operator.read("composition:problems", limit=1000)["problems"]
-            assert sorted([each["file_path"] for each in [*found, *told]]) == sorted(files)
-            malformed = [each for each in told if "malformed" in each["reason"]]
-            assert sorted(Path(each["file_path"]).name for each in malformed) == [
-                "invalid_frontmatter.md", "malformed_yaml_test.md",
-            ]  # fmt: skip
-
-            logs = sorted((CORPORA / "claude-logs").glob("*.jsonl"))
-            number = operator.ask("conversation:import", path=str(CORPORA / "claude-logs"))[
-                "number"
-            ]
+            (path,) = {each.parent for each in logs}
+            number = operator.ask("conversation:import", path=str(path))["number"]
             until(lambda: operator.read("conversation:status")["imported"] >= number)
             stats = operator.read("conversation:stats")
             assert (stats["total_conversations"], stats["bad_lines"]) == (len(logs), 0)
             assert stats["total_messages"] == sum(len(p.read_text().splitlines()) for p in logs)
-            words = operator.read("conversation:search", query="consciousness", limit=100)
-            holding = {path.stem for path in logs if "consciousness" in spoken(path)}
-            assert {each["session_id"] for each in words["results"]} == holding
-            assert words["total_conversations"] == len(holding) > 0
+            for word in ("consciousness", "the", "emergence"):
+                begun_s = time.perf_counter()
+                found = operator.read("conversation:search", query=word, limit=100)
+                print(f"{word}: {1000 * (time.perf_counter() - begun_s):.1f} ms")
+                holding = {p.stem for p in logs if re.search(rf"\b{word}\b", spoken(p))}
+                assert found["total_conversations"] == len(holding) > 0
+                assert {each["session_id"] for each in found["results"]} <= holding
+                require_places(found, word)
     finally:
         system.end()
+
+
+@pytest.mark.extra
+@pytest.mark.skipif(not CORPORA.is_dir(), reason="KSI_CORPORA names no logs and compositions")
+@pytest.mark.parametrize("exclude", ["_archive/tests/ README", ""])
+def test_real_compositions_are_indexed_or_reported_and_put_together(
+    tmp_path: Path, exclude: str
+) -> None:
+    folder = CORPORA / "compositions"
+    settings = {"compositions.folder": str(folder), "compositions.exclude": exclude}
+    system = System(tmp_path / "var", (), **settings)
+    try:
+        with system.client("operator", role="operator") as operator:
+            until(lambda: operator.read("composition:status")["state"] == "following")
+            found = operator.read("composition:list", limit=1000)["compositions"]
+            told = operator.read("composition:problems", limit=1000)["problems"]
+            paths = {each["file_path"]: "indexed" for each in found}
+            paths |= {each["file_path"]: each["state"] for each in told}
+            assert paths == {path: judged(folder / path, exclude) for path in all_below(folder)}
+            malformed = [each["file_path"] for each in told if "malformed" in each["reason"]]
+            named = ["invalid_frontmatter.md", "malformed_yaml_test.md"]
+            assert sorted(Path(path).name for path in malformed) == ([] if exclude else named)
+            for each in found:
+                require_rendered(operator, each["file_path"])
+            begun_s = time.perf_counter()
+            operator.read("composition:list", tags=["core"], limit=1000)
+            print(f"{len(found)} indexed; by tag {1000 * (time.perf_counter() - begun_s):.1f} ms")
+    finally:
+        system.end()
+
+
+def all_below(folder: Path) -> list[str]:
+    found = (path for suffix in ("md", "yaml", "yml") for path in folder.rglob(f"*.{suffix}"))
+    return [path.relative_to(folder).as_posix() for path in found]
+
+
+def judged(path: Path, exclude: str) -> str:
+    """Return what a file is by the rules of KSI, read in another way."""
+    if any(word in str(path) for word in exclude.split()):
+        return "excluded"
+    text = path.read_text()
+    front = text
+    if path.suffix == ".md":
+        fenced = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+        if fenced is None:
+            return "rejected"
+        front = fenced[1]
+    try:
+        YAML(typ="safe", pure=True).load(front)
+    except YAMLError:
+        return "rejected"
+    has_name = re.search(r"^name:[ \t]*\S", front, re.MULTILINE)
+    has_type = re.search(r"^(component_)?type:[ \t]*\S", front, re.MULTILINE)
+    return "indexed" if has_name and has_type else "rejected"
+
+
+def require_rendered(client: Client, path: str) -> None:
+    """Check that a composition is put together, or it is said what of it is not there."""
+    try:
+        rendered = client.read("composition:render", name=path)
+    except NotFound as missing:
+        print(f"{path}: {missing}")
+    else:
+        assert rendered["parts"][0] == path.rpartition(".")[0]
 
 
 def spoken(path: Path) -> str:

@@ -6,6 +6,8 @@ import random
 from typing import Any
 
 import pytest
+from test_editing import choose as choose_of_edits
+from test_editing import folder_of_forks
 
 from ksi.actors.owner import Sender
 from ksi.actors.owners.library import OWNER
@@ -45,8 +47,14 @@ def status(twin: Twin) -> Any:
     return twin.read("conversation:lock_status", conversation_id="c1")
 
 
-def test_the_library_keeps_what_every_owner_keeps() -> None:
-    check_owner(OWNER, choose, seeds=range(15))
+def test_the_library_keeps_what_every_owner_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ksi.actors.owners.editing.EDITS_MAX", 10_000)
+    choosers = (choose, choose, choose_of_edits)
+
+    def either(chance: random.Random) -> Asked:
+        return chance.choice(choosers)(chance)
+
+    check_owner(OWNER, either, seeds=range(15), facts=folder_of_forks)
 
 
 def choose(chance: random.Random) -> Asked:
@@ -108,6 +116,8 @@ QUERIES: list[tuple[str, dict[str, Any]]] = [
     ("composition:list", {}),
     ("composition:discover", {"include_metadata": True}),
     ("composition:get", {"name": "known"}),
+    ("composition:render", {"name": "known"}),
+    ("composition:render_component", {"name": "known", "include_metadata": True}),
     ("composition:get", {"name": "other"}),
     ("composition:problems", {}),
     ("composition:status", {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from test_events import choose as choose_of_the_log
 from trouble import kill, paused, until
 
 from ksi.actors.declarations.events import GetNewest, Newest
-from ksi.actors.declarations.observation import BREAKER_S, Count, Counted
+from ksi.actors.declarations.observation import BREAKER_S, Count, Counted, FindDue
 from ksi.actors.followers.recorded import EventLogView
 from ksi.actors.owner import EventLog, Query, Reply, Sender
+from ksi.actors.owners import pushing
 from ksi.actors.owners.events import OWNER
 from ksi.actors.testing import Asked, Twin, check_owner
 from ksi.console.observe import _observed, replayed
-from ksi.transport.errors import Busy, Forbidden, Invalid, NotFound, Unavailable
+from ksi.transport.errors import Busy, Forbidden, Invalid, NotFound, Quota, Unavailable
+from ksi.transport.message import CATALOGUE
 
 ALICE = Sender("alice", "agent")
 
@@ -38,6 +41,9 @@ class Observed(Twin):
     def fact(self, query: Query[Any]) -> Reply:
         if isinstance(query, GetNewest):
             return Newest(n=self.log_view.newest())
+        if isinstance(query, FindDue):
+            due: Reply = self.read("observation:due")
+            return due
         found: Reply = self.read("observation:count", **{
             name: value for name in query.__struct_fields__
             if (value := getattr(query, name)) is not None
@@ -63,6 +69,18 @@ class Observed(Twin):
             if not page.more:
                 return found
 
+    def pushed(self) -> list[int]:
+        """Let a tick pass, and return what was sent by now: numbers of events."""
+        self.pass_time(0.25)
+        assert not self.errors
+        return [message["n"] for message in self.messages()]
+
+    def messages(self) -> list[dict[str, Any]]:
+        sent: list[Any] = [
+            CATALOGUE[operation].decode(body) for _, _, operation, body in self.sends
+        ]
+        return [each.message for each in sent]
+
     def counts(self) -> tuple[int, int, int, int]:
         (row,) = self.read("observation:list").subscriptions
         return row.shown, row.sampled_out, row.rate_limited, row.missed
@@ -86,10 +104,14 @@ def choose(chance: random.Random) -> Asked:
         ("observation:unsubscribe", place),
         ("observation:unsubscribe", target),
         ("observation:ack", {**place, "upto": chance.randrange(9)}),
+        ("observation:subscribe", {**place, **target, "push": True}),
         ("observation:list", target),
+        ("observation:due", {}),
         ("observation:next", place),
         ("observation:count", place),
         ("observation:query", target),
+        ("observation:query_history", {"include_data": False}),
+        ("observation:analyze_patterns", {"analysis_type": "sequence"}),
         ("observation:replay", target),
         ("observation:analyze", {**target, "analysis_type": "errors"}),
     ]
@@ -251,6 +273,92 @@ def test_nobody_changes_or_ends_the_observation_of_another(twin: Observed) -> No
     assert twin.read("observation:list").subscriptions == []
 
 
+def test_what_is_pushed_comes_by_itself_each_once_and_in_order_and_is_counted(
+    twin: Observed,
+) -> None:
+    place = twin.begin(push=True, events=["session:*"], filter={"rate_limit": {"max_events": 10}})
+    assert twin.pushed() == []
+    twin.happens(*({"timestamp": NOON + n / 1000, "data": {"k": n}} for n in range(250)))
+    assert twin.pushed() == list(range(1, 11))
+    twin.restart()
+    twin.happens({"agents": ["other"]}, {"event": "agent:status"}, {"timestamp": NOON + 9})
+    assert twin.pushed() == twin.pushed() == [*range(1, 11), 253]
+    assert twin.counts() == (11, 0, 240, 0)
+    first = twin.messages()[0]
+    assert (first["event"], first["original_event"]) == ("observe:end", "session:appended")
+    assert (first["source"], first["observer"]) == ("target", "watcher")
+    assert (first["original_data"]["k"], first["timestamp"]) == (0, NOON)
+    assert twin.read("observation:next", **place).events == []
+
+
+def test_no_more_is_pushed_than_may_be_unread_and_the_rest_waits_for_who_reads(
+    twin: Observed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pushing, "UNREAD_MAX", 10)
+    monkeypatch.setattr(pushing, "TOLD_EVENTS_MAX", 7)
+    place = twin.begin(push=True)
+    twin.happens(*[{}] * 25)
+    assert twin.pushed() == list(range(1, 8))
+    assert twin.pushed() == twin.pushed() == list(range(1, 11))
+    twin.ask("watcher", "observation:ack", **place, upto=9)
+    assert twin.pushed() == list(range(1, 11)), "one is unread"
+    for upto in (10, 17, 20):
+        twin.ask("watcher", "observation:ack", **place, upto=upto)
+        twin.pushed()
+    assert twin.pushed() == list(range(1, 26))
+    assert twin.counts() == (25, 0, 0, 0)
+
+
+def test_who_does_not_read_what_is_pushed_has_his_breaker_opened_and_who_has_nothing_has_not(
+    twin: Observed,
+) -> None:
+    place = twin.begin(push=True)
+    twin.pass_time(10 * BREAKER_S)
+    twin.happens({})
+    assert twin.pushed() == [1]
+    twin.pass_time(BREAKER_S / 2)
+    twin.happens({})
+    assert twin.pushed() == [1, 2]
+    twin.pass_time(BREAKER_S / 2)
+    twin.happens(*[{}] * 30)
+    assert twin.pushed() == [1, 2]
+    (row,) = twin.read("observation:list").subscriptions
+    assert (row.breaker, row.unread) == ("open", 2)
+    twin.ask("watcher", "observation:ack", **place, upto=2)
+    assert twin.counts() == (2, 0, 0, 30)
+    twin.happens({})
+    assert twin.pushed() == [1, 2, 33]
+
+
+def test_a_push_that_finds_no_room_is_counted_as_missed_and_opens_the_breaker(
+    twin: Observed,
+) -> None:
+    twin.begin(push=True)
+    twin.refuses = lambda message: Quota("full") if message.message["n"] == 2 else None
+    twin.happens({}, {}, {})
+    assert twin.pushed() == [1, 2, 3]
+    (row,) = twin.read("observation:list").subscriptions
+    assert (row.shown, row.missed, row.breaker) == (2, 1, "open")
+    twin.happens({})
+    assert twin.pushed() == [1, 2, 3]
+
+
+def test_that_somebody_is_told_of_something_is_not_told_to_him_again(twin: Observed) -> None:
+    twin.begin(push=True, target="*")
+    told = {"event": "message:kept", "agents": ["watcher"]}
+    twin.happens(told, {**told, "agents": ["bob"]}, {"event": "message:acknowledged", **told})
+    assert twin.pushed() == [2]
+
+
+def test_what_is_too_large_to_be_pushed_is_cut_and_said_to_be(twin: Observed) -> None:
+    twin.begin(push=True, filter={"content_match": {"field": "text", "pattern": "x*"}})
+    twin.happens({"data": {"text": "x" * 20_000}}, {"data": {"text": "x" * 9000}})
+    assert twin.pushed() == [1, 2]
+    large, small = twin.messages()
+    assert (large["original_data"], large["is_cut"]) == ({}, True)
+    assert small["original_data"] == {"text": "x" * 9000}
+
+
 def test_a_replay_is_oldest_first_marked_and_in_its_time(twin: Observed) -> None:
     twin.happens(*({"timestamp": NOON + n * 2.0} for n in range(2500)), {"agents": ["other"]})
     now = [0.0]
@@ -281,6 +389,18 @@ def test_history_is_asked_without_a_subscription(twin: Observed) -> None:
     assert [event["n"] for event in twin.read("observation:query", **fields).events] == [1]
     page = twin.read("observation:query", target="target", reverse=True, limit=1)
     assert ([event["n"] for event in page.events], page.next) == ([2], 2)
+
+
+def test_history_is_asked_of_all_agents_and_without_what_events_hold(twin: Observed) -> None:
+    twin.happens({"data": {"a": 1}}, {"event": "agent:status", "agents": ["other"]})
+    ask = partial(twin.read, "observation:query_history")
+    assert [event["n"] for event in ask().events] == [1, 2]
+    assert [event["n"] for event in ask(event_name="agent:*").events] == [2]
+    assert [event["n"] for event in ask(target="target", events=["*:*"]).events] == [1]
+    (event,) = ask(target="target", include_data=False).events
+    assert "data" not in event
+    assert (event["n"], event["agents"]) == (1, ["target"])
+    assert ask(target="target").events == twin.read("observation:query", target="target").events
 
 
 def test_what_is_excluded_takes_no_room_in_a_page(twin: Observed) -> None:
@@ -334,6 +454,31 @@ def test_an_analysis_counts_finds_failures_and_times_completions(twin: Observed)
     assert (times["waited_s"]["max"], times["open"]) == (5.0, 1)
 
 
+def test_an_analysis_finds_what_agents_do_in_a_row(twin: Observed) -> None:
+    def did(agent: str, *names: str, at: float = 0.0) -> list[dict[str, Any]]:
+        return [
+            {"agents": [agent, "target"], "event": name, "timestamp": NOON + at + n}
+            for n, name in enumerate(names)
+        ]
+
+    twin.happens(*did("a", "x:1", "x:2", "x:1", "x:2"), *did("b", "x:2", "y:3", at=4.0))
+    twin.happens(*did("a", "x:2", at=90.0))
+    fields = {"event_patterns": ["x:*"], "analysis_type": "sequence"}
+    found = twin.read("observation:analyze_patterns", **fields)
+    assert (found.target, found.events) == (None, 6)
+    assert found.found["pairs"] == [
+        {"events": ["x:1", "x:2"], "count": 2}, {"events": ["x:2", "x:1"], "count": 1},
+    ]  # fmt: skip
+    assert found.found["triples"][0] == {"events": ["x:1", "x:2", "x:1"], "count": 1}
+    of_one = {"filter": {"originator_id": "b", "since": NOON}, "analysis_type": "frequency"}
+    found = twin.read("observation:analyze_patterns", **of_one)
+    assert found.found["by_event"] == {"x:2": 1, "y:3": 1}
+    same = twin.read("observation:analyze", target="b", since=NOON)
+    assert same == found
+    with pytest.raises(Invalid):
+        twin.read("observation:analyze_patterns", analysis_type="sequence", limit=9)
+
+
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     running = System(tmp_path_factory.mktemp("observation") / "var")
@@ -359,6 +504,31 @@ def test_an_observation_survives_kills_of_all_it_stands_on(system: System) -> No
         assert seen == list(range(1, 81))
         shown = watcher.ask("observation:list", observer="watcher")["subscriptions"][0]
         assert (shown["shown"], shown["missed"]) == (80, 0)
+
+
+def test_what_is_pushed_is_in_the_inbox_once_whatever_is_killed(system: System) -> None:
+    with system.client("pushed") as pushed, system.client("eye") as eye:
+        pushed.ask("session:create", session_id="told")
+        eye.ask("agent:register")
+        asked = {"target": "pushed", "events": ["session:appended"], "push": True}
+        place = {"subscription_id": eye.ask("observation:subscribe", asked)["subscription_id"]}
+        got: list[int] = []
+        with eye.inbox() as inbox:
+            for n in range(4):
+                for _ in range(10):
+                    pushed.tell("session:append", session_id="told", event="note")
+                pushed.flush(20.0)
+                kill(system, ("events", "bus")[n % 2])
+                while len(got) < 10 * (n + 1):
+                    delivery = inbox.next(timeout_s=20.0)
+                    assert delivery.sender == "events"
+                    got.append(delivery.message["original_data"]["seq"])
+                    delivery.ack()
+                last = {"upto": delivery.message["n"], "timeout_s": 20.0}
+                eye.ask("observation:ack", **place, **last)
+        assert got == list(range(1, 41))
+        shown = eye.ask("observation:list", observer="eye")["subscriptions"][0]
+        assert (shown["shown"], shown["missed"], shown["unread"]) == (40, 0, 0)
 
 
 def test_a_hung_observer_and_a_hung_owner_of_the_log_hold_up_nobody(system: System) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ksi.actors import entities
 from ksi.actors.owner import Sender
-from ksi.actors.owners import state
+from ksi.actors.owners import queues, state
 from ksi.actors.owners.state import OWNER
 from ksi.actors.queries import cursor_of
 from ksi.actors.subscriptions import matches
@@ -1043,7 +1043,7 @@ def test_what_has_lapsed_is_not_handed_out_before_the_tick_that_drops_it(twin: T
 def test_the_time_of_what_waits_can_be_set_anew_and_much_lapses_at_once(
     twin: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "LAPSED_MAX", 4)
+    monkeypatch.setattr(queues, "LAPSED_MAX", 4)
     for number in range(20):
         push(twin, number, ttl_seconds=None if number % 2 else 5.0)
     reply = twin.ask("alice", "async_state:expire_queue", namespace="n", key="q", ttl_seconds=10.0)
@@ -1075,11 +1075,11 @@ def test_queues_are_listed_page_by_page(twin: Twin) -> None:
 
 
 def test_a_full_queue_refuses_and_says_so(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "QUEUE_ITEMS_MAX", 2)
+    monkeypatch.setattr(queues, "QUEUE_ITEMS_MAX", 2)
     push(twin, 1), push(twin, 2)
     with pytest.raises(Quota, match="n:q has 2 items"):
         push(twin, 3)
-    monkeypatch.setattr(state, "QUEUED_MAX", 2)
+    monkeypatch.setattr(queues, "QUEUED_MAX", 2)
     with pytest.raises(Quota, match="all queues"):
         twin.ask("alice", "async_state:push", namespace="n", key="other", data=1)
     with pytest.raises(TooLarge, match="data"):

@@ -49,11 +49,13 @@ MAY_IMPORT = {
         "ksi.transport.message",
     ),
     "actors/owners": (
+        "ksi.actors.composing",
         "ksi.actors.declarations",
         "ksi.actors.entities",
         "ksi.actors.owner",
         "ksi.actors.owners",
         "ksi.actors.queries",
+        "ksi.actors.rendering",
         "ksi.transport.errors",
         "ksi.transport.limits",
         "ksi.transport.message",

@@ -25,7 +25,7 @@ from ksi.actors.owner import (
 )
 from ksi.transport.errors import Conflict, Forbidden, Invalid, NotFound, Quota
 from ksi.transport.limits import PATTERN_CHARS_MAX
-from ksi.transport.message import Id, Plain, Signal, operation
+from ksi.transport.message import ANYONE, Id, Plain, Signal, operation
 
 ACKNOWLEDGED_MAX: Final = 1000  # Messages one `message:ack` settles.
 PAGE_MESSAGES_MAX: Final = 256  # Messages in one reply.
@@ -184,6 +184,7 @@ class Acknowledge(Command[None], frozen=True, kw_only=True):
 @operation(
     "agent:send_message",
     owner="bus",
+    roles=ANYONE,
     refuses=(NotFound, Quota),
     example={"to_agent": "bob", "message": {"text": "hello"}},
 )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from ksi.actors.owner import Command, Query, Reply
-from ksi.transport.errors import Busy, Conflict, NotFound
+from ksi.transport.errors import Busy, Conflict, NotFound, Quota
 from ksi.transport.message import OPERATOR, Id, Plain, Text, operation
 
 PAGE_MAX: Final = 1000  # Of about half a kilobyte, without metadata.
@@ -56,6 +56,23 @@ class CompositionView(CompositionRow, frozen=True, kw_only=True):
     """One composition. `content`: the text behind its front matter; None if it is just changing."""
 
     content: str | None
+
+
+class RenderedComposition(Reply, frozen=True, kw_only=True):
+    """A composition with all it is made of.
+
+    Attributes:
+        content: its text with variables filled in; metadata: with what it has of its parents.
+        parts: the ids of what it is made of, itself first.
+        missing: places that have no value; they stand in the text as they were.
+    """
+
+    id: str
+    name: str
+    content: str
+    parts: list[str]
+    missing: list[str]
+    metadata: dict[str, Any] | None
 
 
 class FileProblem(Reply, frozen=True, kw_only=True):
@@ -150,6 +167,26 @@ class GetComposition(Query[CompositionView], frozen=True, kw_only=True):
 
     name: Text
     type: Text | None = None
+
+
+@operation(
+    "composition:render",
+    owner="library",
+    refuses=(NotFound, Conflict, Quota, Busy),
+    example={"name": "core/base_agent", "variables": {"agent_id": "alice"}},
+    also=("composition:render_component",),
+)
+class RenderComposition(Query[RenderedComposition], frozen=True, kw_only=True):
+    """Put a composition together with what it extends, mixes in and depends on, fill in variables.
+
+    Places are `{{name}}`, `{{a.b.0}}` and `{{name|default}}`. Conditions compare; nothing in a
+    composition is carried out.
+    """
+
+    name: Text
+    type: Text | None = None
+    variables: Plain = {}
+    include_metadata: bool = False
 
 
 @operation("composition:problems", owner="library", refuses=(Busy,), example={"state": "rejected"})

@@ -26,7 +26,7 @@ from ksi.actors.owner import (
 )
 from ksi.transport.errors import Invalid, NotFound, Quota
 from ksi.transport.limits import ARCHIVE_MAX
-from ksi.transport.message import OPERATOR, Id, Moment, Text, operation
+from ksi.transport.message import OPERATOR, Id, Moment, Plain, Text, operation
 
 PAGE_EVENTS_MAX: Final = 1000  # Of some hundred bytes: an answer fits into a frame.
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_EVENTS_MAX)]
@@ -317,6 +317,32 @@ class GetStatus(Query[EventStatus], frozen=True, kw_only=True):
     event_patterns: Patterns = []
     since: Moment | None = None
     limit: Limit = 20
+
+
+@operation(
+    "monitor:broadcast_event",
+    owner="events",
+    example={"event_name": "build:done", "event_data": {"ok": True}},
+)
+class BroadcastEvent(Command[None], frozen=True, kw_only=True):
+    """Tell all who follow the event log of something that is no event of an owner.
+
+    It is logged as `events:broadcast`, with its name in its data: nobody can say in this way what
+    an owner says.
+    """
+
+    event_name: Text
+    event_data: Plain
+    broadcast_metadata: Plain = {}
+    request_id: Id | None = None
+
+
+class Broadcast(Event, frozen=True, array_like=True, tag="broadcast"):
+    event_name: str
+    event_data: dict[str, Any]
+    broadcast_metadata: dict[str, Any]
+    by: str
+    now: float
 
 
 class Subscribed(Event, frozen=True, array_like=True, tag="subscribed"):

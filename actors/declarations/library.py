@@ -11,6 +11,7 @@ from ksi.actors.declarations.conversations import (
     ImportRow,
     Order,
 )
+from ksi.actors.declarations.editing import Edit
 from ksi.actors.declarations.locks import (
     Count,
     ForkRow,
@@ -30,6 +31,7 @@ from ksi.actors.owner import (
 
 class LibraryTables(Tables):
     orders: Table[Order]  # by kind
+    edits: Annotated[Table[Edit], Keyed(str, cache_rows=8)]  # by path
     imports: Table[ImportRow]  # by the hash of their path
     locks: Table[Lock]  # by conversation
     waiting: Annotated[Table[Waiter], Keyed(str, int)]  # by conversation and ticket

@@ -28,7 +28,7 @@ Patterns = Annotated[list[Pattern], msgspec.Meta(max_length=PATTERNS_MAX)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_EVENTS_MAX)]
 Operator = Literal["equals", "contains", "gt", "lt"]
-Analysis = Literal["frequency", "errors", "performance"]
+Analysis = Literal["frequency", "sequence", "errors", "performance"]
 Breaker = Literal["closed", "open"]
 _TIMES: Final = {"time_range.start": "since", "time_range.end": "until"}
 _FILTER: Final = {
@@ -85,6 +85,8 @@ class ObservationView(Reply, frozen=True, kw_only=True):
     missed: int
     breaker: Breaker
     breaker_s: float
+    push: bool = False
+    unread: int = 0
 
 
 class Observations(Reply, frozen=True, kw_only=True):
@@ -118,6 +120,25 @@ class Counted(Reply, frozen=True, kw_only=True):
     window: list[float]
 
 
+class Due(Reply, frozen=True, kw_only=True):
+    """What an observer is to be told next: the events, and what becomes of all up to `upto`."""
+
+    subscription_id: str
+    after: int
+    upto: int
+    shown: int
+    sampled_out: int
+    rate_limited: int
+    window: list[float]
+    events: list[dict[str, Any]]
+
+
+class AllDue(Reply, frozen=True, kw_only=True):
+    """What is due now, of those who have waited longest, as much as is told at once."""
+
+    due: list[Due]
+
+
 class History(Reply, frozen=True, kw_only=True):
     """Events about an agent; `next`, `offset`: `after` and `offset` of the next page, if any."""
 
@@ -140,7 +161,7 @@ class Replayed(Reply, frozen=True, kw_only=True):
 class Analysed(Reply, frozen=True, kw_only=True):
     """What an analysis has found in `events` events; `next`: it goes on behind that one."""
 
-    target: str
+    target: str | None
     analysis_type: Analysis
     events: int
     found: dict[str, Any]
@@ -161,7 +182,9 @@ class Observe(Command[ObservationView], frozen=True, kw_only=True):
     """Observe what an agent does from now on: events it has to do with, that match.
 
     `target` may be a pattern. Who observes is the sender; no other `observer` can be named. Whoever
-    observes the same target under the same id changes how, and keeps his place.
+    observes the same target under the same id changes how, and keeps his place. With `push` what is
+    shown comes into his inbox, a message `observe:end` for each event, and he acknowledges what he
+    has read; else he asks for it: `observation:next`.
     """
 
     observer: Id | None = None
@@ -171,6 +194,7 @@ class Observe(Command[ObservationView], frozen=True, kw_only=True):
     subscription_id: Id | None = None
     after: Number | None = None
     breaker_s: Annotated[float, msgspec.Meta(ge=1.0, le=30 * 86_400.0)] = BREAKER_S
+    push: bool = False
 
 
 @operation(
@@ -238,20 +262,28 @@ class Count(Query[Counted], frozen=True, kw_only=True):
     upto: Number | None = None
 
 
+@operation("observation:due", owner="events")
+class FindDue(Query[AllDue], frozen=True, kw_only=True):
+    """Return what observers are told next whose observations come by themselves."""
+
+
 @operation(
-    "observation:query",
+    "observation:query_history",
     owner="events",
     refuses=(Invalid,),
-    example={"target": "alice", "since": "1h"},
+    example={"events": "completion:*", "include_data": False},
 )
-class FindHistory(Query[History], frozen=True, kw_only=True):
-    """Return what an agent has done: events it has to do with, without a subscription."""
+class QueryHistory(Query[History], frozen=True, kw_only=True):
+    """Return what an agent has done, or all of them: `observation:query` as KSI's users ask it.
 
-    older: ClassVar = _TIMES
+    Without `include_data` what the events hold is left out.
+    """
+
+    older: ClassVar = {**_TIMES, "event_name": "events"}
     instead: ClassVar = _OBSERVER
 
-    target: Id
-    events: Patterns = []
+    target: Id | None = None
+    events: Patterns | Pattern = []
     exclude: Patterns = []
     since: Moment | None = None
     until: Moment | None = None
@@ -259,6 +291,21 @@ class FindHistory(Query[History], frozen=True, kw_only=True):
     offset: Number = 0
     after: Number | None = None
     reverse: bool = False
+    include_data: bool = True
+
+
+@operation(
+    "observation:query",
+    owner="events",
+    refuses=(Invalid,),
+    example={"target": "alice", "since": "1h"},
+)
+class FindHistory(QueryHistory, frozen=True, kw_only=True):
+    """Return what an agent has done: events it has to do with, without a subscription."""
+
+    older: ClassVar = _TIMES
+
+    target: Id
 
 
 @operation(
@@ -292,21 +339,40 @@ class Replay(Query[Replayed], frozen=True, kw_only=True):
 
 
 @operation(
+    "observation:analyze_patterns",
+    owner="events",
+    refuses=(Invalid,),
+    example={"events": ["completion:*"], "analysis_type": "sequence"},
+)
+class AnalysePatterns(Query[Analysed], frozen=True, kw_only=True):
+    """Say the same of certain events, of one agent or of all: what `observation:analyze` finds."""
+
+    older: ClassVar = {**_TIMES, **_FILTER}
+    instead: ClassVar = {"limit": "since and until: what is found is of all events in between"}
+
+    target: Id | None = None
+    analysis_type: Analysis = "frequency"
+    events: Patterns = []
+    since: Moment | None = None
+    until: Moment | None = None
+    after: Number | None = None
+
+
+@operation(
     "observation:analyze",
     owner="events",
     refuses=(Invalid,),
     example={"target": "alice", "analysis_type": "performance"},
 )
-class Analyse(Query[Analysed], frozen=True, kw_only=True):
-    """Say how often an agent does what, what has failed, or how long its completions take."""
+class Analyse(AnalysePatterns, frozen=True, kw_only=True):
+    """Say how often an agent does what, and what after what, what has failed, or how long its
+    completions take.
+    """
 
     older: ClassVar = _TIMES
+    instead: ClassVar = {}
 
     target: Id
-    analysis_type: Analysis = "frequency"
-    since: Moment | None = None
-    until: Moment | None = None
-    after: Number | None = None
 
 
 class ObservationSet(Event, frozen=True, array_like=True, tag="observing"):
@@ -319,6 +385,7 @@ class ObservationSet(Event, frozen=True, array_like=True, tag="observing"):
     acked: int
     now: float
     time_s: float
+    push: bool = False
 
 
 class ObservationEnded(Event, frozen=True, array_like=True, tag="observation_ended"):
@@ -335,6 +402,32 @@ class ObservationAcknowledged(Event, frozen=True, array_like=True, tag="observat
     rate_limited: int
     window: list[float]
     time_s: float
+
+
+class ObservationPushed(Event, frozen=True, array_like=True, tag="observation_pushed"):
+    subscription_id: str
+    upto: int
+    shown: int
+    sampled_out: int
+    rate_limited: int
+    window: list[float]
+    pushed: int  # number of the last event that he is told of
+    time_s: float
+
+
+class ObservationRead(Event, frozen=True, array_like=True, tag="observation_read"):
+    subscription_id: str
+    is_all: bool
+    time_s: float
+
+
+class PushRefused(Event, frozen=True, array_like=True, tag="push_refused"):
+    """A message found no room, or nobody: he has missed it, and the breaker is open."""
+
+    subscription_id: str
+    observer: str
+    target: str
+    reason: str
 
 
 class BreakerOpened(Event, frozen=True, array_like=True, tag="breaker_opened"):
@@ -369,3 +462,6 @@ class Observation(msgspec.Struct, frozen=True, array_like=True):
     missed: int = 0
     is_open: bool = False
     window: list[float] = []
+    push: bool = False
+    pushed: int = 0
+    unread: int = 0  # Of what was pushed.

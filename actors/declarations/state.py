@@ -21,7 +21,6 @@ from ksi.transport.limits import ITEMS_MAX, TEXT_CHARS_MAX
 from ksi.transport.message import Id, Plain, operation
 
 STEPS_MAX: Final = 1000  # Changes in one transaction: the others wait for it.
-TTL_S_MAX: Final = 365 * 86_400.0  # Whoever means for ever says null.
 PAGE_ROWS_MAX: Final = 1000  # Entities, relationships or changes in one reply.
 DEPTH_MAX: Final = 32  # Steps of a walk: it is bounded by what it reaches, too.
 TypeName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/+-]{0,63}$(?!\n)")]
@@ -30,7 +29,6 @@ Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_ROWS_MAX)]
 Cursor = Annotated[str, msgspec.Meta(min_length=1, max_length=TEXT_CHARS_MAX)]
 OrderBy = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Pattern = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-TtlSeconds = Annotated[float, msgspec.Meta(ge=0.0, le=TTL_S_MAX)]
 Part = Literal["properties", "relationships"]
 Parts = Annotated[list[Part], msgspec.Meta(max_length=2)]
 Changing = Literal[
@@ -243,67 +241,6 @@ class Changes(Reply, frozen=True, kw_only=True):
     topic: str
 
 
-class Queued(Reply, frozen=True, kw_only=True):
-    """It is in the queue, which now has `size` items. `expires_at` is a time on the wall."""
-
-    namespace: str
-    key: str
-    number: int
-    size: int
-    expires_at: float | None
-
-
-class QueueItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One item of a queue."""
-
-    number: int
-    data: Any
-    pushed_at: float
-    pushed_by: str
-
-
-class Popped(Reply, frozen=True, kw_only=True):
-    """These were taken out, in order, and nobody else gets them. `size` items are left."""
-
-    items: list[QueueItem]
-    size: int
-
-
-class QueueView(Reply, frozen=True, kw_only=True):
-    """What is in a queue, left there; `next` is the `after` of the next page, None at the end."""
-
-    namespace: str
-    key: str
-    items: list[QueueItem]
-    size: int
-    bytes: int
-    next: int | None
-
-
-class QueueSize(Reply, frozen=True, kw_only=True):
-    """How many items of a queue this has concerned."""
-
-    namespace: str
-    key: str
-    items: int
-
-
-class QueueSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One queue that is not empty."""
-
-    namespace: str
-    key: str
-    size: int
-    bytes: int
-
-
-class QueuePage(Reply, frozen=True, kw_only=True):
-    """Queues by name; `next` continues, None at the end."""
-
-    queues: list[QueueSummary]
-    next: str | None
-
-
 @operation(
     "state:entity:create",
     owner="state",
@@ -484,55 +421,6 @@ class Transact(Command[Committed], frozen=True, kw_only=True):
 
 
 @operation(
-    "async_state:push",
-    owner="state",
-    refuses=(Quota, TooLarge),
-    example={"namespace": "jobs", "key": "todo", "data": {"n": 1}},
-)
-class Push(Command[Queued], frozen=True, kw_only=True):
-    """Put something at the end of a queue, for as long as `ttl_seconds`; null: for ever."""
-
-    namespace: Word
-    key: Word
-    data: Any
-    ttl_seconds: TtlSeconds | None = 3600.0
-    request_id: Id | None = None
-
-
-@operation("async_state:pop", owner="state", example={"namespace": "jobs", "key": "todo"})
-class Pop(Command[Popped], frozen=True, kw_only=True):
-    """Take out what is first in a queue, up to `count` items; none if it is empty."""
-
-    namespace: Word
-    key: Word
-    count: Limit = 1
-    request_id: Id | None = None
-
-
-@operation("async_state:delete", owner="state", example={"namespace": "jobs", "key": "todo"})
-class DeleteQueue(Command[QueueSize], frozen=True, kw_only=True):
-    """Drop all that is in a queue."""
-
-    namespace: Word
-    key: Word
-    request_id: Id | None = None
-
-
-@operation(
-    "async_state:expire_queue",
-    owner="state",
-    example={"namespace": "jobs", "key": "todo", "ttl_seconds": 60},
-)
-class ExpireQueue(Command[QueueSize], frozen=True, kw_only=True):
-    """Let all that is in a queue now stay for so long from now; null: for ever."""
-
-    namespace: Word
-    key: Word
-    ttl_seconds: TtlSeconds | None = 3600.0
-    request_id: Id | None = None
-
-
-@operation(
     "state:entity:get",
     owner="state",
     refuses=(NotFound,),
@@ -663,25 +551,6 @@ class ListChanges(Query[Changes], frozen=True, kw_only=True):
     limit: Limit = 100
 
 
-@operation("async_state:get_queue", owner="state", example={"namespace": "jobs", "key": "todo"})
-class GetQueue(Query[QueueView], frozen=True, kw_only=True):
-    """Return what is in a queue, and leave it there."""
-
-    namespace: Word
-    key: Word
-    limit: Limit = 100
-    after: Revision = 0
-
-
-@operation("async_state:list_queues", owner="state", refuses=(Invalid,), example={})
-class ListQueues(Query[QueuePage], frozen=True, kw_only=True):
-    """List the queues that are not empty."""
-
-    namespace: Word | None = None
-    limit: Limit = 100
-    after: Cursor | None = None
-
-
 class EntityCreated(Event, frozen=True, array_like=True, tag="created"):
     id: str
     kind: str
@@ -739,34 +608,6 @@ class RelationshipDeleted(Event, frozen=True, array_like=True, tag="unrelated"):
     by: str
 
 
-class ItemPushed(Event, frozen=True, array_like=True, tag="pushed"):
-    namespace: str
-    key: str
-    number: int
-    body: bytes
-    deadline_s: float | None
-    now: float
-    by: str
-
-
-class ItemsTaken(Event, frozen=True, array_like=True, tag="taken"):
-    namespace: str
-    key: str
-    numbers: list[int]
-    lapsed: bool
-
-
-class QueueDeleted(Event, frozen=True, array_like=True, tag="emptied"):
-    namespace: str
-    key: str
-
-
-class QueueTimed(Event, frozen=True, array_like=True, tag="timed"):
-    namespace: str
-    key: str
-    deadline_s: float | None
-
-
 class Relation(msgspec.Struct, frozen=True, array_like=True):
     metadata: bytes
     revision: int
@@ -783,19 +624,6 @@ class Change(msgspec.Struct, frozen=True, array_like=True):
     removed: list[str] = []
     to_id: str | None = None
     relation_type: str | None = None
-
-
-class Queue(msgspec.Struct, frozen=True, array_like=True):
-    last: int  # the highest number
-    size: int
-    size_bytes: int
-
-
-class Item(msgspec.Struct, frozen=True, array_like=True):
-    body: bytes
-    deadline_s: float | None
-    at: float
-    by: str
 
 
 class Totals(msgspec.Struct, frozen=True, array_like=True):

@@ -7,28 +7,23 @@ file alone, so whoever looks at it, and however often, comes to the same.
 
 from __future__ import annotations
 
-import datetime
-import math
 import os
-from collections.abc import Iterator, Mapping
-from hashlib import sha256
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from ksi.actors.composing import Rejected, read_metadata, require_composition, split
 from ksi.actors.supervision.reports import read_follower
+from ksi.storage import shared
 from ksi.storage.cache import as_json
 from ksi.storage.compositions import Composition, CompositionsReader, facets_of
+from ksi.transport.errors import Busy, Conflict
 from ksi.transport.identity import run_directory
-from ksi.transport.limits import COMPOSITION_BYTES_MAX, ITEMS_MAX, NESTING_MAX
+from ksi.transport.limits import COMPOSITION_BYTES_MAX
 
-SUFFIXES: Final = (".yaml", ".yml", ".md")
-FENCE: Final = "---"
-
-
-class Rejected(Exception):
-    """A file is no composition; the text says why."""
+RETRY_S: Final = 0.5  # Until it is worth asking again.
 
 
 def cache_path(var: Path) -> Path:
@@ -66,11 +61,6 @@ def read_file(path: Path) -> bytes:
     return content
 
 
-def hash_of(content: bytes) -> str:
-    """Return what tells one content from another."""
-    return sha256(content).hexdigest()
-
-
 def parse(path: str, content: bytes) -> Composition:
     """Return what the file at `path` says.
 
@@ -78,17 +68,12 @@ def parse(path: str, content: bytes) -> Composition:
         Rejected: it is no composition.
     """
     metadata = read_metadata(path, content)
-    kind = metadata.get("component_type") or metadata.get("type")
-    missing = [
-        word for word, value in (("name", metadata.get("name")), ("type", kind)) if not value
-    ]
-    if missing:
-        raise Rejected(f"it has no {' and no '.join(missing)}")
+    name, kind = require_composition(metadata)
     inner = metadata.get("metadata")
     strategy = inner.get("loading_strategy") if isinstance(inner, Mapping) else None
     return Composition(
-        name=str(metadata["name"]),
-        component_type=str(kind),
+        name=name,
+        component_type=kind,
         version=_text(metadata.get("version")),
         description=_text(metadata.get("description")),
         author=_text(metadata.get("author")),
@@ -97,96 +82,6 @@ def parse(path: str, content: bytes) -> Composition:
         metadata=as_json(metadata),
         facets=facets_of(metadata),
     )
-
-
-def read_metadata(path: str, content: bytes) -> dict[str, Any]:
-    """Return what a file says of itself, as plain values. Raises as `parse`."""
-    source, _body, first_line = split(path, content)
-    loaded = _load(source, first_line)
-    if not isinstance(loaded, Mapping):
-        raise Rejected("what it says of itself is no mapping of names to values")
-    budget = iter(range(ITEMS_MAX))
-    plain: dict[str, Any] = _plain(loaded, budget, 0)
-    return plain
-
-
-def split(path: str, content: bytes) -> tuple[str, str, int]:
-    """Return the YAML of a file, the text behind it, and the line the YAML begins at.
-
-    Raises:
-        Rejected: it is no text, or has no front matter.
-    """
-    try:
-        text = content.decode().removeprefix("\ufeff").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise Rejected(f"it is no UTF-8: byte {error.start}") from None
-    if not path.endswith(".md"):
-        return text, "", 1
-    lines = text.split("\n")
-    if lines[0].rstrip() != FENCE:
-        raise Rejected("it has no front matter")
-    for number, line in enumerate(lines[1:], 1):
-        if line.rstrip() == FENCE:
-            return "\n".join(lines[1:number]), "\n".join(lines[number + 1 :]).strip("\n"), 2
-    raise Rejected("its front matter has no end")
-
-
-def _load(source: str, first_line: int) -> Any:
-    from ruamel.yaml import YAML  # Only now: most systems have no compositions.
-    from ruamel.yaml.error import MarkedYAMLError
-
-    try:
-        return YAML(typ="safe", pure=True).load(source)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = "" if mark is None else f", line {mark.line + first_line}"
-        raise Rejected(f"its YAML is malformed{where}: {error.problem or error.context}") from None
-    except Exception as error:  # What a parser raises at odd input must not stop the others.
-        raise Rejected(f"its YAML is malformed: {str(error)[:200]}") from None
-
-
-def _plain(value: Any, budget: Iterator[int], depth: int) -> Any:
-    """Return a value as JSON can hold it. `budget` bounds how many there may be: an alias repeats
-    what it stands for."""
-    if next(budget, None) is None:
-        raise Rejected(f"it has more than {ITEMS_MAX} values")
-    if depth > NESTING_MAX:
-        raise Rejected(f"it is nested deeper than {NESTING_MAX}")
-    match value:
-        case None | bool() | int():
-            return value
-        case str():
-            return _whole(value)
-        case float():
-            if not math.isfinite(value):
-                raise Rejected(f"{value} is no number JSON can hold")
-            return value
-        case datetime.date():
-            return value.isoformat()
-        case Mapping():
-            return {_key(key): _plain(each, budget, depth + 1) for key, each in value.items()}
-        case list() | tuple() | set():
-            return [_plain(each, budget, depth + 1) for each in value]
-        case _:
-            raise Rejected(f"it holds a value of the type {type(value).__name__}")
-
-
-def _key(key: Any) -> str:
-    if isinstance(key, str):
-        return _whole(key)
-    if isinstance(key, datetime.date):
-        return key.isoformat()
-    if key is None or isinstance(key, bool | int | float):
-        return as_json(key)
-    raise Rejected(f"it has a key of the type {type(key).__name__}")
-
-
-def _whole(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Rejected("it holds half of a character") from None
-    return text
 
 
 def _text(value: Any) -> str | None:
@@ -216,6 +111,29 @@ class CompositionsView:
         if len(found) == 1:
             found[0]["content"] = self._content(found[0]["file_path"])
         return found
+
+    def source(self, path: str) -> bytes | None:
+        """Return the file at a path as it is in the folder now; None if there is none.
+
+        Raises:
+            Conflict: something else is there, or it would be no composition there.
+            Busy: it cannot be read now, or there is no cache yet.
+        """
+        made_of = self._reader.made_of()
+        if made_of is None:
+            raise Busy("the cache of compositions is not made yet", retry_after_s=RETRY_S)
+        about = msgspec.json.decode(made_of)
+        if why := exclusion_of(path, about["exclude"]):
+            raise Conflict(f"{path} would be no composition: {why}")
+        try:
+            content = shared.read(Path(about["folder"]), path, COMPOSITION_BYTES_MAX + 1)
+        except shared.Differs as differs:
+            raise Conflict(f"{path}: {differs}") from None
+        except OSError as error:
+            raise Busy(f"{path} cannot be read: {error.strerror}", retry_after_s=RETRY_S) from None
+        if content is not None and len(content) > COMPOSITION_BYTES_MAX:
+            raise Conflict(f"{path} is over {COMPOSITION_BYTES_MAX} bytes")
+        return content
 
     def problems(self, **wanted: Any) -> list[dict[str, Any]]:
         """Return the files that are no compositions, and why not."""

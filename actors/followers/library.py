@@ -18,15 +18,17 @@ from zlib import crc32
 
 import msgspec
 
+from ksi.actors.composing import SUFFIXES, Rejected, hash_of
 from ksi.actors.config import load
+from ksi.actors.declarations.editing import Edit
 from ksi.actors.followers import composed, conversed
 from ksi.actors.followers.beside import run_with
 from ksi.actors.followers.caching import CacheFollower, Making, Outdated
-from ksi.actors.followers.composed import Rejected
 from ksi.actors.followers.indexing import Rebuild, Source
 from ksi.actors.followers.watching import FileFollower, Roots, files_of, signature_of
 from ksi.actors.reading import log_directory
-from ksi.storage import compositions, conversations
+from ksi.storage import compositions, conversations, shared
+from ksi.storage.atomic import make_directory
 from ksi.storage.cache import Cache
 from ksi.storage.compositions import CompositionsWriter, Known
 from ksi.storage.conversations import ConversationsWriter, Unreadable
@@ -44,7 +46,7 @@ class CompositionsFollower(FileFollower[CompositionsWriter]):
 
     name = order = "compositions"
     what = "cache of compositions"
-    suffixes = composed.SUFFIXES
+    suffixes = SUFFIXES
 
     def __init__(self, var: Path, logger: Any) -> None:
         super().__init__("library", var, logger)
@@ -53,6 +55,7 @@ class CompositionsFollower(FileFollower[CompositionsWriter]):
         self._exclude = tuple(settings.exclude.split())
         self._path = composed.cache_path(var)
         self.parsed = 0
+        self._edits: dict[str, dict[str, Any]] = {}  # what became of those that are not settled
         made_of = {
             "folder": str(self._folder), "exclude": self._exclude, "form": compositions.FORM,
         }  # fmt: skip
@@ -69,7 +72,32 @@ class CompositionsFollower(FileFollower[CompositionsWriter]):
         return writer
 
     def _feed(self, writer: CompositionsWriter) -> bool:
+        self._edit(writer)
         return self._follow_files(writer)
+
+    def _edit(self, writer: CompositionsWriter) -> None:
+        """Carry out what was decided about files, and remember what became of it."""
+        edits = self._orders.read(lambda tables, _: list(tables["edits"].range()))
+        known, self._edits = self._edits, {}
+        for path, edit in edits:
+            done = known.get(path, {})
+            if done.get("number") != edit.number or done["state"] == "waiting":
+                done = {"number": edit.number, **self._edited(path, edit)}
+                if done["state"] == "written":
+                    self._look(writer, self._folder / path, is_told=True)
+            self._edits[path] = done
+
+    def _edited(self, path: str, edit: Edit) -> dict[str, Any]:
+        content = None if edit.content is None else edit.content.encode()
+        try:
+            make_directory(self._folder)
+            shared.replace(self._folder, path, content, edit.base)
+        except shared.Differs as differs:
+            self._log.warning("an edit was refused", path=path, reason=str(differs))
+            return {"state": "refused", "reason": f"somebody else was there first: {differs}"}
+        except OSError as error:
+            return {"state": "waiting", "reason": f"it cannot be written: {error.strerror}"}
+        return {"state": "written", "reason": None}
 
     def _make(self, reason: str, order: int) -> Making:
         path = self._path.with_name("compositions.new.db")
@@ -88,7 +116,7 @@ class CompositionsFollower(FileFollower[CompositionsWriter]):
         return writer.rebuilt
 
     def _more(self) -> dict[str, Any]:
-        return {"parsed": self.parsed, "watched": self._watch.tells}
+        return {"parsed": self.parsed, "watched": self._watch.tells, "edits": self._edits}
 
     def _paths(self, writer: CompositionsWriter) -> set[Path]:
         return {self._folder / path for path in writer.paths()}
@@ -113,7 +141,7 @@ class CompositionsFollower(FileFollower[CompositionsWriter]):
         file_hash = None
         try:
             content = composed.read_file(path)
-            file_hash = composed.hash_of(content)
+            file_hash = hash_of(content)
             if known is not None and known.file_hash == file_hash:
                 return writer.touch(key, Known(signature, file_hash), status.st_mtime)
             self.parsed += 1
@@ -341,7 +369,7 @@ def _require_usable(writer: Cache) -> None:
 
 def run_library(var: str) -> None:
     """Run the owner of the library on `var`, and its followers beside it, until SIGTERM."""
-    run_with("library", var, _followers, group_s=GROUP_S)
+    run_with("library", var, _followers, bells=("sessions", "library"), group_s=GROUP_S)
 
 
 def _followers(var: Path, logger: Any) -> list[CacheFollower[Any]]:

@@ -92,6 +92,7 @@ RESERVED: Final = frozenset(
         "message",
         "completion",
         "conversation",
+        "composition",
         "worker",
         "index",
         "state",

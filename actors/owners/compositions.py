@@ -31,11 +31,15 @@ from ksi.actors.declarations.compositions import (
     GetCompositionStatus,
     ListCompositions,
     ListFileProblems,
+    RenderComposition,
+    RenderedComposition,
 )
 from ksi.actors.owner import Compositions, Reply
-from ksi.transport.errors import Conflict, NotFound
+from ksi.actors.rendering import Part, render
+from ksi.transport.errors import Busy, Conflict, NotFound
 
 PAGE_BYTES_MAX: Final = 512 << 10  # With metadata, which may be large.
+_TEXTS: Final = ("content", "prompt", "template")  # Where YAML keeps its text, in this order.
 NAMED_MAX: Final = 5  # Files told of where a name means more than one.
 
 
@@ -46,6 +50,8 @@ def answer(query: Any, cache: Compositions, ordered: int) -> Reply | None:
             return _list(query, cache)
         case GetComposition():
             return _get(query, cache)
+        case RenderComposition():
+            return _render(query, cache)
         case ListFileProblems():
             found = cache.problems(state=query.state, after=query.after, limit=query.limit + 1)
             listed = msgspec.convert(found[: query.limit], list[FileProblem])
@@ -89,19 +95,45 @@ def _list(query: ListCompositions, cache: Compositions) -> CompositionPage:
 
 
 def _get(query: GetComposition, cache: Compositions) -> CompositionView:
-    found = cache.named(query.name, query.type)
+    return msgspec.convert(one_named(query.name, query.type, cache), CompositionView)
+
+
+def one_named(name: str, kind: str | None, cache: Compositions) -> dict[str, Any]:
+    """Return the composition that a name means, or raise a refusal."""
+    found = cache.named(name, kind)
     if not found:
-        raise NotFound(
-            f"there is no composition {query.name!r}"[:300], hint="ksi compositions list"
-        )
+        raise NotFound(f"there is no composition {name!r}"[:300], hint="ksi compositions list")
     if len(found) > 1:
         paths = [each["file_path"] for each in found[:NAMED_MAX]]
         raise Conflict(
-            f"{query.name!r} may be {len(found)} compositions: {', '.join(paths)}"[:1000],
+            f"{name!r} may be {len(found)} compositions: {', '.join(paths)}"[:1000],
             hint="give the path",
             file_paths=paths,
         )
-    return msgspec.convert(found[0], CompositionView)
+    return found[0]
+
+
+def _render(query: RenderComposition, cache: Compositions) -> RenderedComposition:
+    def find(name: str, kind: str | None = None) -> Part:
+        found = one_named(name, kind, cache)
+        if found["content"] is None:
+            raise Busy(f"{found['file_path']} is just changing", retry_after_s=0.1)
+        said = found.get("metadata") or {}
+        text = found["content"] or next(
+            (said[key] for key in _TEXTS if isinstance(said.get(key), str)), ""
+        )
+        return Part(found["id"], said, text)
+
+    part = find(query.name, query.type)
+    rendered = render(part, query.variables, find)
+    return RenderedComposition(
+        id=part.id,
+        name=str(part.metadata.get("name", query.name)),
+        content=rendered.text,
+        parts=rendered.parts,
+        missing=rendered.missing,
+        metadata=rendered.metadata if query.include_metadata else None,
+    )
 
 
 def _status(cache: Compositions, ordered: int) -> CompositionStatus:

@@ -25,6 +25,8 @@ import msgspec
 from ksi.actors.declarations.events import (
     Acknowledge,
     Acknowledged,
+    Broadcast,
+    BroadcastEvent,
     Clear,
     Cleared,
     ClearedDays,
@@ -56,10 +58,14 @@ from ksi.actors.declarations.observation import (
     BreakerOpened,
     BreakerPassed,
     Count,
+    FindDue,
     ObservationAcknowledged,
     ObservationEnded,
+    ObservationPushed,
+    ObservationRead,
     ObservationSet,
     Observe,
+    PushRefused,
     Unobserve,
 )
 from ksi.actors.owner import (
@@ -71,8 +77,8 @@ from ksi.actors.owner import (
     Sender,
     Tick,
 )
-from ksi.actors.owners import observation
-from ksi.transport.errors import NotFound, Quota
+from ksi.actors.owners import observation, pushing
+from ksi.transport.errors import KsiError, NotFound, Quota
 from ksi.transport.moments import day_of, moment
 
 SUBSCRIPTIONS_MAX: Final = 1000  # In all; each is a row, and costs nothing else.
@@ -87,17 +93,21 @@ class EventsOwner(Owner[EventTables]):
     events = (
         Acknowledged
         | ObservationAcknowledged
+        | Broadcast
         | Subscribed
         | Unsubscribed
         | DaysCleared
         | DaysRestored
         | ObservationSet
         | ObservationEnded
+        | ObservationPushed
+        | ObservationRead
+        | PushRefused
         | BreakerOpened
         | BreakerPassed
     )
     # Whoever follows everything would follow himself.
-    routine = (Acknowledged, ObservationAcknowledged)
+    routine = (Acknowledged, ObservationAcknowledged, ObservationPushed, ObservationRead)
 
     def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
         match command:
@@ -105,6 +115,8 @@ class EventsOwner(Owner[EventTables]):
                 return GetNewest()
             case AcknowledgeObserved():
                 return Count(subscription_id=command.subscription_id, upto=command.upto)
+            case Tick():
+                return FindDue()
             case _:
                 return None
 
@@ -116,6 +128,8 @@ class EventsOwner(Owner[EventTables]):
                 return _subscribe(command, sender, tables, given)
             case Unsubscribe():
                 return _unsubscribe(command, sender, tables)
+            case BroadcastEvent():
+                return _broadcast(command, sender, given)
             case Clear():
                 return _clear(command, sender, given)
             case RestoreDays():
@@ -123,9 +137,16 @@ class EventsOwner(Owner[EventTables]):
             case Observe() | Unobserve() | AcknowledgeObserved():
                 return observation.decide(command, sender, tables, given)
             case Tick():
-                return observation.tick(tables, given)
+                opened = observation.tick(tables, given).events
+                told = pushing.told(opened, tables, given)
+                return Decision((*opened, *told.events), sends=told.sends)
             case _:
                 raise TypeError(command)
+
+    def answered(
+        self, command: Any, refusal: KsiError | None, tables: EventTables, given: Given
+    ) -> Decision:
+        return pushing.answered(command, refusal, tables)
 
     def apply(self, event: Any, tables: EventTables) -> None:
         match event:
@@ -140,6 +161,8 @@ class EventsOwner(Owner[EventTables]):
                 tables.subscriptions.put((event.subscriber, event.name), row)
             case Unsubscribed():
                 tables.subscriptions.delete((event.subscriber, event.name))
+            case Broadcast():
+                pass  # Its place is the log.
             case DaysCleared():
                 tables.cleared.put("before", ClearedDays(event.before))
             case DaysRestored():
@@ -154,6 +177,8 @@ class EventsOwner(Owner[EventTables]):
                 return _find(query, tables)
             case FindNext():
                 return _next(query, tables)
+            case FindDue():
+                return pushing.due(tables)
             case GetNewest():
                 return Newest(n=tables.log.newest())
             case GetStats():
@@ -203,6 +228,11 @@ def _acknowledge(command: Acknowledge, sender: Sender, tables: EventTables) -> D
     if command.upto <= known.acked:
         return Decision()
     return Decision((Acknowledged(sender.name, command.name, command.upto),))
+
+
+def _broadcast(command: BroadcastEvent, sender: Sender, given: Given) -> Decision:
+    said = (command.event_name, command.event_data, command.broadcast_metadata)
+    return Decision((Broadcast(*said, sender.name, given.now),))
 
 
 def _clear(command: Clear, sender: Sender, given: Given) -> Decision:

@@ -1,7 +1,8 @@
 """Library: what others have written down, to be found again, and whose turn it is to go on.
 
 Owns which logs are imported, the orders to make its caches again, and the locks on conversations.
-What can be asked is in two files: `compositions.py` and `conversations.py`.
+What can be asked is in two files: `compositions.py` and `conversations.py`; what is written into
+the folder of compositions, in `editing.py`.
 
 The caches themselves are derived: two followers in the same process
 (`actors/followers/library.py`) write them from files and from the journal of the sessions, and
@@ -9,6 +10,7 @@ carry the orders out. Queries read those databases, in any process.
 
 - An order, or an import, is on disk when it is acknowledged; the status says when it was carried
   out.
+- Compositions are edited, and the files stay the truth: `editing.py`.
 - A conversation is locked for one request of one agent at a time. Each lock has an epoch above all
   before it; whoever says a former one is refused.
 - Requests that find it locked wait in the order in which they came, and get it when it is released,
@@ -31,6 +33,7 @@ from ksi.actors.declarations.conversations import (
     OrderGiven,
     RebuildConversations,
 )
+from ksi.actors.declarations.editing import CompositionEdited, EditSettled
 from ksi.actors.declarations.library import (
     LibraryTables,
 )
@@ -48,11 +51,12 @@ from ksi.actors.owner import (
     Decision,
     Given,
     Owner,
+    Query,
     Reply,
     Sender,
     Tick,
 )
-from ksi.actors.owners import compositions, conversations, locks
+from ksi.actors.owners import compositions, conversations, editing, locks
 
 
 class Library(Owner[LibraryTables]):
@@ -60,7 +64,7 @@ class Library(Owner[LibraryTables]):
 
     name = "library"
     tables = LibraryTables
-    domains = ("conversation",)
+    domains = ("conversation", "composition")
     events = (
         OrderGiven
         | ImportChanged
@@ -71,7 +75,12 @@ class Library(Owner[LibraryTables]):
         | LockFreed
         | LockForgotten
         | ForkDetected
+        | CompositionEdited
+        | EditSettled
     )
+
+    def fact(self, command: Any, sender: Sender) -> Query[Any] | None:
+        return editing.fact(command)
 
     def decide(self, command: Any, sender: Sender, tables: LibraryTables, given: Given) -> Decision:
         match command:
@@ -84,9 +93,13 @@ class Library(Owner[LibraryTables]):
             case Forget():
                 return conversations.forget_log(command, sender, tables, given)
             case Tick():
-                return locks.tick(tables, given)
+                freed = locks.tick(tables, given).events
+                return Decision((*freed, *editing.settled(tables, given)))
             case _:
-                return locks.decide(command, sender, tables, given)
+                decision = editing.decide(command, sender, tables, given)
+                if decision is None:
+                    decision = locks.decide(command, sender, tables, given)
+                return decision
 
     def apply(self, event: Any, tables: LibraryTables) -> None:
         match event:
@@ -94,6 +107,8 @@ class Library(Owner[LibraryTables]):
                 tables.orders.put(event.kind, Order(event.number, event.by, event.now))
             case ImportChanged():
                 conversations.import_changed(event, tables)
+            case CompositionEdited() | EditSettled():
+                editing.apply(event, tables)
             case _:
                 locks.apply(event, tables)
 
@@ -103,10 +118,14 @@ class Library(Owner[LibraryTables]):
         if reply is None:
             reply = conversations.answer(query, tables)
         if reply is None:
+            reply = editing.answer(query, tables)
+        if reply is None:
             reply = locks.answer(query, tables)
         return reply
 
     def announce(self, event: Any) -> Iterable[Announcement]:
+        if isinstance(event, EditSettled):
+            return editing.announce(event)
         return locks.announce(event)
 
 

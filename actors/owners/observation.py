@@ -1,13 +1,15 @@
 """Observation: what agents do, as others asked to see it.
 
 Who observes whom, with which filters, and how far he has seen. What is seen is read from the event
-log: nothing is sent to observers, so the observed never wait.
+log, by the observer or for him, so the observed never wait.
 
 - What an observer is shown follows from the log and his subscription alone: reading on from where
   he has acknowledged shows each event once, also after a restart of anybody.
 - Excluded is stronger than wanted. What sampling and rate limit leave out is counted.
 - An observer who is silent for `breaker_s` has his breaker opened: he is shown nothing until he
   acknowledges again, and then goes on from there. What he has missed is counted.
+- What is pushed, is put into his inbox by a tick, and counted as it is sent: `pushing.py`. He is
+  silent who has something to read and acknowledges none of it.
 - A replay is read like anything else: it is marked, and changes nothing.
 
 These are operations of the owner `events` (`events.py`).
@@ -27,26 +29,29 @@ import msgspec
 
 from ksi.actors.declarations.observation import (
     AcknowledgeObserved,
-    Analyse,
     Analysed,
+    AnalysePatterns,
     BreakerOpened,
     BreakerPassed,
     ContentMatch,
     Count,
     Counted,
     Filter,
-    FindHistory,
     FindObserved,
     History,
     ListObservations,
     Observation,
     ObservationAcknowledged,
     ObservationEnded,
+    ObservationPushed,
+    ObservationRead,
     Observations,
     ObservationSet,
     ObservationView,
     Observe,
     Observed,
+    PushRefused,
+    QueryHistory,
     Replay,
     Replayed,
     Unobserve,
@@ -66,6 +71,8 @@ from ksi.transport.patterns import matcher, plain_part
 OBSERVATIONS_MAX: Final = 1000  # In all: a tick looks at each.
 LOOKS_MAX: Final = 8  # Pages of the log looked at for one answer: half a second at the worst.
 ERRORS_SHOWN_MAX: Final = 20  # Of an analysis.
+ROW_S: Final = 60.0  # What comes later is not in a row with what was before.
+ROWS_MAX: Final = 10  # The most frequent ones, of an analysis.
 LOOK: Final = 1000  # Events looked at in one page of the log.
 
 
@@ -77,7 +84,14 @@ class ObservationTables(Protocol):
 
 
 ObservationEvent = (
-    ObservationAcknowledged | ObservationSet | ObservationEnded | BreakerOpened | BreakerPassed
+    ObservationAcknowledged
+    | ObservationSet
+    | ObservationEnded
+    | ObservationPushed
+    | ObservationRead
+    | PushRefused
+    | BreakerOpened
+    | BreakerPassed
 )
 
 
@@ -114,8 +128,18 @@ def apply(event: Any, tables: ObservationTables) -> None:
         case BreakerPassed():
             missed = _known(tables, event.subscription_id).missed + event.missed
             passed = {"acked": event.upto, "missed": missed, "seen_s": event.time_s}
-            row = _with(event, tables, **passed, is_open=not event.is_all)
+            row = _with(event, tables, **passed, is_open=not event.is_all, unread=0)
             rows.put(event.subscription_id, row)
+        case ObservationPushed():
+            rows.put(event.subscription_id, _pushed(event, tables))
+        case ObservationRead():
+            row = _with(event, tables, seen_s=event.time_s)
+            row = msgspec.structs.replace(row, unread=0 if event.is_all else row.unread)
+            rows.put(event.subscription_id, row)
+        case PushRefused():
+            row = _known(tables, event.subscription_id)
+            counts = {"shown": row.shown - 1, "missed": row.missed + 1, "is_open": True}
+            rows.put(event.subscription_id, msgspec.structs.replace(row, **counts))
         case _:
             raise TypeError(event)
 
@@ -127,11 +151,11 @@ def answer(query: Any, tables: ObservationTables) -> Reply:
             return _find(query, tables)
         case Count():
             return _count(query, tables)
-        case FindHistory():
+        case QueryHistory():
             return _history(query, tables)
         case Replay():
             return _replay(query, tables)
-        case Analyse():
+        case AnalysePatterns():
             return _analyse(query, tables)
         case ListObservations():
             views = [
@@ -160,7 +184,7 @@ def _observe(command: Observe, sender: Sender, tables: ObservationTables, given:
         after = getattr(given.fact, "n", 0)  # of the newest event, if that can be read now
     begun = ObservationSet(
         subscription_id, sender.name, command.target, command.events, command.filter or Filter(),
-        command.breaker_s, after, given.now, given.time_s,
+        command.breaker_s, after, given.now, given.time_s, command.push,
     )  # fmt: skip
     return Decision((begun,), _view(subscription_id, _row(begun, known)))
 
@@ -199,6 +223,9 @@ def _acknowledge(
             subscription_id, known.observer, counted.upto, missed, counted.is_all, given.time_s
         )
         return Decision((passed,))
+    if known.push:  # What was pushed is counted already.
+        is_all = command.upto >= known.pushed
+        return Decision((ObservationRead(subscription_id, is_all, given.time_s),))
     is_news = counted.upto > known.acked
     if not is_news and given.time_s - known.seen_s < known.breaker_s / 4:
         return Decision()
@@ -211,7 +238,8 @@ def _acknowledge(
 
 def _hanging(tables: ObservationTables, given: Given) -> Iterator[Event]:
     for subscription_id, row in tables.observations.range():
-        if not row.is_open and given.time_s - row.seen_s > row.breaker_s:
+        is_idle = row.push and not row.unread  # He has nothing to give a sign of life for.
+        if not (row.is_open or is_idle) and given.time_s - row.seen_s > row.breaker_s:
             yield BreakerOpened(subscription_id, row.observer, row.target)
 
 
@@ -237,9 +265,12 @@ def _row(event: ObservationSet, known: Observation | None) -> Observation:
     """Return the row of an observation that is begun, or changed."""
     about = (event.observer, event.target, event.events, event.filter, event.breaker_s)
     if known is None or known.target != event.target:
-        return Observation(*about, event.now, event.time_s, event.acked)
+        return Observation(*about, event.now, event.time_s, event.acked, push=event.push)
     counts = (known.shown, known.sampled_out, known.rate_limited, known.missed)
-    return Observation(*about, known.created_at, event.time_s, event.acked, *counts)
+    row = Observation(*about, known.created_at, event.time_s, event.acked, *counts)
+    is_on = event.push and known.push
+    pushed = {"pushed": known.pushed, "unread": known.unread} if is_on else {}
+    return msgspec.structs.replace(row, push=event.push, **pushed)
 
 
 def _observation_set(event: ObservationSet, tables: ObservationTables) -> None:
@@ -261,6 +292,21 @@ def _acknowledged(event: ObservationAcknowledged, tables: ObservationTables) -> 
     tables.observations.put(event.subscription_id, changed)
 
 
+def _pushed(event: ObservationPushed, tables: ObservationTables) -> Observation:
+    known = _known(tables, event.subscription_id)
+    return msgspec.structs.replace(
+        known,
+        acked=event.upto,
+        shown=known.shown + event.shown,
+        sampled_out=known.sampled_out + event.sampled_out,
+        rate_limited=known.rate_limited + event.rate_limited,
+        window=event.window,
+        pushed=event.pushed,
+        unread=known.unread + event.shown,
+        seen_s=known.seen_s if known.unread else event.time_s,  # From now on he may be late.
+    )
+
+
 def _view(subscription_id: str, row: Observation) -> ObservationView:
     return ObservationView(
         subscription_id=subscription_id,
@@ -276,10 +322,12 @@ def _view(subscription_id: str, row: Observation) -> ObservationView:
         missed=row.missed,
         breaker="open" if row.is_open else "closed",
         breaker_s=row.breaker_s,
+        push=row.push,
+        unread=row.unread,
     )
 
 
-class _Watch:
+class Watch:
     """What becomes of events, as an observation has it, from what is acknowledged on.
 
     Attributes:
@@ -319,7 +367,9 @@ class _Watch:
 
     def _fate(self, event: dict[str, Any]) -> str | None:
         """Return what becomes of an event; None if it is not asked for."""
-        wanted = self._row.filter
+        row, wanted = self._row, self._row.filter
+        if row.push and event["event"].startswith("message:") and row.observer in event["agents"]:
+            return None  # That he is told of something, and reads it, would be told without end.
         if wanted.content_match is not None and not _holds(event, wanted.content_match):
             return None
         if wanted.sampling_rate < 1.0 and _chance(event) >= wanted.sampling_rate:
@@ -377,7 +427,7 @@ def _find(query: FindObserved, tables: ObservationTables) -> Observed:
     if row.is_open:
         return Observed(events=[], upto=row.acked, more=True, breaker="open")
     after = row.acked if query.after is None else query.after
-    watch = _Watch(row, tables.log)
+    watch = Watch(row, tables.log)
     for page in watch.pages():
         shown = [event for event in page if event["n"] > after]
         if len(shown) > query.limit:
@@ -393,7 +443,7 @@ def _count(query: Count, tables: ObservationTables) -> Counted:
     stop = None if row.is_open else query.upto
     if stop is not None and stop <= row.acked:
         return _nothing(row, row.acked)
-    watch = _Watch(row, tables.log)
+    watch = Watch(row, tables.log)
     for _ in watch.pages(stop):
         pass
     return Counted(
@@ -420,17 +470,20 @@ def _page(query: Any, tables: ObservationTables, **more: Any) -> dict[str, Any]:
     return tables.log.find({"agent_id": query.target, **times, **more})
 
 
-def _history(query: FindHistory, tables: ObservationTables) -> History:
+def _history(query: QueryHistory, tables: ObservationTables) -> History:
     page = _page(
         query,
         tables,
-        patterns=query.events,
+        patterns=[query.events] if isinstance(query.events, str) else query.events,
         exclude=query.exclude,
         limit=query.limit,
         offset=query.offset,
         reverse=query.reverse,
     )
-    return History(events=page["events"], next=page["next"], offset=page["offset"])
+    events = page["events"]
+    if not query.include_data:
+        events = [{name: event[name] for name in event if name != "data"} for event in events]
+    return History(events=events, next=page["next"], offset=page["offset"])
 
 
 def _replay(query: Replay, tables: ObservationTables) -> Replayed:
@@ -448,21 +501,21 @@ def _replay(query: Replay, tables: ObservationTables) -> Replayed:
 _FAILED: Final = frozenset({"failed", "lost", "cancelled", "error", "timeout"})
 
 
-def _analyse(query: Analyse, tables: ObservationTables) -> Analysed:
+def _analyse(query: AnalysePatterns, tables: ObservationTables) -> Analysed:
     events: list[dict[str, Any]] = []
     after = query.after
     for _ in range(LOOKS_MAX):
-        page = _page(msgspec.structs.replace(query, after=after), tables, limit=LOOK)
+        query = msgspec.structs.replace(query, after=after)
+        page = _page(query, tables, patterns=query.events, limit=LOOK)
         events += page["events"]
         after = page["next"]
         if after is None:
             break
-    found = {"frequency": _frequency, "errors": _errors, "performance": _performance}
     return Analysed(
         target=query.target,
         analysis_type=query.analysis_type,
         events=len(events),
-        found=found[query.analysis_type](events),
+        found=_ANALYSES[query.analysis_type](events),
         next=after,
     )
 
@@ -474,6 +527,29 @@ def _frequency(events: list[dict[str, Any]]) -> dict[str, Any]:
         "by_event": dict(Counter(event["event"] for event in events).most_common()),
         "seconds": seconds,
         "per_s": len(events) / seconds if seconds else 0.0,
+    }
+
+
+def _sequence(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what agents do in a row, two and three at a time, each within a minute of the last."""
+    pairs: Counter[tuple[str, ...]] = Counter()
+    triples: Counter[tuple[str, ...]] = Counter()
+    last: dict[str, list[str]] = {}  # names, by agent
+    last_at: dict[str, float] = {}
+    for event in events:
+        for agent in event.get("agents", ())[:1]:  # who has done it
+            row = (
+                last.get(agent, []) if event["timestamp"] - last_at.get(agent, 0.0) < ROW_S else []
+            )
+            row = [*row, event["event"]][-3:]
+            if len(row) > 1:
+                pairs[row[-2], row[-1]] += 1
+            if len(row) > 2:
+                triples[tuple(row)] += 1
+            last[agent], last_at[agent] = row, event["timestamp"]
+    return {
+        name: [{"events": list(row), "count": count} for row, count in counts.most_common(ROWS_MAX)]
+        for name, counts in (("pairs", pairs), ("triples", triples))
     }
 
 
@@ -514,6 +590,11 @@ def _performance(events: list[dict[str, Any]]) -> dict[str, Any]:
                 ran.append(at - since)
             begun.pop(("completion:queued", request), None)
     return {"waited_s": _spread(waited), "ran_s": _spread(ran), "open": len(begun)}
+
+
+_ANALYSES: Final = {
+    "frequency": _frequency, "sequence": _sequence, "errors": _errors, "performance": _performance,
+}  # fmt: skip
 
 
 def _spread(seconds: list[float]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ Owns entities with properties, typed relationships between them, values under ke
   them happen, in one commit, or none.
 - The last changes are kept in order. Whoever watches asks for those behind the revision it has
   seen, and is told by announcements when to ask: it misses none and sees none twice.
-- What is in a queue is handed out once, in order, until its time runs out, which is owner time.
+- Queues are in a file of their own: `queues.py`.
 
 Single values are in an index by type, name and value: a query looks at what its condition leaves
 of that, not at all there is, and at a bounded number of rows in any case.
@@ -33,6 +33,18 @@ from typing import Annotated, Any, Final, NamedTuple
 import msgspec
 
 from ksi.actors import entities
+from ksi.actors.declarations.queues import (
+    DeleteQueue,
+    ExpireQueue,
+    Item,
+    ItemPushed,
+    ItemsTaken,
+    Pop,
+    Push,
+    Queue,
+    QueueDeleted,
+    QueueTimed,
+)
 from ksi.actors.declarations.state import (
     BulkCreate,
     BulkCreated,
@@ -48,7 +60,6 @@ from ksi.actors.declarations.state import (
     CreateResult,
     Deleted,
     DeleteEntity,
-    DeleteQueue,
     DeleteRelationship,
     DeleteValue,
     Edge,
@@ -58,36 +69,18 @@ from ksi.actors.declarations.state import (
     EntityReplaced,
     EntityUpdated,
     EntityView,
-    ExpireQueue,
     Failure,
     GetEntity,
-    GetQueue,
     GetValue,
     Graph,
     Group,
-    Item,
-    ItemPushed,
-    ItemsTaken,
     Keys,
     ListChanges,
     ListKeys,
-    ListQueues,
     Node,
     Part,
-    Pop,
-    Popped,
-    Push,
     QueryEntities,
     QueryRelationships,
-    Queue,
-    Queued,
-    QueueDeleted,
-    QueueItem,
-    QueuePage,
-    QueueSize,
-    QueueSummary,
-    QueueTimed,
-    QueueView,
     Related,
     Relation,
     RelationshipCreated,
@@ -123,12 +116,15 @@ from ksi.actors.owner import (
     Table,
     Tick,
 )
+from ksi.actors.owners import queues
+from ksi.actors.owners.queues import totals_of
 from ksi.actors.queries import (
     MISSING,
     NAME_BYTES_MAX,
     Order,
     Place,
     Record,
+    beyond,
     cursor_of,
     order,
     order_text,
@@ -147,11 +143,7 @@ CHANGED_MAX: Final = 20_000  # ... and changes of one command: they are one reco
 TOLD_MAX: Final = 100  # Refusals of one bulk that are told in words: its reply is one frame.
 CHANGES_MAX: Final = 100_000  # Changes kept for those who watch: an hour of thirty a second.
 CHANGES_BYTES_MAX: Final = 64 << 20  # The same, for large values.
-QUEUE_ITEMS_MAX: Final = 10_000  # Items of one queue: deleting it is one decision.
-QUEUED_MAX: Final = 1_000_000  # Items of all queues.
-QUEUED_BYTES_MAX: Final = 1 << 30  # The same, for large ones.
-LAPSED_MAX: Final = 1000  # Items dropped in one decision because their time ran out.
-PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX // 2  # The same, for large ones.
+PAGE_BYTES_MAX: Final = FRAME_BYTES_MAX // 2  # Of what is in one reply.
 RELATED_MAX: Final = 100  # Relationships shown with an entity; there is a query for more.
 RELATED_BYTES_MAX: Final = 64 << 10  # The same, for large metadata.
 WALKED_MAX: Final = 5000  # Entities that a walk along relationships reaches: one reply.
@@ -193,15 +185,9 @@ class State(Owner[StateTables]):
     def decide(self, command: Any, sender: Sender, tables: StateTables, given: Given) -> Decision:
         match command:
             case Tick():
-                return _tick(tables, given)
-            case Push():
-                return _push(command, sender, tables, given)
-            case Pop():
-                return _pop(command, tables, given)
-            case DeleteQueue():
-                return _delete_queue(command, tables)
-            case ExpireQueue():
-                return _expire_queue(command, tables, given)
+                return queues.tick(tables, given)
+            case Push() | Pop() | DeleteQueue() | ExpireQueue():
+                return queues.decide(command, sender, tables, given)
         draft = _Draft(sender, tables, given)
         match command:
             case BulkCreate():
@@ -226,18 +212,8 @@ class State(Owner[StateTables]):
                 _relationship_created(event, tables)
             case RelationshipDeleted():
                 _relationship_deleted(event, tables)
-            case ItemPushed():
-                _item_pushed(event, tables)
-            case ItemsTaken():
-                _items_taken(event.namespace, event.key, event.numbers, tables)
-            case QueueDeleted():
-                key = (event.namespace, event.key)
-                numbers = [number for (_, _, number), _ in tables.items.range(prefix=key)]
-                _items_taken(*key, numbers, tables)
-            case QueueTimed():
-                _queue_timed(event, tables)
             case _:
-                raise TypeError(event)
+                queues.apply(event, tables)
 
     def answer(self, query: Any, tables: StateTables) -> Reply:
         match query:
@@ -257,12 +233,8 @@ class State(Owner[StateTables]):
                 return _count(query, tables)
             case ListChanges():
                 return _list_changes(query, tables)
-            case GetQueue():
-                return _get_queue(query, tables)
-            case ListQueues():
-                return _list_queues(query, tables)
             case _:
-                raise TypeError(query)
+                return queues.answer(query, tables)
 
     def announce(self, event: Any) -> Iterable[Announcement]:
         match event:
@@ -297,7 +269,7 @@ class _Draft:
         self.events: list[Event] = []
         self.now = given.now
         self.by = sender.name
-        self.revision = _totals(tables).revision
+        self.revision = totals_of(tables).revision
         self._ids = given.ids
         self._tables = tables
         self._entities: dict[str, Entity | None] = {}
@@ -675,82 +647,6 @@ def _require_value(entity_id: str, known: Entity) -> None:
         )
 
 
-def _push(command: Push, sender: Sender, tables: StateTables, given: Given) -> Decision:
-    namespace, key, ttl_s = command.namespace, command.key, command.ttl_seconds
-    body = encode(command.data)
-    if len(body) > ENTITY_BYTES_MAX:
-        raise TooLarge(
-            f"{len(body)} bytes are over the limit of {ENTITY_BYTES_MAX} - at `$.data`",
-            size_bytes=len(body),
-            limit_bytes=ENTITY_BYTES_MAX,
-        )
-    queue, totals = _queue(namespace, key, tables), _totals(tables)
-    if queue.size >= QUEUE_ITEMS_MAX:
-        raise Quota(f"{namespace}:{key} has {QUEUE_ITEMS_MAX} items", limit=QUEUE_ITEMS_MAX)
-    if totals.items >= QUEUED_MAX or totals.item_bytes + len(body) > QUEUED_BYTES_MAX:
-        raise Quota(f"all queues have {totals.items} items", limit=QUEUED_MAX)
-    deadline_s = None if ttl_s is None else given.time_s + ttl_s
-    number = queue.last + 1
-    pushed = ItemPushed(namespace, key, number, body, deadline_s, given.now, sender.name)
-    reply = Queued(
-        namespace=namespace,
-        key=key,
-        number=number,
-        size=queue.size + 1,
-        expires_at=None if ttl_s is None else given.now + ttl_s,
-    )
-    return Decision((pushed,), reply)
-
-
-def _pop(command: Pop, tables: StateTables, given: Given) -> Decision:
-    namespace, key = command.namespace, command.key
-    items: list[QueueItem] = []
-    lapsed: list[int] = []
-    room = PAGE_BYTES_MAX
-    for (_, _, number), item in tables.items.range(prefix=(namespace, key)):
-        if item.deadline_s is not None and item.deadline_s <= given.time_s:
-            lapsed.append(number)
-            continue
-        room -= len(item.body)
-        if len(items) == command.count or (room < 0 and items):
-            break
-        items.append(_item_view(number, item))
-    events: list[Event] = []
-    if lapsed:
-        events.append(ItemsTaken(namespace, key, lapsed, lapsed=True))
-    if items:
-        taken = [item.number for item in items]
-        events.append(ItemsTaken(namespace, key, taken, lapsed=False))
-    left = _queue(namespace, key, tables).size - len(lapsed) - len(items)
-    return Decision(tuple(events), Popped(items=items, size=left))
-
-
-def _delete_queue(command: DeleteQueue, tables: StateTables) -> Decision:
-    size = _queue(command.namespace, command.key, tables).size
-    events = (QueueDeleted(command.namespace, command.key),) if size else ()
-    return Decision(events, QueueSize(namespace=command.namespace, key=command.key, items=size))
-
-
-def _expire_queue(command: ExpireQueue, tables: StateTables, given: Given) -> Decision:
-    size = _queue(command.namespace, command.key, tables).size
-    ttl_s = command.ttl_seconds
-    deadline_s = None if ttl_s is None else given.time_s + ttl_s
-    events = (QueueTimed(command.namespace, command.key, deadline_s),) if size else ()
-    return Decision(events, QueueSize(namespace=command.namespace, key=command.key, items=size))
-
-
-def _tick(tables: StateTables, given: Given) -> Decision:
-    """Drop items whose time has run out: a bounded number, and at once more if there are."""
-    due = tables.deadlines.range(stop=(_milliseconds(given.time_s),))
-    lapsed: dict[tuple[str, str], list[int]] = {}
-    count = 0
-    for (_, namespace, key, number), _ in islice(due, LAPSED_MAX):
-        lapsed.setdefault((namespace, key), []).append(number)
-        count += 1
-    events = tuple(ItemsTaken(*queue, numbers, lapsed=True) for queue, numbers in lapsed.items())
-    return Decision(events, tick=count == LAPSED_MAX)
-
-
 def _entity_created(event: EntityCreated, tables: StateTables) -> None:
     revision = event.revision
     entity = Entity(event.kind, event.properties, revision, revision, event.now, event.now)
@@ -829,7 +725,7 @@ def _note(
 ) -> None:
     """Keep a change for those who watch, and let go of the oldest beyond the bounds."""
     tables.changes.put((revision,), change)
-    was = _totals(tables)
+    was = totals_of(tables)
     first, size_bytes = was.first, was.change_bytes + _bytes_of(change)
     while revision - first >= CHANGES_MAX or size_bytes > CHANGES_BYTES_MAX:
         oldest = tables.changes.get((first,))
@@ -851,80 +747,6 @@ def _note(
 
 def _bytes_of(change: Change) -> int:
     return 128 + len(change.body or b"") + sum(map(len, change.removed))
-
-
-def _item_pushed(event: ItemPushed, tables: StateTables) -> None:
-    namespace, key, number = event.namespace, event.key, event.number
-    tables.items.put(
-        (namespace, key, number), Item(event.body, event.deadline_s, event.now, event.by)
-    )
-    _set_deadline(namespace, key, number, event.deadline_s, tables)
-    _queue_changed(namespace, key, number, 1, len(event.body), tables)
-
-
-def _items_taken(namespace: str, key: str, numbers: list[int], tables: StateTables) -> None:
-    size_bytes = 0
-    for number in numbers:
-        item = tables.items.get((namespace, key, number))
-        assert item is not None
-        size_bytes += len(item.body)
-        tables.items.delete((namespace, key, number))
-        _drop_deadline(namespace, key, number, item.deadline_s, tables)
-    _queue_changed(namespace, key, 0, -len(numbers), -size_bytes, tables)
-
-
-def _queue_timed(event: QueueTimed, tables: StateTables) -> None:
-    namespace, key = event.namespace, event.key
-    for (_, _, number), item in list(tables.items.range(prefix=(namespace, key))):
-        _drop_deadline(namespace, key, number, item.deadline_s, tables)
-        changed = msgspec.structs.replace(item, deadline_s=event.deadline_s)
-        tables.items.put((namespace, key, number), changed)
-        _set_deadline(namespace, key, number, event.deadline_s, tables)
-
-
-def _queue_changed(
-    namespace: str, key: str, last: int, size: int, size_bytes: int, tables: StateTables
-) -> None:
-    """Count items of a queue in or out; a queue that is empty leaves nothing behind."""
-    queue = _queue(namespace, key, tables)
-    changed = Queue(max(last, queue.last), queue.size + size, queue.size_bytes + size_bytes)
-    if changed.size:
-        tables.queues.put((namespace, key), changed)
-    else:
-        tables.queues.delete((namespace, key))
-    was = _totals(tables)
-    tables.totals.put(
-        "all",
-        msgspec.structs.replace(
-            was, items=was.items + size, item_bytes=was.item_bytes + size_bytes
-        ),
-    )
-
-
-def _set_deadline(
-    namespace: str, key: str, number: int, deadline_s: float | None, tables: StateTables
-) -> None:
-    if deadline_s is not None:
-        tables.deadlines.put((_milliseconds(deadline_s), namespace, key, number), b"")
-
-
-def _drop_deadline(
-    namespace: str, key: str, number: int, deadline_s: float | None, tables: StateTables
-) -> None:
-    if deadline_s is not None:
-        tables.deadlines.delete((_milliseconds(deadline_s), namespace, key, number))
-
-
-def _milliseconds(time_s: float) -> int:
-    return int(time_s * 1000)
-
-
-def _queue(namespace: str, key: str, tables: StateTables) -> Queue:
-    return tables.queues.get((namespace, key)) or Queue(0, 0, 0)
-
-
-def _totals(tables: StateTables) -> Totals:
-    return tables.totals.get("all") or Totals()
 
 
 def _words(name: str) -> str:
@@ -1015,7 +837,7 @@ def _page(
     return EntityPage(
         entities=entities,
         count=len(entities),
-        revision=_totals(tables).revision,
+        revision=totals_of(tables).revision,
         next=None if last is None else cursor_of(last, str(by)),
     )
 
@@ -1136,7 +958,7 @@ def _triples(
     end = _end(source, target)
     last = () if after is None else place_of(after, end, str, str, str)
     reverse = end == "to"
-    start = _following(tuple(reversed(last)) if reverse else last)
+    start = beyond(tuple(reversed(last)) if reverse else last)
     one = target if reverse else source
     prefix = () if one is None else (one,) if relation_type is None else (one, relation_type)
     if not reverse:
@@ -1304,7 +1126,7 @@ def _entity_records(query: CountThem, tables: StateTables) -> Iterator[_Counted]
 
 def _relation_records(query: CountThem, tables: StateTables) -> Iterator[_Counted]:
     last = () if query.after is None else place_of(query.after, query.target, str, str, str)
-    for triple, relation in tables.outgoing.range(_following(last)):
+    for triple, relation in tables.outgoing.range(beyond(last)):
         is_asked_for = query.type in (None, triple[1])
         value_of = partial(_relation_value, triple, relation) if is_asked_for else None
         yield _Counted(triple, len(relation.metadata), value_of)
@@ -1319,54 +1141,8 @@ def _relation_value(triple: _Triple, relation: Relation, name: str) -> Any:
     return _decode(relation.metadata).get(name.removeprefix("metadata."), MISSING)
 
 
-def _get_queue(query: GetQueue, tables: StateTables) -> QueueView:
-    prefix = (query.namespace, query.key)
-    items: list[QueueItem] = []
-    room, following = PAGE_BYTES_MAX, None
-    for (_, _, number), item in tables.items.range((*prefix, query.after + 1), prefix=prefix):
-        room -= len(item.body)
-        if len(items) == query.limit or (room < 0 and items):
-            following = items[-1].number
-            break
-        items.append(_item_view(number, item))
-    queue = _queue(*prefix, tables)
-    return QueueView(
-        namespace=query.namespace,
-        key=query.key,
-        items=items,
-        size=queue.size,
-        bytes=queue.size_bytes,
-        next=following,
-    )
-
-
-def _item_view(number: int, item: Item) -> QueueItem:
-    return QueueItem(
-        number=number, data=_decode_any(item.body), pushed_at=item.at, pushed_by=item.by
-    )
-
-
-def _list_queues(query: ListQueues, tables: StateTables) -> QueuePage:
-    prefix = () if query.namespace is None else (query.namespace,)
-    last = () if query.after is None else place_of(query.after, "queues", str, str)
-    found: list[QueueSummary] = []
-    for (namespace, key), queue in tables.queues.range(_following(last), prefix=prefix):
-        if len(found) == query.limit:
-            place = (found[-1].namespace, found[-1].key)
-            return QueuePage(queues=found, next=cursor_of(place, "queues"))
-        found.append(
-            QueueSummary(namespace=namespace, key=key, size=queue.size, bytes=queue.size_bytes)
-        )
-    return QueuePage(queues=found, next=None)
-
-
-def _following(key: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the least key that is greater, of those that end in a text."""
-    return (*key[:-1], key[-1] + "\x01") if key else ()
-
-
 def _list_changes(query: ListChanges, tables: StateTables) -> Changes:
-    totals = _totals(tables)
+    totals = totals_of(tables)
     after = totals.revision if query.after is None else query.after
     if after > totals.revision:
         raise Conflict(
