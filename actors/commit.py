@@ -341,7 +341,7 @@ class CommitLoop:
                 answers.append(self._refused(work, error))
                 return None
             record = self._refusal(work, error)
-        sends = self.delivery.settle(record, given.time_s)
+        sends = self.delivery.settle(record, given.time_s, client)
         if sends:
             self._outcome.sends.extend(sends)
         return record
@@ -405,7 +405,8 @@ class CommitLoop:
     def _applied(self, decision: Decision) -> Decision:
         """Apply what was decided; return it with the messages that are to be sent."""
         if decision.sends:
-            decision = replace(decision, sends=tuple(self._to_send(decision.sends)))
+            sends = tuple(self._to_send(decision.sends))
+            decision = msgspec.structs.replace(decision, sends=sends)
         if decision.sends and self.delivery.outbox.count() >= OUTBOX_ROWS_MAX:
             raise Busy(f"{OUTBOX_ROWS_MAX} messages wait for other owners")
         try:

@@ -43,7 +43,7 @@ _SWEEP_ROWS: Final = 200  # Client rows looked at a tick for idle ones, likewise
 _ACTIVE_CLIENTS_MAX: Final = 4096  # Kept in memory; the others come back from their rows.
 
 
-class Record(msgspec.Struct, Generic[E], array_like=True, frozen=True):
+class Record(msgspec.Struct, Generic[E], array_like=True, frozen=True, gc=False):
     """One command as the journal holds it: whose, which, what was replied, what happened."""
 
     sender: str
@@ -212,11 +212,14 @@ class Delivery:
             self._waiting = {(owner, row.operation, row.body) for (owner, _), row in rows}
         return message in self._waiting
 
-    def settle(self, record: Record[Any], time_s: float) -> list[tuple[str, int, str, bytes]]:
+    def settle(
+        self, record: Record[Any], time_s: float, client: Client | None = None
+    ) -> list[tuple[str, int, str, bytes]]:
         """Write what `record` says besides its events. The same live and in replay.
 
         Args:
             time_s: owner time, like everywhere here.
+            client: of the record, where it is known already.
 
         Returns:
             The messages it puts into the outbox: owner, number, operation, body.
@@ -224,15 +227,16 @@ class Delivery:
         if record.operation in HOST_RECORDS:
             self._settle_ours(record)
         else:
-            client = self.client(record.sender, record.instance)
             # Replay does not see acknowledgements; numbers and the window say what they must be.
-            if record.number != client.last + 1:
-                client.acknowledge(record.number - 1)
+            number = record.number
+            client = client or self.client(record.sender, record.instance)
+            if number != client.last + 1:
+                client.acknowledge(number - 1)
             elif len(client.replies) >= WINDOW_COMMANDS_MAX:
-                client.acknowledge(record.number - WINDOW_COMMANDS_MAX)
+                client.acknowledge(number - WINDOW_COMMANDS_MAX)
             client.known = True
-            client.last = record.number
-            client.replies[record.number] = record.reply
+            client.last = number
+            client.replies[number] = record.reply
             if record.request_id is not None:
                 key = (record.sender, record.operation, record.request_id)
                 self.requests.put(key, RequestRow(record.reply, time_s))

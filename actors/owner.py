@@ -28,7 +28,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -159,8 +159,7 @@ class Conversations(Protocol):
 CACHES: Final = frozenset({Index, EventLog, Compositions, Conversations})
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """Bytes that an event adds to the log of `key`, at `offset`: the same each time it is asked."""
 
     key: str
@@ -208,8 +207,7 @@ class Send:
     unless_waiting: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """What happens if this command is carried out: events in order, a reply, and messages.
 
     With `tick` the owner's `Tick` follows in the same commit, after the rest of the batch: for what

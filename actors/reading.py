@@ -97,8 +97,7 @@ class OwnerReader:
     def lines_of(self, batch: StoredBatch) -> Iterator[tuple[str, int, bytes]]:
         """Yield what a journaled batch adds to the owner's logs: key, offset, bytes."""
         for event in self.events_of(batch):
-            for line in self.owner.lines(event):
-                yield line.key, line.offset, line.content
+            yield from self.owner.lines(event)
 
     def is_archived(self, key: str) -> bool:
         """Return whether the log `key` is to be in the archive, as is committed now."""

@@ -81,6 +81,7 @@ class Sessions:
     def __init__(self, client: AsyncClient, system: System) -> None:
         self._client = client
         self._system = system
+        self._names = [session_name(caller) for caller in range(max(CALLERS))]
         self._seqs = [0] * max(CALLERS)
 
     async def run(self, count: int, seconds: float) -> Round:
@@ -92,7 +93,7 @@ class Sessions:
 
     async def _append(self, caller: int) -> None:
         reply = await self._client.ask(
-            "session:append", session_id=session_name(caller), event="note", data=DATA
+            "session:append", session_id=self._names[caller], event="note", data=DATA
         )
         self._seqs[caller] += 1
         assert reply["seq"] == self._seqs[caller], reply

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
+
 from ksi.storage import sqlite
 from ksi.storage.cache import Cache
 from ksi.storage.index import IndexGap, Line, Place
@@ -47,9 +49,9 @@ CREATE TABLE problems (
 ) WITHOUT ROWID;
 CREATE TABLE counters (next_file INTEGER, next_message INTEGER, gone INTEGER);
 INSERT INTO counters VALUES (1, 1, 0);
-CREATE VIRTUAL TABLE words USING fts5(content, sender, content='');
+CREATE VIRTUAL TABLE words USING fts5(content, sender, content='', columnsize=0);
 """
-FORM: Final = 1  # Of these tables, and of what is made of a line.
+FORM: Final = 2  # Of these tables, and of what is made of a line.
 GONE_MAX: Final = 10_000  # Messages that are gone before it is worth making the cache anew ...
 GONE_PART_MAX: Final = 0.5  # ... if they are this part of all that were ever put in.
 SESSION: Final = "session:"  # What stands before the id of a session in place of a path.
@@ -89,7 +91,7 @@ class Unreadable(Exception):
 Describe = Callable[[bytes], Said]
 
 
-class File(NamedTuple):
+class File(msgspec.Struct, gc=False):
     """How much of a conversation is in the cache.
 
     Attributes:
@@ -149,10 +151,12 @@ class ConversationsWriter(Cache):
             IndexGap: lines before them are missing; nothing was changed.
         """
         batch = _Batch(self, gaps=self._making)
-        for session_id, offset, content in lines:
-            batch.add(self._session(session_id, batch), offset, content)
-        self.place = place
-        self._commit(batch)
+        with self._database:
+            self._database.execute("BEGIN")  # Questions in it take no lock of their own.
+            for session_id, offset, content in lines:
+                batch.add(self._session(session_id, batch), offset, content)
+            self.place = place
+            self._put(batch)
         return batch.count
 
     def take(self, path: str, session_id: str, lines: Sequence[bytes]) -> None:
@@ -162,12 +166,16 @@ class ConversationsWriter(Cache):
         file = self.file(path) or self._new(session_id, path)
         for content in lines:
             if file.is_open and content == b"\n":  # The end of the line before.
-                file = file._replace(is_open=0, size_bytes=file.size_bytes + 1)
+                file.is_open = 0
+                file.size_bytes += 1
                 continue
-            file = batch.add(file, file.size_bytes, content)
-            file = file._replace(is_open=int(not content.endswith(b"\n")))
-        batch.files[path] = file._replace(signature="")
-        self._commit(batch)
+            batch.add(file, file.size_bytes, content)
+            file.is_open = int(not content.endswith(b"\n"))
+        file.signature = ""
+        batch.files[path] = file
+        with self._database:
+            self._database.execute("BEGIN")
+            self._put(batch)
 
     def look(self, path: str, signature: str, mark: int) -> None:
         """Note what a file looks like all of which has been put in."""
@@ -230,12 +238,10 @@ class ConversationsWriter(Cache):
         self._next_file += 1
         return file
 
-    def _commit(self, batch: _Batch) -> None:
-        self._database.execute("BEGIN")
+    def _put(self, batch: _Batch) -> None:
         batch.put()
         self._put_place()
         self._put_counters()
-        self._database.execute("COMMIT")
         self._unsettled += batch.count
 
     def _put_place(self) -> None:
@@ -262,10 +268,10 @@ class _Batch:
         self._senders: set[tuple[int, str]] = set()
         self._problems: list[tuple[str, int, int, str]] = []
 
-    def add(self, file: File, offset: int, content: bytes) -> File:
-        """Take one line in, unless it is in the cache already; return what is now."""
+    def add(self, file: File, offset: int, content: bytes) -> None:
+        """Take one line in, unless it is in the cache already."""
         if offset < file.size_bytes:
-            return file
+            return
         is_gap = offset > file.size_bytes
         if is_gap and not self._gaps:
             raise IndexGap(f"{file.session_id} is read up to {file.size_bytes}, not {offset}")
@@ -279,38 +285,37 @@ class _Batch:
         if is_gap and said is not None and said.number is not None:
             number = said.number
         self.count += 1
-        file = file._replace(lines=number, size_bytes=offset + len(content))
+        file.lines = number
+        file.size_bytes = offset + len(content)
         if said is not None:
-            file = self._say(file, offset, len(content), said)
+            self._say(file, offset, len(content), said)
         elif reason:
             if file.bad_lines < BAD_LINES_MAX:
                 self._problems.append((file.path, number, offset, reason))
-            file = file._replace(bad_lines=file.bad_lines + 1)
+            file.bad_lines += 1
         self.files[file.path] = file
-        return file
 
     def put(self) -> None:
         """Write what was taken in."""
         many = self._writer._database.executemany
-        marks = ",".join("?" * len(File._fields))
-        many(f"INSERT OR REPLACE INTO files VALUES ({marks})", self.files.values())
+        files = map(msgspec.structs.astuple, self.files.values())
+        marks = ",".join("?" * len(File.__struct_fields__))
+        many(f"INSERT OR REPLACE INTO files VALUES ({marks})", files)
         many("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?)", self._messages)
         many("INSERT INTO words (rowid, content, sender) VALUES (?,?,?)", self._words)
         many("INSERT OR IGNORE INTO senders VALUES (?,?)", self._senders)
         many("INSERT OR REPLACE INTO problems VALUES (?,?,?,?)", self._problems)
 
-    def _say(self, file: File, offset: int, size: int, said: Said) -> File:
-        at = said.timestamp
+    def _say(self, file: File, offset: int, size: int, said: Said) -> None:
+        at, sender, kind, words, _number = said
         id = self._writer._next_message
         self._writer._next_message += 1
-        self._messages.append((id, file.id, file.lines, offset, size, at, said.sender, said.kind))
-        self._words.append((id, said.words, said.sender))
-        self._senders.add((file.id, said.sender))
-        return file._replace(
-            messages=file.messages + 1,
-            first_at=min(file.first_at, at) if file.messages else at,
-            last_at=max(file.last_at, at) if file.messages else at,
-        )
+        self._messages.append((id, file.id, file.lines, offset, size, at, sender, kind))
+        self._words.append((id, words, sender))
+        self._senders.add((file.id, sender))
+        file.first_at = min(file.first_at, at) if file.messages else at
+        file.last_at = max(file.last_at, at) if file.messages else at
+        file.messages += 1
 
 
 class ConversationsReader:

@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from zlib import crc32
@@ -99,6 +100,7 @@ CREATE TABLE answers (
     session_id TEXT, correlation_id TEXT, PRIMARY KEY (session_id, correlation_id)
 ) WITHOUT ROWID;
 """
+_DAY_S: Final = 86_400.0
 CURSOR: Final = "cursor.db"
 DAILY: Final = "daily"
 
@@ -180,7 +182,12 @@ _ONLY: Final = {
 
 def day_of(timestamp: float) -> str:
     """Return the day of a time, in UTC: the name of its database."""
-    return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d")
+    return _day(timestamp // _DAY_S)
+
+
+@lru_cache(64)  # Whoever asks, asks for the same few.
+def _day(number: float) -> str:
+    return datetime.fromtimestamp(number * _DAY_S, UTC).strftime("%Y-%m-%d")
 
 
 class IndexWriter:
@@ -221,21 +228,21 @@ class IndexWriter:
             IndexGap: lines before them are missing; nothing was changed.
         """
         batch = _Batch(self._cursor, self._describe, gaps=self._bulk)
-        for line in lines:
-            batch.add(line)
-        for day, rows in batch.rows.items():
-            database = self._day(day, batch.rows)
-            database.executemany(_INSERT, rows.values())
-            database.executemany(_INSERT_PARTICIPANT, batch.participants[day])
-        for day, ids in batch.answered.items():
-            self._day(day, batch.rows).executemany(_ANSWERED, ids)
-        for database in self._open.values():
-            if database.in_transaction:
-                database.execute("COMMIT")
-        self._cursor.execute("BEGIN")
-        batch.put()
-        self._put_place(place)
-        self._cursor.execute("COMMIT")
+        with self._cursor:
+            self._cursor.execute("BEGIN")  # Questions in it take no lock of their own.
+            for line in lines:
+                batch.add(line)
+            for day, rows in batch.rows.items():
+                database = self._day(day, batch.rows)
+                database.executemany(_INSERT, rows.values())
+                database.executemany(_INSERT_PARTICIPANT, batch.participants[day])
+            for day, ids in batch.answered.items():
+                self._day(day, batch.rows).executemany(_ANSWERED, ids)
+            for database in self._open.values():
+                if database.in_transaction:
+                    database.execute("COMMIT")
+            batch.put()
+            self._put_place(place)
         self._unsettled += batch.count
         return batch.count
 
@@ -377,18 +384,17 @@ class _Batch:
         """Take one line in, unless it is in the index already."""
         session_id, offset, content = line
         known = self._known.get(session_id) or known_of(self._cursor, session_id)
-        if offset < known.size_bytes:
+        lines, size_bytes, checksum = known
+        if offset < size_bytes:
             return
-        is_gap = offset > known.size_bytes
+        is_gap = offset > size_bytes
         if is_gap and not self._gaps:
-            raise IndexGap(f"{session_id} is indexed up to {known.size_bytes}, not {offset}")
-        number = known.lines + 1
+            raise IndexGap(f"{session_id} is indexed up to {size_bytes}, not {offset}")
+        number = lines + 1
         indexed = self._describe(session_id, None if is_gap else number, offset, content)
         if indexed is not None:
             number = indexed.row.line_number
-        self._known[session_id] = Known(
-            number, offset + len(content), crc32(content, known.checksum)
-        )
+        self._known[session_id] = Known(number, offset + len(content), crc32(content, checksum))
         self.count += 1
         if indexed is None:
             return

@@ -1,6 +1,5 @@
 """The commit loop: numbers, stored answers, request ids, refusals, defects, outbox, eviction."""
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -358,10 +357,11 @@ class Brittle(Sessions):
             raise ZeroDivisionError("a defect in decide")
         decision = super().decide(command, sender, tables, given)
         if isinstance(command, Append) and command.event == "reply":
-            return replace(decision, reply=Strange(what=object()))
+            return msgspec.structs.replace(decision, reply=Strange(what=object()))
         if isinstance(command, Append) and command.event == "send":
             far_too_large = Append(session_id="s", event="n", data={"text": "x" * (1 << 20)})
-            return replace(decision, sends=(Send("registry", "session:append", far_too_large),))
+            sends = (Send("registry", "session:append", far_too_large),)
+            return msgspec.structs.replace(decision, sends=sends)
         return decision
 
     def apply(self, event: Any, tables: SessionTables) -> None:
@@ -527,7 +527,8 @@ class Insistent(Sessions):
         if isinstance(command, Tick):
             self.ticks += 1
             return Decision(tick=self.ticks % 3 != 0)
-        return replace(super().decide(command, sender, tables, given), tick=True)
+        decision = super().decide(command, sender, tables, given)
+        return msgspec.structs.replace(decision, tick=True)
 
 
 def test_a_tick_a_decision_asks_for_follows_its_batch_and_so_do_those_it_asks_for() -> None:

@@ -91,7 +91,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """Base of replies. Unknown fields are ignored, so that old clients read new owners."""
 
 
-class Event(msgspec.Struct, frozen=True, array_like=True):
+class Event(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Base of events: what has happened, in the order of its fields. Stored for good.
 
     A subclass sets `tag=`; a new field goes last and has a default.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from ksi.transport.errors import Invalid
@@ -27,6 +28,7 @@ _UNITS: Final = {
 }  # fmt: skip
 _SPAN: Final = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)(ms|s|m|h|d|w|)", re.ASCII)
 _HINT: Final = "10m, 2h, 2026-05-04, 2026-05-04T09:00:00Z, or seconds since the epoch"
+_DAY_S: Final = 86_400.0
 _MICROSECONDS: Final = 6  # What times are kept with; a double of today has no room for more.
 
 
@@ -86,7 +88,12 @@ def iso(at: float) -> str:
 
 def day_of(at: float) -> str:
     """Return the day of a moment, in UTC: `2026-05-04`."""
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
+    return _day(at // _DAY_S)
+
+
+@lru_cache(64)  # Whoever asks, asks for the same few.
+def _day(number: float) -> str:
+    return datetime.fromtimestamp(number * _DAY_S, UTC).strftime("%Y-%m-%d")
 
 
 def whole_ms(time_s: float) -> int:

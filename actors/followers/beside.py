@@ -1,7 +1,9 @@
 """Followers that run beside an owner: in its process, in a thread of their own.
 
 What they do may take minutes, and their owner answers meanwhile. They are woken by the doorbells of
-the owners whose journals they read, and look now and then all the same: a bell may be missed.
+the owners whose journals they read, and look now and then all the same: a bell may be missed. Where
+there is much to do they wait longer for it to be taken together, within a bound: much at once is
+less work in all, and whoever is answered needs the processor meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from ksi.actors.process import Beside, run_owner, wait_for_room
 from ksi.transport.identity import bell_endpoint
 from ksi.transport.mailbox import listen
 
-GROUP_S: Final = 0.02  # What comes within this time is taken together.
+GROUP_S: Final = 0.02  # What comes within this time is taken together ...
+GROUP_S_MAX: Final = 0.05  # ... and where there is much to do, within this.
+_REST_FACTOR: Final = 10  # It rests so many times as long as its last work took.
 CLOSE_S: Final = 3.0  # For what is left at the end; a supervisor waits 5.
 
 
@@ -102,16 +106,20 @@ def _follow(
     news.register(woken, zmq.POLLIN)
     for name in bells:
         news.register(listen(context, bell_endpoint(var, name)), zmq.POLLIN)
+    begun_s = time.monotonic()
     while not stopping.is_set():
         if sum(each.turn() for each in followers):  # Each has its turn.
             continue
-        wait_s = min(group_s if each.is_behind() else each.wait_s for each in followers)
+        rest_s = _REST_FACTOR * (time.monotonic() - begun_s)
+        together_s = max(group_s, min(rest_s, GROUP_S_MAX))
+        wait_s = min(together_s if each.is_behind() else each.wait_s for each in followers)
         rung = [bell for bell, _event in news.poll(int(wait_s * 1000)) if bell != woken]
         for bell in rung:
             while bell.poll(0):
                 bell.recv()
-        if rung and not stopping.is_set():
-            time.sleep(group_s)  # What comes meanwhile goes with it.
+        if rung:
+            stopping.wait(together_s)  # What comes meanwhile goes with it.
+        begun_s = time.monotonic()
     for follower in followers:
         follower.close()
     context.destroy(linger=0)

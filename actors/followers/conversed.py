@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -132,9 +131,11 @@ def _time(at: Any) -> float:
     """Return a time of a log. One without a zone is taken for UTC: so it was meant."""
     if isinstance(at, bool) or not isinstance(at, int | float | str):
         raise Unreadable("it has no timestamp")
-    for form in (at, f"{at}Z"):
+    try:
+        return moment(at)
+    except (Invalid, OverflowError):
         with suppress(Invalid, OverflowError):
-            return moment(form)
+            return moment(f"{at}Z")
     raise Unreadable(f"its timestamp {str(at)[:100]!r} is no time")
 
 
@@ -156,17 +157,19 @@ def _spoken(response: Any) -> str:
     return "\n".join(_strings(response))
 
 
-def _strings(value: Any, only: str | None = None) -> Iterator[str]:
-    """Yield every text in a value; of maps, with `only`, what stands under that name."""
+def _strings(value: Any, only: str | None = None) -> list[str]:
+    """Return every text in a value; of maps, with `only`, what stands under that name."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
+        return [value]
+    found: list[str] = []
+    if isinstance(value, list):
         for each in value:
-            yield from _strings(each, only)
-    elif isinstance(value, Mapping):
+            found += _strings(each, only)
+    elif isinstance(value, dict):
         for name, each in value.items():
             if only is None or name == only:
-                yield from _strings(each)
+                found += _strings(each)
+    return found
 
 
 class ConversationsView:

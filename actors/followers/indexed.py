@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from zlib import crc32
 
 import msgspec
@@ -31,19 +32,20 @@ FOUND_MAX: Final = 100  # Differences told in words; the rest is counted.
 FOUND_IN_ONE_MAX: Final = 3  # Of one session: behind a byte too many every line is elsewhere.
 PAGE_SESSIONS: Final = 100
 _COUNTS_MAX: Final = 5  # How often a day is counted before it is said to hold too many rows.
+_NAMES_MAX: Final = 1024  # Kept, as what is made of them: whoever speaks speaks again.
 _LATEST_S: Final = 253_402_300_800.0  # The end of the calendar.
 _ID: Final = re.compile(ID_PATTERN)
 _to_json: Final = msgspec.json.Encoder().encode
 
 
-class _Metadata(msgspec.Struct, frozen=True):
+class _Metadata(msgspec.Struct, frozen=True, gc=False):
     agent_id: str | None = None
     owner: str | None = None
     seq: int = 0
     pattern: str | None = None
 
 
-class _Data(msgspec.Struct, frozen=True):
+class _Data(msgspec.Struct, frozen=True, gc=False):
     """Of what was said, only what the index is about; the rest is not even decoded."""
 
     agent_id: Any = msgspec.UNSET
@@ -57,7 +59,7 @@ class _Data(msgspec.Struct, frozen=True):
     context: Any = msgspec.UNSET
 
 
-class _Entry(msgspec.Struct):
+class _Entry(msgspec.Struct, gc=False):
     event: str
     timestamp: float
     data: _Data = _Data()
@@ -97,33 +99,32 @@ class Describer:
         if speaker is None or owner is None or not 0 <= entry.timestamp < _LATEST_S:
             return None
         addressed = data.to_agent if isinstance(data.to_agent, list) else [data.to_agent]
-        taking_part = (owner, speaker, *filter(None, map(_name, addressed)))
-        participants = tuple(dict.fromkeys(taking_part))
+        taking_part = _listed((owner, speaker, *filter(None, map(_name, addressed))))
         event, asks = entry.event, data.requests_response
         is_request = event.endswith(":request")
         correlation_id = entry.correlation_id or _text(data.request_id)
         requests_response = asks is True or (is_request and asks is not False)
         row = Row(
-            id=f"{session_id}:{number:09d}",
-            timestamp=entry.timestamp,
-            event_type=event,
-            session_id=session_id,
-            file_path=f"{self._prefix}{session_id}.jsonl",
-            line_number=number,
-            byte_offset=offset,
-            initiating_agent=owner,
-            participating_agents=_to_json(participants).decode(),
-            agent_roles=_roles(speaker, data),
-            pattern_type=metadata.pattern,
-            conversation_id=_text(data.conversation_id),
-            correlation_id=correlation_id,
-            is_completion=int(event.startswith("completion:")),
-            is_request=int(is_request),
-            has_response=0,
-            requests_response=int(requests_response),
+            f"{session_id}:{number:09d}",
+            entry.timestamp,
+            event,
+            session_id,
+            f"{self._prefix}{session_id}.jsonl",
+            number,
+            offset,
+            owner,
+            taking_part.shown,
+            _roles(speaker, data),
+            metadata.pattern,
+            _text(data.conversation_id),
+            correlation_id,
+            int(event.startswith("completion:")),
+            int(is_request),
+            0,  # what has a response is found out when it is put in
+            int(requests_response),
         )
         answers = not (is_request or requests_response or event.endswith(":progress"))
-        return Indexed(row, participants, answers and correlation_id is not None)
+        return Indexed(row, taking_part.names, answers and correlation_id is not None)
 
     def made(self, reader: IndexReader) -> bool:
         """Return whether the index names the session files of this var, where it is now."""
@@ -141,7 +142,25 @@ def _speaker(proven: str | None, said: Any) -> str | None:
 
 
 def _name(value: Any) -> str | None:
-    return value if isinstance(value, str) and _ID.match(value) else None
+    return value if isinstance(value, str) and _is_name(value) else None
+
+
+@lru_cache(_NAMES_MAX)
+def _is_name(text: str) -> bool:
+    return _ID.match(text) is not None
+
+
+class _TakingPart(NamedTuple):
+    """Who takes part in an entry, and the same as its row has it."""
+
+    names: tuple[str, ...]
+    shown: str
+
+
+@lru_cache(_NAMES_MAX)
+def _listed(names: tuple[str, ...]) -> _TakingPart:
+    each_once = tuple(dict.fromkeys(names))
+    return _TakingPart(each_once, _to_json(each_once).decode())
 
 
 def _text(value: Any) -> str | None:

@@ -13,7 +13,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, lru_cache
+from functools import cache
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
@@ -62,7 +62,7 @@ _UNSAFE: Final = re.compile("[\u0080-\u009f\u2028\u2029]")
 Keep = Callable[[bytes], dict[str, Any]]  # keeps a value as JSON beside the log; the reference
 
 
-class Source(msgspec.Struct):
+class Source(msgspec.Struct, gc=False):
     """Where an event comes from: the journal it is in, and the command that led to it."""
 
     owner: str
@@ -72,7 +72,7 @@ class Source(msgspec.Struct):
     operation: str
 
 
-class LoggedEvent(msgspec.Struct, omit_defaults=True):
+class LoggedEvent(msgspec.Struct, omit_defaults=True, gc=False):
     """An event as its line holds it: the documented form, numbered, with what it is found by."""
 
     n: int
@@ -95,7 +95,7 @@ class Head(msgspec.Struct, gc=False):
     correlation_id: str | None = None
 
 
-class _Entry(msgspec.Struct):
+class _Entry(msgspec.Struct, gc=False):
     """Of a session's line, what the log says of it."""
 
     event: str = ""
@@ -129,65 +129,84 @@ def archived_days(var: Path) -> dict[str, dict[str, int]]:
     return found
 
 
+class _Kind(NamedTuple):
+    """What events of one type are to the log: worked out once.
+
+    Attributes:
+        shown: fields that are its data; encoded: those of them that are bytes; agents: those that
+            name agents.
+    """
+
+    name: str
+    shown: tuple[str, ...]
+    encoded: tuple[str, ...]
+    agents: tuple[str, ...]
+    private: tuple[str, ...]
+
+
 class Describer:
     """Says what events of one owner are to the log."""
 
     def __init__(self, owner: Owner[Any]) -> None:
         self._owner = owner
         self._domain = owner.domains[0] if owner.domains else owner.name
+        self._kinds: dict[type[Event], _Kind | None] = dict.fromkeys(owner.routine)
 
     def __call__(
         self, event: Event, record: Record[Any], source: Source, now: float
     ) -> LoggedEvent | None:
         """Return what the log says of an event; None for signs of life. Its number is 0 yet."""
-        kind = type(event)
-        if kind in self._owner.routine:
+        try:
+            kind = self._kinds[type(event)]
+        except KeyError:
+            kind = self._kinds[type(event)] = self._kind(type(event))
+        if kind is None:
             return None
-        fields = {name: getattr(event, name) for name in event.__struct_fields__}
+        fields = msgspec.structs.asdict(event)
         correlation_id = fields.get("correlation_id") or fields.get("request_id")
-        for name in self._owner.private:
-            if name in fields:
-                value = fields[name]
-                fields[name] = _digest(value if type(value) is bytes else _to_json(value))
-        if kind_has_bytes(kind):
-            correlation_id = self._open(event, fields) or correlation_id
+        for name in kind.private:
+            value = fields[name]
+            fields[name] = _digest(value if type(value) is bytes else _to_json(value))
+        if kind.encoded:
+            correlation_id = self._open(event, fields, kind.encoded) or correlation_id
         return LoggedEvent(
-            n=0,
-            event=f"{self._domain}:{kind.__struct_config__.tag}",
-            timestamp=fields.get("now", now),
-            data={
-                name: value
-                for name, value in fields.items()
-                if value is not None and name not in _SHOWN
-            },
-            metadata=source,
-            agents=_agents(fields, record),
-            session_id=fields.get("session_id"),
-            correlation_id=correlation_id,
+            0,
+            kind.name,
+            fields.get("now", now),
+            {name: value for name in kind.shown if (value := fields[name]) is not None},
+            source,
+            _agents(fields, kind.agents, record),
+            fields.get("session_id"),
+            correlation_id,
         )
 
-    def _open(self, event: Event, fields: dict[str, Any]) -> str | None:
+    def _kind(self, kind: type[Event]) -> _Kind:
+        fields = kind.__struct_fields__
+        private = tuple(name for name in fields if name in self._owner.private)
+        types = {field.name: field.type for field in msgspec.structs.fields(kind)}
+        return _Kind(
+            name=f"{self._domain}:{kind.__struct_config__.tag}",
+            shown=tuple(name for name in fields if name not in _SHOWN),
+            encoded=tuple(name for name in fields if types[name] is bytes and name not in private),
+            agents=tuple(name for name in _AGENTS if name in fields),
+            private=private,
+        )
+
+    def _open(self, event: Event, fields: dict[str, Any], encoded: Sequence[str]) -> str | None:
         """Put values in the place of bytes; return the correlation id they tell of."""
         correlation_id = None
         lines = tuple(self._owner.lines(event))
-        for name, value in fields.items():
-            if type(value) is not bytes:
-                continue
+        for name in encoded:
+            value = fields[name]
             if line := next((each for each in lines if each.content is value), None):
                 entry = _entry_of(value)
                 correlation_id = entry.correlation_id
-                place = {"log": line.key, "offset": line.offset}
-                fields[name] = {"event": entry.event, "ref": {**place, **_digest(value)}}
+                place = {"log": line.key, "offset": line.offset, **_digest(value)}
+                fields[name] = {"event": entry.event, "ref": place}
             else:
                 with suppress(msgspec.MsgspecError):
                     fields[name] = msgspec.msgpack.decode(value)
         return correlation_id
-
-
-@lru_cache
-def kind_has_bytes(kind: type[Event]) -> bool:
-    """Return whether events of a kind hold something encoded."""
-    return any(field.type is bytes for field in msgspec.structs.fields(kind))
 
 
 def line_of(logged: LoggedEvent, keep: Keep) -> bytes:
@@ -209,10 +228,10 @@ def _digest(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
 
 
-def _agents(fields: Mapping[str, Any], record: Record[Any]) -> list[str]:
+def _agents(fields: Mapping[str, Any], named: Sequence[str], record: Record[Any]) -> list[str]:
     """Return whom an event is about: who has done it, then the others."""
     names = [] if record.operation in HOST_RECORDS else [record.sender]
-    names += [fields[name] for name in _AGENTS if type(fields.get(name)) is str]
+    names += [value for name in named if type(value := fields[name]) is str]
     names += [agent for agent, _ in fields.get("receivers", ())]
     return [name for name in dict.fromkeys(names) if name and name not in RESERVED]
 

@@ -30,7 +30,6 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
@@ -542,7 +541,7 @@ def _retry(command: Retry, sender: Sender, tables: CompletionTables, given: Give
     as_id = f"req_{next(given.ids)}"
     queued = _queue(again, as_id, request.requester, tables, given, retry_of=request_id)
     retried = Retried(request.finished_ms, request_id, as_id)
-    return replace(queued, events=(retried, *queued.events))
+    return msgspec.structs.replace(queued, events=(retried, *queued.events))
 
 
 def _request_recorded(
@@ -623,7 +622,7 @@ def _report(command: Report, sender: Sender, tables: CompletionTables, given: Gi
             request_id, request, status, given, by=sender.name, reason=command.error,
             result=result, kind=command.kind or "", provider=why.provider,
         )  # fmt: skip
-    return replace(decision, events=(*taken, *rested, *decision.events))
+    return msgspec.structs.replace(decision, events=(*taken, *rested, *decision.events))
 
 
 class _Failure(NamedTuple):
@@ -1009,7 +1008,8 @@ def _grant_or_end(tables: CompletionTables, given: Given) -> Decision:
             _end(event.request_id, request, "failed", given, by=OURS, reason=why, kind="budget")
         )
     ended = _together(ends)
-    return replace(ended, events=(*granted, *ended.events), tick=bool(ends))
+    events = (*granted, *ended.events)
+    return msgspec.structs.replace(ended, events=events, tick=bool(ends))
 
 
 # What takes more bytes in a session's line than in JSON: up to six for two.

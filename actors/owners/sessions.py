@@ -168,7 +168,7 @@ class Sessions(Owner[SessionTables]):
         match command:
             case Fork(at=str()):  # What was said when is in the log, which queries alone read.
                 return GetHistory(session_id=command.session_id, at=command.at, limit=1)
-            case Append(lock_epoch=int()) | Contribute(lock_epoch=int()):
+            case Append() | Contribute() if command.lock_epoch is not None:
                 return GetLock(conversation_id=command.session_id)
             case _:
                 return None
