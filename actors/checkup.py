@@ -25,10 +25,11 @@ import msgspec
 
 from ksi.actors import log
 from ksi.actors.checkpoints import root_of
+from ksi.actors.commit import table_types
 from ksi.actors.followers import composed, conversed
 from ksi.actors.followers.files import LogFollower
 from ksi.actors.followers.indexed import Verification
-from ksi.actors.owners import OWNERS
+from ksi.actors.owners import OWNERS, load
 from ksi.actors.reading import OwnerReader, archive_directory, cursor_path, log_directory, reader_of
 from ksi.actors.supervision import lock
 from ksi.actors.supervision.reports import read_children
@@ -321,8 +322,7 @@ class Checkup:
     def _rows(self) -> Looked:
         found, count = [], 0
         for owner, examined in self._readable():
-            assert examined.environment is not None
-            rows, damaged = check_rows(examined.environment)
+            rows, damaged = _checked(owner, examined)
             count += rows
             found += [
                 Finding(
@@ -337,8 +337,7 @@ class Checkup:
         if self.is_running:  # A view belongs to its owner, which would have to let go of it.
             return
         for owner, examined in list(self._readable()):
-            assert examined.environment is not None
-            if check_rows(examined.environment)[1]:
+            if _checked(owner, examined)[1]:
                 set_view_aside(self.var / "db" / owner, self._snapshots(owner), lock_wait_s=0.0)
 
     def _map(self) -> Looked:
@@ -582,6 +581,12 @@ def file_system(path: Path) -> str:
             if words[2] == wanted:
                 found = words[words.index("-") + 1]
     return found
+
+
+def _checked(owner: str, examined: Examined) -> tuple[int, list[str]]:
+    """Return how many rows a view has, and where one, or a table, is damaged or missing."""
+    assert examined.environment is not None
+    return check_rows(examined.environment, table_types(load(owner)))
 
 
 def _words(error: Exception) -> str:

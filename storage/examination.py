@@ -107,18 +107,24 @@ def committed_batches(examined: Examined) -> Iterator[Batch]:
         )
 
 
-def check_rows(environment: Environment) -> tuple[int, list[str]]:
+def check_rows(environment: Environment, tables: Iterable[str] = ()) -> tuple[int, list[str]]:
     """Read every row of a view; return how many there are, and where one is damaged or missing.
 
     LMDB does not check its pages: one that is damaged may hide rows. It knows how many there are.
+
+    Args:
+        tables: those that have to be there.
 
     Raises:
         lmdb.Error: the file is damaged.
     """
     with environment.lmdb.begin() as txn:
-        names = [bytes(name).decode() for name in environment.lmdb.dbs(txn)]
-    count, damaged = 0, []
-    for name in names:
+        names = {
+            bytes(name).decode(errors="backslashreplace") for name in environment.lmdb.dbs(txn)
+        }
+    count = 0
+    damaged = [f"table {name}, which is not there" for name in tables if name not in names]
+    for name in sorted(names.intersection(tables) if damaged else names):
         database = environment.database(name)
         after: bytes | None = b""
         found, states = 0, set()

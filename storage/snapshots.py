@@ -193,7 +193,7 @@ def check_rows(path: Path) -> dict[str, int]:
         with environment.begin() as txn:
             names = [bytes(name).decode() for name in environment.dbs(txn)]
         return {name: _check_table(environment, name) for name in names}
-    except lmdb.Error as error:
+    except (lmdb.Error, UnicodeDecodeError) as error:
         raise Corrupt(f"snapshot {path}: {error}", file=str(path)) from error
     finally:
         environment.close()

@@ -206,6 +206,22 @@ def test_a_damaged_row_is_found_and_its_view_built_again(stopped: System) -> Non
         assert alice.ask("session:append", session_id="plan", event="note", data={})["seq"] == 21
 
 
+def test_a_table_that_is_gone_is_found_and_the_view_built_again(stopped: System) -> None:
+    environment = lmdb.open(
+        str(store(stopped, "sessions") / "view"), max_dbs=32, lib_version=0, map_size=64 << 30
+    )
+    with environment.begin(write=True) as txn:
+        txn.drop(environment.open_db(b"sessions", txn=txn))
+    environment.close()
+    assert "table sessions, which is not there" in wrong(stopped)["rows"]
+
+    assert checked(stopped, repair=True)["rows"].state == "repaired"
+    stopped.start()
+    assert wrong(stopped) == {}
+    with stopped.client("alice") as alice:
+        assert alice.ask("session:append", session_id="plan", event="note", data={})["seq"] == 21
+
+
 def test_a_reader_that_was_killed_is_found_and_its_slot_freed(stopped: System) -> None:
     code = (
         "import sys; from pathlib import Path; from ksi.actors.reading import reader_of;"

@@ -22,7 +22,9 @@ from system import System
 from trouble import entries, living, until
 
 from ksi.actors.checkpoints import root_of
+from ksi.actors.commit import table_types
 from ksi.actors.followers.indexed import Verification
+from ksi.actors.owners import load
 from ksi.actors.reading import reader_of
 from ksi.actors.supervision.supervisor import FAULTS
 from ksi.storage import checkpoints
@@ -42,7 +44,7 @@ def view(left: Left) -> Any:
     examined = examine(left.var / "db" / "sessions")
     if examined is None or examined.environment is None:
         raise Corrupt("the view cannot be read")
-    if damaged := check_rows(examined.environment)[1]:
+    if damaged := check_rows(examined.environment, table_types(load("sessions")))[1]:
         raise Corrupt(damaged[0])
     tables = reader_of("sessions", left.var).reader
     return tables.read(
