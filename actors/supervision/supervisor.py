@@ -403,8 +403,12 @@ class Supervisor(pykka.ThreadingActor):
             self.stop()
 
     def _newest(self) -> int | None:
-        """Return the process of its own that was started last: it has done little but start."""
-        running = [child.running for child in self._own if child.running is not None]
+        """Return the process of its own that was started last: it has done little but start.
+
+        Of the plain owners: what one with followers has touched besides is not worth its memory.
+        """
+        plain = [child.running for child in self._own if child.spec.phase == "owners"]
+        running = [each for each in plain if each is not None]
         return max(running, key=lambda each: each.started_s).pid if running else None
 
     def _has_last_checkpoint(self) -> bool:
