@@ -69,7 +69,7 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
 
     def start() -> tuple[Store, CommitLoop]:
         stat.begin_turn(time.monotonic())  # To wait for room is not to hang.
-        store, loop = open_store(owner, root / "db" / name, logger)
+        store, loop = open_store(owner, root / "db" / name, logger, locked=True)
         try:
             stat.epoch = _count_start(store)
             if owner.recovers and store.is_untouched:
@@ -124,8 +124,11 @@ def wait_for_room(start: Callable[[], T], logger: Any) -> T:
         time.sleep(_ROOM_WAIT_S)  # Nobody tells that there is room again.
 
 
-def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, CommitLoop]:
-    """Open and recover the owner's store, whose lock is held; return it with its commit loop."""
+def open_store(
+    owner: Owner[Any], directory: Path, logger: Any, *, locked: bool = False
+) -> tuple[Store, CommitLoop]:
+    """Open and recover the owner's store; return it with its commit loop. `locked`: the caller has
+    its lock, and keeps it until the store is closed."""
     loops: list[CommitLoop] = []
     facts = Facts(directory.parent.parent)
 
@@ -136,7 +139,7 @@ def open_store(owner: Owner[Any], directory: Path, logger: Any) -> tuple[Store, 
 
     specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
     copies = root_of(directory.parent.parent).glob(f"[!.]*/{owner.name}")
-    store = Store.open(directory, specs, replay=replay, snapshots=copies, locked=True)
+    store = Store.open(directory, specs, replay=replay, snapshots=copies, locked=locked)
     loop = loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger, facts)
     if store.meta.extra:
         loop.cut = msgspec.msgpack.decode(store.meta.extra, type=int)

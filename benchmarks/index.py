@@ -36,8 +36,9 @@ from benchmarks.measuring import (
     wait_until,
 )
 from ksi.actors.followers.indexed import Verification, index_directory
-from ksi.storage.index import IndexReader, day_of
+from ksi.storage.index import IndexReader
 from ksi.transport import Client
+from ksi.transport.moments import day_of
 
 ROUND_S: Final = 2.0
 ROUNDS_OF_BUILDING: Final = 3

@@ -23,8 +23,6 @@ import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from zlib import crc32
@@ -34,6 +32,7 @@ from ksi.storage.atomic import make_directory, sync_directory
 from ksi.storage.boot import this_boot
 from ksi.storage.journal import Position
 from ksi.transport.limits import INDEX_DAYS_OPEN_MAX
+from ksi.transport.moments import day_of
 
 # The table and its indexes are the documented ones, to the word.
 TABLES: Final = """
@@ -100,7 +99,6 @@ CREATE TABLE answers (
     session_id TEXT, correlation_id TEXT, PRIMARY KEY (session_id, correlation_id)
 ) WITHOUT ROWID;
 """
-_DAY_S: Final = 86_400.0
 CURSOR: Final = "cursor.db"
 DAILY: Final = "daily"
 
@@ -178,16 +176,6 @@ _ONLY: Final = {
     "pending": "k.requests_response = 1 AND k.has_response = 0",
     "roles": "k.agent_roles <> '{}'",
 }
-
-
-def day_of(timestamp: float) -> str:
-    """Return the day of a time, in UTC: the name of its database."""
-    return _day(timestamp // _DAY_S)
-
-
-@lru_cache(64)  # Whoever asks, asks for the same few.
-def _day(number: float) -> str:
-    return datetime.fromtimestamp(number * _DAY_S, UTC).strftime("%Y-%m-%d")
 
 
 class IndexWriter:

@@ -28,10 +28,10 @@ import sys, time
 from pathlib import Path
 from ksi.actors import process
 open_store = process.open_store
-def gated(*arguments):
+def gated(*arguments, **more):
     while not Path(sys.argv[1], "go").exists():
         time.sleep(0.005)  # A poll: until the gate opens.
-    return open_store(*arguments)
+    return open_store(*arguments, **more)
 process.open_store = gated
 process.run_owner("registry", sys.argv[1])
 """

@@ -31,11 +31,11 @@ from ksi.storage.index import (
     Line,
     Place,
     Row,
-    day_of,
     install,
 )
 from ksi.storage.journal import START, Position
 from ksi.transport.errors import Invalid
+from ksi.transport.moments import day_of
 
 MIDNIGHT = 1_735_516_800.0  # 2024-12-30T00:00:00Z
 REQUEST, RESULT = "completion:request", "completion:result"

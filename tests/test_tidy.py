@@ -37,7 +37,12 @@ DECLARATIONS = ("ksi.actors.owner", "ksi.actors.owners", "ksi.actors.declaration
 # What a file below a folder may import of ours; the longest folder that fits holds.
 MAY_IMPORT = {
     "transport": ("ksi.transport",),
-    "storage": ("ksi.storage", "ksi.transport.errors", "ksi.transport.limits"),
+    "storage": (
+        "ksi.storage",
+        "ksi.transport.errors",
+        "ksi.transport.limits",
+        "ksi.transport.moments",
+    ),
     "actors": ("ksi.actors", "ksi.storage", "ksi.transport"),
     "actors/declarations": (
         "ksi.actors.declarations",

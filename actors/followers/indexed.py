@@ -21,12 +21,13 @@ from ksi.actors.reading import archive_directory, log_directory
 from ksi.actors.supervision.reports import read_follower
 from ksi.storage.archive import Archive
 from ksi.storage.files import read_lines
-from ksi.storage.index import Indexed, IndexReader, Known, Row, day_of
+from ksi.storage.index import Indexed, IndexReader, Known, Row
 from ksi.storage.journal import segment_path, segments_in
 from ksi.storage.reader import Reader
 from ksi.transport.errors import NotRunning
 from ksi.transport.identity import RESERVED, run_directory
 from ksi.transport.limits import ID_PATTERN
+from ksi.transport.moments import day_of
 
 FOUND_MAX: Final = 100  # Differences told in words; the rest is counted.
 FOUND_IN_ONE_MAX: Final = 3  # Of one session: behind a byte too many every line is elsewhere.

@@ -45,6 +45,7 @@ from ksi.actors.queries import beyond, cursor_of, place_of
 from ksi.transport.errors import Quota, TooLarge
 from ksi.transport.limits import FRAME_BYTES_MAX
 from ksi.transport.message import encode
+from ksi.transport.moments import whole_ms
 
 QUEUE_ITEMS_MAX: Final = 10_000  # Items of one queue: deleting it is one decision.
 QUEUED_MAX: Final = 1_000_000  # Items of all queues.
@@ -82,7 +83,7 @@ def decide(command: Any, sender: Sender, tables: QueueTables, given: Given) -> D
 
 def tick(tables: QueueTables, given: Given) -> Decision:
     """Drop items whose time has run out: a bounded number, and at once more if there are."""
-    due = tables.deadlines.range(stop=(_milliseconds(given.time_s),))
+    due = tables.deadlines.range(stop=(whole_ms(given.time_s),))
     lapsed: dict[tuple[str, str], list[int]] = {}
     count = 0
     for (_, namespace, key, number), _ in islice(due, LAPSED_MAX):
@@ -241,18 +242,14 @@ def _set_deadline(
     namespace: str, key: str, number: int, deadline_s: float | None, tables: QueueTables
 ) -> None:
     if deadline_s is not None:
-        tables.deadlines.put((_milliseconds(deadline_s), namespace, key, number), b"")
+        tables.deadlines.put((whole_ms(deadline_s), namespace, key, number), b"")
 
 
 def _drop_deadline(
     namespace: str, key: str, number: int, deadline_s: float | None, tables: QueueTables
 ) -> None:
     if deadline_s is not None:
-        tables.deadlines.delete((_milliseconds(deadline_s), namespace, key, number))
-
-
-def _milliseconds(time_s: float) -> int:
-    return int(time_s * 1000)
+        tables.deadlines.delete((whole_ms(deadline_s), namespace, key, number))
 
 
 def _queue(namespace: str, key: str, tables: QueueTables) -> Queue:
