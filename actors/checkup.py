@@ -186,10 +186,8 @@ class Checkup:
     # What it stands on
 
     def _format(self) -> Looked:
-        if not (self.var / "FORMAT").exists():
-            return "nothing has ever run here", []
-        check_format(self.var)
-        return (self.var / "FORMAT").read_text().strip(), []
+        found = check_format(self.var)
+        return "nothing has ever run here" if found is None else f"ksi {found}", []
 
     def _file_system(self) -> Looked:
         kind = file_system(_nearest(self.var))

@@ -36,7 +36,7 @@ from ksi.storage.atomic import make_directory, sync_directory, write_atomically
 from ksi.storage.checkpoints import LATEST, Checkpoint, File
 from ksi.storage.errors import Corrupt
 from ksi.storage.files import log_name
-from ksi.storage.format import check_format
+from ksi.storage.format import mark_format
 from ksi.storage.snapshots import read_copy
 from ksi.storage.store import is_as_restored, restore
 from ksi.storage.tables import TableSpec
@@ -147,7 +147,7 @@ def run(var: Path, checkpoint_id: str = LATEST) -> Plan:
         raise _none()
     held = lock.hold(var)
     try:
-        check_format(var)
+        mark_format(var)
         planned = plan(var, checkpoint_id)
         if not planned.is_nothing or _begun(var) is not None:
             _carry_out(var, planned)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -22,7 +22,7 @@ from ksi.storage.journal import START, Batch, JournalReader, resume, segments_in
 from ksi.storage.recovery import Case, Decision, Mark, Snapshot, Start, View, decide
 from ksi.storage.snapshots import newest_good
 from ksi.storage.store import META_TABLE, Meta, read_current, read_mark, read_meta
-from ksi.storage.tables import intact
+from ksi.storage.tables import RowCodec
 from ksi.transport.errors import NotFound
 
 PAGE_ROWS: Final = 10_000  # Read in one transaction: a long one keeps its owner from reusing pages.
@@ -126,10 +126,11 @@ def check_rows(environment: Environment, tables: Iterable[str] = ()) -> tuple[in
     damaged = [f"table {name}, which is not there" for name in tables if name not in names]
     for name in sorted(names.intersection(tables) if damaged else names):
         database = environment.database(name)
+        intact = RowCodec(name, bytes).intact
         after: bytes | None = b""
         found, states = 0, set()
         while after is not None:
-            rows, wrong, after, state = _page(environment, database, after)
+            rows, wrong, after, state = _page(environment, database, after, intact)
             found += rows
             states.add(state)
             damaged += [f"table {name}, key {key[:100]!r}" for key in wrong]
@@ -218,7 +219,10 @@ def _from_its_start(store: Path, meta: Meta) -> Iterator[Batch]:
 
 
 def _page(
-    environment: Environment, database: lmdb._Database, after: bytes
+    environment: Environment,
+    database: lmdb._Database,
+    after: bytes,
+    intact: Callable[[bytes, bytes], bool],
 ) -> tuple[int, list[bytes], bytes | None, tuple[int, int]]:
     """Check the rows behind the key `after`; return how many, which are damaged, the last, and the
     state that was looked at with the number of rows in it."""

@@ -25,7 +25,7 @@ from ksi.storage.atomic import sync_directory, write_atomically
 from ksi.storage.environment import open_copy
 from ksi.storage.errors import Corrupt, reading
 from ksi.storage.journal import Position
-from ksi.storage.tables import Instant, ReadTable, TableSpec, intact
+from ksi.storage.tables import Instant, ReadTable, RowCodec, TableSpec
 
 T = TypeVar("T")
 
@@ -272,6 +272,7 @@ def newest_good(
 
 def _check_table(environment: lmdb.Environment, name: str) -> int:
     database = environment.open_db(name.encode(), create=False)
+    intact = RowCodec(name, bytes).intact
     count = 0
     with environment.begin() as txn:
         for key, value in txn.cursor(database):

@@ -1,8 +1,9 @@
 """Tables: rows by key, in LMDB or in memory, alike to whoever uses them.
 
-A row is an immutable `msgspec.Struct` or plain bytes. On disk it is followed by the CRC-32 of key
-and row together, so damage to either is found when the row is read, not believed. The checksum is
-stored so that the CRC of row and checksum together is a constant (`_RESIDUE`): one comparison.
+A row is an immutable `msgspec.Struct` or plain bytes. On disk it is followed by the CRC-32 of the
+name of the table, key and row together, so damage is found when the row is read, not believed; that
+includes LMDB's own: one bit in the page number of a table, and it shows the rows of another. The
+checksum is stored so that the CRC of all and itself is a constant (`_RESIDUE`): one comparison.
 
 Keys order as tuples do: strings as UTF-8, ended by a NUL where another part follows, integers as
 eight bytes big-endian.
@@ -147,17 +148,18 @@ def row_decoder(row: Any) -> Callable[[bytes], Any]:
 class RowCodec(Generic[Row]):
     """Rows of one table, to bytes with a checksum and back."""
 
-    __slots__ = ("_pack", "table", "unpack")
+    __slots__ = ("_pack", "_seed", "table", "unpack")
 
     def __init__(self, table: str, row: Any) -> None:
         self.table = table
+        self._seed = crc32(table.encode())
         self._pack: Callable[[Any], bytes] = bytes if row is bytes else _pack
         self.unpack = row_decoder(row)
 
     def encode(self, key: bytes, row: Row) -> bytes:
         """Return the bytes of a row; raises what msgspec raises for one it cannot encode."""
         packed = self._pack(row)
-        return packed + crc32(packed, crc32(key)).to_bytes(CRC_BYTES, "little")
+        return packed + crc32(packed, crc32(key, self._seed)).to_bytes(CRC_BYTES, "little")
 
     def decode(self, key: bytes, value: bytes) -> Row:
         """Return the row.
@@ -165,7 +167,7 @@ class RowCodec(Generic[Row]):
         Raises:
             Corrupt: key and row do not match their checksum, or the row is of another type.
         """
-        if crc32(value, crc32(key)) != _RESIDUE:
+        if crc32(value, crc32(key, self._seed)) != _RESIDUE and not _is_of_format_1(key, value):
             raise Corrupt(
                 f"a row of the table {self.table} does not match its checksum: {key!r}"[:500],
                 hint="stop the owner, remove its view directory and start it: it is rebuilt",
@@ -183,10 +185,10 @@ class RowCodec(Generic[Row]):
             ) from error
         return row
 
-
-def intact(key: bytes, value: bytes) -> bool:
-    """Return whether a key and the value stored under it match their checksum."""
-    return crc32(value, crc32(key)) == _RESIDUE
+    def intact(self, key: bytes, value: bytes) -> bool:
+        """Return whether a key and the value stored under it match their checksum."""
+        matches = crc32(value, crc32(key, self._seed)) == _RESIDUE
+        return matches or _is_of_format_1(key, value)
 
 
 class MemoryTable(Generic[Row]):
@@ -424,6 +426,11 @@ def _walk(
             return
         row = codec.decode(key, value)
         yield keys.decode(key), row
+
+
+def _is_of_format_1(key: bytes, value: bytes) -> bool:
+    """Whether a row matches its checksum as of format 1, which left out the name of the table."""
+    return crc32(value, crc32(key)) == _RESIDUE
 
 
 def _encode_plain(key: str) -> bytes:

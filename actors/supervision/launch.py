@@ -209,14 +209,13 @@ def _stand_by(order: Mapping[str, Any], progress: Progress) -> None:
 
 
 def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
-    from ksi.storage.format import check_format
+    from ksi.storage.format import check_format, mark_format
 
     require_here(var, "ksi start")
     os.umask(0o077)
-    if (var / "FORMAT").exists():
-        check_format(var)  # a newer one is not touched, not even its lock
+    check_format(var)  # a newer one is not touched, not even its lock
     held = lock.hold(var)
-    check_format(var)
+    mark_format(var)
     if (var / "db" / "RESTORING").exists():
         from ksi.actors.restoring import require_none_begun
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
+from zlib import crc32
 
 import lmdb
 import msgspec
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from ksi.storage import environment
 from ksi.storage.errors import Corrupt
-from ksi.storage.tables import Instant, LmdbTable, MemoryTable, ReadTable, TableSpec
+from ksi.storage.tables import Instant, LmdbTable, MemoryTable, ReadTable, RowCodec, TableSpec
 from ksi.transport.limits import KEY_BYTES_MAX
 
 
@@ -435,6 +436,35 @@ def test_a_row_under_a_damaged_key_is_reported(opened: environment.Environment) 
     try:
         with pytest.raises(Corrupt, match="key-3"):
             kit.reader.get("key-3")
+    finally:
+        kit.close()
+
+
+def test_a_row_of_another_table_is_reported(opened: environment.Environment) -> None:
+    codec = RowCodec[Item]("u", Item)
+
+    def put(txn: lmdb.Transaction[bytes], database: Any) -> None:
+        txn.put(b"key-1", codec.encode(b"key-1", Item("row", 1)), db=database)
+
+    kit = damaged_row(opened, put)
+    try:
+        for table in (kit.reader, kit.writer):
+            with pytest.raises(Corrupt, match=r"table t .*key-1"):
+                table.get("key-1")
+    finally:
+        kit.close()
+
+
+def test_a_row_of_format_1_is_read(opened: environment.Environment) -> None:
+    packed = msgspec.msgpack.encode(Item("row", 1))
+    value = packed + crc32(packed, crc32(b"key-1")).to_bytes(4, "little")
+
+    def put(txn: lmdb.Transaction[bytes], database: Any) -> None:
+        txn.put(b"key-1", value, db=database)
+
+    kit = damaged_row(opened, put)
+    try:
+        assert kit.reader.get("key-1") == kit.writer.get("key-1") == Item("row", 1)
     finally:
         kit.close()
 

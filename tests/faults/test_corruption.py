@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ksi.storage.errors import Corrupt
 from ksi.storage.examination import check_rows, examine
 from ksi.transport.errors import NotRunning
 
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")  # LMDB's are the same.
 REPORTED = 3  # What a child that looks ends with where it is told of damage.
 
 
@@ -156,6 +158,24 @@ def flip(path: Path, at: int, bit: int) -> None:
         file.write(bytes([byte ^ bit]))
 
 
+def root_places(path: Path) -> list[int]:
+    """Return where the newest state in an LMDB file names the pages at which its tables begin.
+
+    Source: mdb.c of LMDB 0.9, MDB_meta, MDB_page, MDB_node, MDB_db, on 64 bits.
+    """
+    content = path.read_bytes()
+    states = (struct.unpack_from("<Q8xQ", content, page + 128) for page in (0, PAGE_BYTES))
+    root = max(states, key=lambda state: state[1])[0] * PAGE_BYTES
+    flags, below = struct.unpack_from("<HH", content, root + 10)
+    assert flags & 0x02, "the list of tables is more than a page"
+    places = []
+    for (node,) in struct.iter_unpack("<H", content[root + 16 : root + below]):
+        size, kind, key_bytes = struct.unpack_from("<I2H", content, root + node)
+        assert (size, kind) == (48, 2), "this is no table"
+        places.append(root + node + 8 + key_bytes + 40)
+    return places
+
+
 @pytest.mark.parametrize("where", WHERE)
 def test_a_flipped_bit_is_reported_or_harmless(left: Left, where: str) -> None:
     flip_bits(left, where, 12)
@@ -165,6 +185,23 @@ def test_a_flipped_bit_is_reported_or_harmless(left: Left, where: str) -> None:
 @pytest.mark.parametrize("where", WHERE)
 def test_very_many_flipped_bits_are_reported_or_harmless(left: Left, where: str) -> None:
     flip_bits(left, where, 1000)
+
+
+def test_a_table_that_begins_at_another_page_is_not_shown(left: Left) -> None:
+    left.put_back()
+    (path,) = left.var.glob(WHERE["view"][0])
+    right = seen(left, view)
+    places = root_places(path)
+    assert len(places) > 10
+    reported = 0
+    for at in places:
+        for bit in (1 << number for number in range(6)):
+            flip(path, at, bit)
+            found = seen(left, view)
+            flip(path, at, bit)
+            assert found in (right, None), f"bit {bit} of byte {at} of {path}: {found}"[:1000]
+            reported += found is None
+    assert reported > len(places)
 
 
 def test_an_owner_that_faults_has_its_view_built_anew_and_nothing_is_lost(system: System) -> None:

@@ -303,7 +303,7 @@ def test_a_newer_format_is_refused_and_nothing_is_touched(tmp_path: Path) -> Non
         note(alice, session, 1)
     running.stop()
     present = (running.var / "FORMAT").read_text()
-    (running.var / "FORMAT").write_text("ksi 2\n")
+    (running.var / "FORMAT").write_text("ksi 999\n")
     before = snapshot(running.var)
 
     with pytest.raises(NewerFormat):
