@@ -251,7 +251,7 @@ def newer_format_read() -> None:
     """What a newer version has written is taken for ours."""
     from ksi.storage import format
 
-    format.FORMAT = 10
+    format.FORMAT = 1000
 
 
 def full_disk_believed() -> None:
