@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
@@ -30,13 +30,12 @@ from ksi.actors.stat import StatWriter
 from ksi.storage.journal import Batch
 from ksi.storage.store import Store, is_no_room, take_lock
 from ksi.storage.tables import TableSpec, row_decoder
+from ksi.transport.errors import StorageFull
 from ksi.transport.identity import Directory, KeyRing, endpoint, run_directory
 from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
 
 T = TypeVar("T")
 Beside = Callable[[Path, Any], Callable[[], None]]
-
-_ROOM_WAIT_S: Final = 0.25  # How often a full disk is looked at by who needs room to start.
 
 
 def warm() -> None:
@@ -121,7 +120,7 @@ def wait_for_room(start: Callable[[], T], logger: Any) -> T:
             if not is_no_room(error):
                 raise
             logger.error("there is no room to start; waiting for it", error=str(error))
-        time.sleep(_ROOM_WAIT_S)  # Nobody tells that there is room again.
+        time.sleep(StorageFull.retry_s)
 
 
 def open_store(

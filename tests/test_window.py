@@ -17,7 +17,7 @@ from ksi.transport.errors import (
     StorageFull,
 )
 from ksi.transport.limits import FRAME_BYTES_MAX, WINDOW_BYTES_MAX, WINDOW_COMMANDS_MAX
-from ksi.transport.window import RETRY_S, Window
+from ksi.transport.window import Window
 from ksi.transport.wire import Kind
 
 STORE = "store-1"
@@ -182,15 +182,19 @@ def test_what_arrives_late_takes_nothing_back_that_is_about_to_go_again(
     assert sent(window, 1.0) == [(Kind.COMMANDS, [1, 2, 3, 4], 0, True)]
 
 
-@pytest.mark.parametrize(("retry_after_s", "pause_s"), [(None, RETRY_S), (0.5, 0.5)])
+@pytest.mark.parametrize(
+    ("error", "pause_s"),
+    [
+        (Busy("full"), 0.02),
+        (Busy("full", retry_after_s=0.5), 0.5),
+        (StorageFull("no room"), 0.25),
+    ],
+)
 def test_a_transient_refusal_settles_nothing_and_holds_up_all_behind_it(
-    window: Window, retry_after_s: float | None, pause_s: float
+    window: Window, error: KsiError, pause_s: float
 ) -> None:
     add(window, 4)
     sent(window)
-    error = StorageFull("no room")
-    if retry_after_s is not None:
-        error.details["retry_after_s"] = retry_after_s
     assert settled(window, refusal(2, error), now_s=10.0) == []
     assert window.commands[2].refused is not None
     assert window.unsent()
@@ -204,10 +208,10 @@ def test_a_refused_command_is_not_tried_again_when_its_answer_would_be_late(
 ) -> None:
     window.add_command("session:append", b"", 10.05)
     sent(window)
-    assert settled(window, refusal(1, StorageFull("no room")), now_s=10.0) == []
+    assert settled(window, refusal(1, Busy("full")), now_s=10.0) == []
     assert sent(window, 10.05) == []
     assert window.commands[1].refused is not None  # What its caller is told at the end.
-    assert sent(window, 10.05 + RETRY_S) == [(Kind.COMMANDS, [1], 0, True)]
+    assert sent(window, 10.05 + Busy.retry_s) == [(Kind.COMMANDS, [1], 0, True)]
 
 
 def test_a_transient_refusal_of_a_query_settles_it(window: Window) -> None:

@@ -19,6 +19,7 @@ class KsiError(Exception):
     code: ClassVar[str] = "error"
     conclusive: ClassVar[bool] = True
     exit_code: ClassVar[int] = 1
+    retry_s: ClassVar[float] = 0.02  # Until a transient one is tried again, if it names no time.
 
     def __init__(self, text: str, *, hint: str | None = None, **details: Any) -> None:
         super().__init__(text)
@@ -147,6 +148,7 @@ class StorageFull(KsiError):
     code = "storage_full"
     conclusive = False
     exit_code = 75
+    retry_s = 0.25  # Nobody tells when there is room again, and it is not soon.
 
 
 class Restored(KsiError):

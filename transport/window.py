@@ -28,7 +28,6 @@ from ksi.transport.errors import Evicted, KsiError, Restored, from_wire
 from ksi.transport.limits import FRAME_BYTES_MAX, WINDOW_BYTES_MAX, WINDOW_COMMANDS_MAX
 from ksi.transport.wire import Kind
 
-RETRY_S: Final = 0.02  # After a transient refusal that does not say how long to wait.
 ANSWER_S: Final = 0.1  # With less time left nothing is tried again: its answer would be late.
 _FRAME_ROOM: Final = FRAME_BYTES_MAX - 512  # What is left of a frame beside its header.
 
@@ -282,10 +281,10 @@ class Window:
         """A command was refused for now: it and all after it go again a little later."""
         if not pending.doubtful:  # Else it says nothing of what was sent before.
             pending.refused = error
-        self.not_before_s = now_s + float(error.details.get("retry_after_s") or RETRY_S)
+        self.not_before_s = now_s + float(error.details.get("retry_after_s") or error.retry_s)
         if pending.deadline_s:  # At the end its caller is to be told why, and not: who knows.
             left_s = pending.deadline_s - self.not_before_s
-            self.not_before_s += left_s + RETRY_S if 0.0 < left_s < ANSWER_S else 0.0
+            self.not_before_s += left_s + error.retry_s if 0.0 < left_s < ANSWER_S else 0.0
         self._resend_from(pending.number)
 
     def _resend_from(self, number: int) -> None:
