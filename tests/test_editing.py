@@ -315,6 +315,8 @@ def test_what_is_removed_is_removed_as_it_is(twin: Editor) -> None:
         ({"composition": {"name": "x", "type": "core"}, "path": ".git/x.md"}, "is no path"),
         ({"composition": {"type": "core"}, "path": "x.md"}, "no name"),
         ({"composition": {"name": "x"}, "path": "x.md"}, "no type"),
+        ({"composition": {}}, "no name and no type"),
+        ({"composition": {"name": "", "type": "core"}}, "no name"),
         ({"composition": {"name": "x", "type": "core"}, "path": "x.yaml", "content": "y"}, "YAML"),
         ({"composition": {"name": "x", "type": "core", "n": "x" * (520 << 10)}}, "over"),
     ],

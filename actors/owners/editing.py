@@ -101,6 +101,7 @@ def decide(command: Any, sender: Sender, tables: EditTables, given: Given) -> De
                 return _create(command, sender, tables, given)
             case SaveComposition():
                 metadata, text = command.composition, command.content
+                composing.require_composition(metadata)
                 return _save(command, metadata, text, sender, tables, given)
             case UpdateComposition():
                 return _update(command, sender, tables, given)
