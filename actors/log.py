@@ -21,6 +21,7 @@ import sys
 from collections.abc import MutableMapping
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, Literal
 
 LOG_BYTES_MAX: Final = 16 << 20  # A file that grep reads at once; twice this a process is kept.
@@ -98,15 +99,26 @@ def configure(var: Path, process: str, level: Level = "info") -> Any:
 def engine() -> Any:
     """Return structlog, loaded where something is logged: it takes a tenth of a second and 15 MB.
 
-    Without `rich`, which it would load for colours that no file of ours has: as much again.
+    Without `rich`, which it would load for colours that no file of ours has, as much again; and
+    without `asyncio`, which is loaded when something of it is used: it brings TLS along.
     """
-    if "structlog" in sys.modules or "rich" in sys.modules:
+    if "structlog" in sys.modules:
         return import_module("structlog")
-    sys.modules["rich"] = None  # type: ignore[assignment]  # To an import: it is not there.
+    stand_ins: dict[str, Any] = {"rich": None, "asyncio": _stand_in("asyncio")}  # None: not there.
+    ours = {name: each for name, each in stand_ins.items() if name not in sys.modules}
+    sys.modules.update(ours)
     try:
         return import_module("structlog")
     finally:
-        del sys.modules["rich"]
+        for name in ours:
+            del sys.modules[name]
+
+
+def _stand_in(name: str) -> ModuleType:
+    """Return a module that has what the module `name` has, which it imports when it is asked."""
+    module = ModuleType(name)
+    module.__getattr__ = lambda attribute: getattr(import_module(name), attribute)  # type: ignore[method-assign]  # PEP 562.
+    return module
 
 
 class Lines:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,23 @@ def test_a_line_is_one_json_object_that_says_who_and_when(tmp_path: Path) -> Non
     assert path.read_bytes().isascii()
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_to_log_loads_neither_colours_nor_an_event_loop_and_who_needs_one_has_it() -> None:
+    code = """
+import sys
+from ksi.actors.log import engine
+logger = engine().get_logger()
+print(*{"asyncio", "rich", "ssl"} & set(sys.modules))
+import asyncio
+asyncio.run(logger.ainfo("said in a loop"))
+"""
+    run = [sys.executable, "-P", "-c", code]
+    first, said = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split(
+        "\n", 1
+    )
+    assert first == ""
+    assert "said in a loop" in said
 
 
 def test_what_is_below_the_level_is_not_written(tmp_path: Path) -> None:
