@@ -35,9 +35,13 @@ def made(system: System) -> Checkpoint:
 
 
 @contextmanager
-def load_on(system: System) -> Iterator[None]:
-    """Let owners tell each other: requests are recorded, and ended when their session closes."""
+def load_on(system: System) -> Iterator[list[str]]:
+    """Let owners tell each other: requests are recorded, and ended when their session closes.
+
+    Yields the sessions that are closed by now: it grows.
+    """
     ending = threading.Event()
+    closed: list[str] = []
 
     def run(name: str) -> None:
         with system.client(name) as client:
@@ -46,12 +50,13 @@ def load_on(system: System) -> Iterator[None]:
                 for _ in range(5):
                     client.ask("completion:async", session_id=session_id, prompt="hello")
                 client.ask("session:close", session_id=session_id)
+                closed.append(session_id)
 
     threads = [threading.Thread(target=run, args=(f"busy-{n}",)) for n in range(3)]
     for thread in threads:
         thread.start()
     try:
-        yield
+        yield closed
     finally:
         ending.set()
         for thread in threads:

@@ -96,6 +96,11 @@ def require_consistent(path: Path) -> int:
     return total
 
 
+def until_more(closed: list[str], count: int) -> None:
+    enough = len(closed) + count
+    until(lambda: len(closed) >= enough)
+
+
 def test_a_stop_leaves_a_checkpoint_of_all_that_was_acknowledged(system: System) -> None:
     with system.client("alice") as alice:
         session_id = alice.ask("session:create")["session_id"]
@@ -159,7 +164,7 @@ def test_a_checkpoint_under_load_has_no_effect_without_its_cause(system: System)
 
 def test_a_cut_that_owners_hear_of_one_after_the_other_is_one_cut(system: System) -> None:
     total = 0
-    with load_on(system):
+    with load_on(system) as closed:
         for first in ("sessions", "completion") * 3:
             with Cutting(system.var) as cutting:
                 number = cutting.greet() + 1
@@ -167,7 +172,7 @@ def test_a_cut_that_owners_hear_of_one_after_the_other_is_one_cut(system: System
                 place.mkdir(parents=True)
                 cutting._peers[first].tell(number)
                 until((place / first).is_dir)
-                time.sleep(0.2)  # the others have heard of it only from what is said to them
+                until_more(closed, 9)  # The others have heard of it only from what they were told.
                 cutting.cut(number)
                 cutting.collect(place)
             total += require_consistent(place)
