@@ -115,9 +115,12 @@ def engine() -> Any:
 
 
 def _stand_in(name: str) -> ModuleType:
-    """Return a module that has what the module `name` has, which it imports when it is asked."""
+    """Return a module that has what the module `name` has, which it imports when it is asked.
+
+    Source: PEP 562.
+    """
     module = ModuleType(name)
-    module.__getattr__ = lambda attribute: getattr(import_module(name), attribute)  # type: ignore[method-assign]  # PEP 562.
+    vars(module)["__getattr__"] = lambda attribute: getattr(import_module(name), attribute)
     return module
 
 

@@ -120,7 +120,7 @@ def wait_for_room(start: Callable[[], T], logger: Any) -> T:
             if not is_no_room(error):
                 raise
             logger.error("there is no room to start; waiting for it", error=str(error))
-        time.sleep(StorageFull.retry_s)
+        time.sleep(StorageFull.retry_s)  # A poll: nobody tells that there is room again.
 
 
 def open_store(
