@@ -185,14 +185,23 @@ def _kill_a_worker(
     """Kill a worker over what it is just answering; return the id of that request."""
     from ksi.console import demo_stage as stage
 
-    active: list[dict[str, Any]] = []
+    caught: list[dict[str, Any]] = []
 
     def holds() -> bool:
-        active[:] = watcher.read("completion:list", status="active")["requests"]
-        return bool(active)
+        for each in watcher.read("completion:list", status="active")["requests"]:
+            worker = workers[each["worker"]]
+            worker.send_signal(signal.SIGSTOP)  # Else it may answer before it is killed.
+            os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
+            for _ in range(2):  # The owner has heard what was on its way to it.
+                active = watcher.ask("completion:list", status="active")["requests"]
+            if each["request_id"] in [other["request_id"] for other in active]:
+                caught.append(each)
+                return True
+            worker.send_signal(signal.SIGCONT)
+        return False
 
     players.wait_until("a request that is worked on", holds)
-    held = active[0]
+    (held,) = caught
     workers[held["worker"]].kill()
     stage.say(f"kill -9 of the worker {held['worker']}, which answers {held['request_id']}")
     request_id: str = held["request_id"]
