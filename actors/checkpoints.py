@@ -35,7 +35,7 @@ import msgspec
 import zmq
 
 from ksi.actors import log
-from ksi.actors.commit import bind, table_types
+from ksi.actors.commit import bind, table_specs
 from ksi.actors.followers.conversed import cache_path
 from ksi.actors.followers.indexed import index_directory
 from ksi.actors.followers.recorded import event_directory
@@ -56,7 +56,6 @@ from ksi.storage.index import Place, read_place
 from ksi.storage.journal import drop_segments
 from ksi.storage.snapshots import Manifest, read_copy
 from ksi.storage.store import Store, copy_view, seal_copy
-from ksi.storage.tables import TableSpec
 from ksi.transport import wire
 from ksi.transport.errors import KsiError, Unavailable
 from ksi.transport.identity import Directory, KeyRing, run_directory
@@ -82,6 +81,14 @@ _decode_frame = msgspec.msgpack.Decoder(wire.OwnerFrame).decode
 def root_of(var: Path) -> Path:
     """Return where checkpoints are."""
     return var / "checkpoints"
+
+
+def copies_of(var: Path, owner: str) -> Iterator[Path]:
+    """Yield where the copy of an owner is, of each checkpoint that has one."""
+    for name in checkpoints.names(root_of(var)):
+        copy = root_of(var) / name / owner
+        if copy.is_dir():
+            yield copy
 
 
 class Cuts:
@@ -383,10 +390,9 @@ def _page(owner: Owner[Any], after: str, tables: Mapping[str, Any]) -> list[tupl
 def _logs(copy: Path) -> Iterator[tuple[str, int]]:
     """Yield every session file with its size, as of a copy of the sessions' state."""
     owner = load("sessions")
-    specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
     after = ""
     while True:
-        page = read_copy(copy, specs, partial(_page, owner, after))
+        page = read_copy(copy, table_specs(owner), partial(_page, owner, after))
         yield from page
         if len(page) < PAGE_LOGS:
             return

@@ -24,8 +24,8 @@ import lmdb
 import msgspec
 
 from ksi.actors import log
-from ksi.actors.checkpoints import root_of
-from ksi.actors.commit import table_types
+from ksi.actors.checkpoints import copies_of, root_of
+from ksi.actors.commit import table_specs
 from ksi.actors.followers import composed, conversed
 from ksi.actors.followers.files import LogFollower
 from ksi.actors.followers.indexed import Verification
@@ -270,12 +270,9 @@ class Checkup:
 
     def _examined(self) -> Iterator[tuple[str, Examined]]:
         for owner in OWNERS:
-            examined = examine(self.var / "db" / owner, self._snapshots(owner))
+            examined = examine(self.var / "db" / owner, copies_of(self.var, owner))
             if examined is not None:
                 yield owner, examined
-
-    def _snapshots(self, owner: str) -> Iterator[Path]:
-        return root_of(self.var).glob(f"[!.]*/{owner}")
 
     def _readable(self) -> Iterator[tuple[str, Examined]]:
         return (each for each in self._examined() if each[1].meta is not None)
@@ -336,7 +333,7 @@ class Checkup:
             return
         for owner, examined in list(self._readable()):
             if _checked(owner, examined)[1]:
-                set_view_aside(self.var / "db" / owner, self._snapshots(owner), lock_wait_s=0.0)
+                set_view_aside(self.var / "db" / owner, copies_of(self.var, owner), lock_wait_s=0.0)
 
     def _map(self) -> Looked:
         found, most = [], 0.0
@@ -584,7 +581,7 @@ def file_system(path: Path) -> str:
 def _checked(owner: str, examined: Examined) -> tuple[int, list[str]]:
     """Return how many rows a view has, and where one, or a table, is damaged or missing."""
     assert examined.environment is not None
-    return check_rows(examined.environment, table_types(load(owner)))
+    return check_rows(examined.environment, table_specs(load(owner)))
 
 
 def _words(error: Exception) -> str:

@@ -49,6 +49,7 @@ from ksi.actors.owner import (
     Tables,
     Tick,
 )
+from ksi.storage.tables import TableSpec
 from ksi.transport import wire
 from ksi.transport.errors import (
     Busy,
@@ -589,13 +590,12 @@ def caches_of(declared: type[Tables]) -> list[Any]:
 
 
 @cache
-def table_types(owner: Owner[Any]) -> Mapping[str, tuple[Any, ...]]:
-    """Return how each table in the owner's store is declared, the host's among them: the type of a
-    row, the types of a key, and where it says so how many rows to keep decoded."""
-    types: dict[str, tuple[Any, ...]] = dict(HOST_TABLES)
+def table_specs(owner: Owner[Any]) -> Mapping[str, TableSpec]:
+    """Return how each table in the owner's store is declared, the host's among them."""
+    specs = {name: TableSpec(*types) for name, types in HOST_TABLES.items()}
     for name, kind in _hints(owner.tables).items():
         if not is_beside(kind):
             (keyed,) = getattr(kind, "__metadata__", (Keyed(str),))
             plain = kind.__origin__ if hasattr(kind, "__metadata__") else kind
-            types[name] = (get_args(plain)[0], keyed.parts, keyed.cache_rows)
-    return types
+            specs[name] = TableSpec(get_args(plain)[0], keyed.parts, keyed.cache_rows)
+    return specs

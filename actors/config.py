@@ -17,6 +17,7 @@ import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 
@@ -244,6 +245,11 @@ def load(
     return Loaded(msgspec.convert(nested, Config), origin)
 
 
+def warm() -> None:
+    """Work out the types of settings: the fork server does it once for all who load them."""
+    shown(msgspec.convert({}, Config))
+
+
 def as_environment(flags: Mapping[str, Any]) -> dict[str, str]:
     """Return flags as variables, so that children see the settings their supervisor was given."""
     return {_variable(key): str(value) for key, value in flags.items()}
@@ -280,7 +286,8 @@ def _sections() -> Iterator[tuple[str, type[msgspec.Struct]]]:
         yield field.name, field.type
 
 
-def _declared() -> dict[str, Any]:
+@cache
+def _declared() -> Mapping[str, Any]:
     """Return `section.key` to its annotated type."""
     return {
         f"{section}.{name}": hint

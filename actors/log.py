@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import sys
 from collections.abc import MutableMapping
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +35,8 @@ Level = Literal["debug", "info", "warning", "error"]
 def directory(var: Path) -> Path:
     """Return where the processes of `var` log, made if it is missing."""
     made = var / "logs" / "ksi"
-    made.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.path.isdir(made):
+        made.mkdir(mode=0o700, parents=True, exist_ok=True)
     return made
 
 
@@ -48,7 +51,6 @@ def redirect(path: Path) -> None:
     Raises:
         OSError: the file cannot be opened.
     """
-    trim(path)
     descriptor = _open_to_append(path)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
@@ -80,20 +82,11 @@ def configure(var: Path, process: str, level: Level = "info") -> Any:
     Raises:
         OSError: the directory of logs cannot be made.
     """
-    structlog = engine()
-    level_numbers = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-    return structlog.wrap_logger(
-        _lines(directory(var) / f"{process}.jsonl"),
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
-            structlog.processors.format_exc_info,
-            _shortened,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level_numbers[level]),
-        cache_logger_on_first_use=True,
-    ).bind(process=process, pid=os.getpid())
+    return engine().make_filtering_bound_logger(level)(
+        _lines(str(directory(var) / f"{process}.jsonl")),
+        [_rendered],
+        {"process": process, "pid": os.getpid()},
+    )
 
 
 def engine() -> Any:
@@ -103,7 +96,7 @@ def engine() -> Any:
     without `asyncio`, which is loaded when something of it is used: it brings TLS along.
     """
     if "structlog" in sys.modules:
-        return import_module("structlog")
+        return sys.modules["structlog"]
     stand_ins: dict[str, Any] = {"rich": None, "asyncio": _stand_in("asyncio")}  # None: not there.
     ours = {name: each for name, each in stand_ins.items() if name not in sys.modules}
     sys.modules.update(ours)
@@ -127,17 +120,17 @@ def _stand_in(name: str) -> ModuleType:
 class Lines:
     """Appends lines to one file, each in a single write. This is the sink under the logger."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
         self._fd = -1
         self._bytes = 0
 
     def msg(self, line: str) -> None:
         """Append `line`, or drop it if that is impossible."""
-        content = line.encode(errors="backslashreplace") + b"\n"
+        content = line.encode() + b"\n"
         with contextlib.suppress(OSError):
             if self._bytes + len(content) > LOG_BYTES_MAX:
-                self._path.replace(self._path.with_name(self._path.name + ".1"))
+                os.replace(self._path, self._path + ".1")
             if not self._is_current():
                 self._open()
             self._bytes += os.write(self._fd, content)
@@ -162,20 +155,27 @@ class Lines:
 
 
 @functools.cache
-def _lines(path: Path) -> Lines:
+def _lines(path: str) -> Lines:
     """Return the one sink a process has for a file, however often it configures its logger."""
     return Lines(path)
 
 
-def _open_to_append(path: Path) -> int:
+def _open_to_append(path: Path | str) -> int:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     return os.open(path, flags, 0o600)
 
 
-def _shortened(
-    _logger: Any, _method: str, fields: MutableMapping[str, Any]
-) -> MutableMapping[str, Any]:
+# Made at import, in the fork server: once for all processes, in pages that they share.
+_encode: Final = json.JSONEncoder(default=repr).encode
+
+
+def _rendered(logger: Any, level: str, fields: MutableMapping[str, Any]) -> str:
+    """Return the line. One processor, not several: a process keeps pages of each."""
+    if "exc_info" in fields:
+        fields = engine().processors.format_exc_info(logger, level, fields)
+    fields["level"] = level
+    fields["at"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
     for name, value in fields.items():
         if isinstance(value, str) and len(value) > FIELD_CHARS_MAX:
             fields[name] = f"{value[:FIELD_CHARS_MAX]}… ({len(value)} characters)"
-    return fields
+    return _encode(fields)

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from ksi.actors.checkpoints import root_of
-from ksi.actors.commit import CommitLoop, batch_decoder, bind, caches_of, table_types
+from ksi.actors.checkpoints import copies_of
+from ksi.actors.commit import CommitLoop, batch_decoder, bind, caches_of, table_specs
 from ksi.actors.delivery import Batch
 from ksi.actors.owner import Log, Owner, Query
 from ksi.actors.reading import CommittedLog, reader_of
@@ -56,12 +56,11 @@ def as_of(owner: Owner[Any], var: Path, at: int | str) -> Iterator[Answer]:
         text = f"{owner.name} is at number {present.seq}: there is no number {then}"
         raise NotFound(text, hint="ksi status", seq=present.seq)
     store = var / "db" / owner.name / present.store
-    found = bases(store, root_of(var).glob(f"[!.]*/{owner.name}"))
+    found = bases(store, copies_of(var, owner.name))
     near = [base for base in found if _leads_to(base, then)]
     if not near:
         raise _gone(owner.name, found, then)
-    specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
-    base, view = _nearest(store.parent, specs, near)
+    base, view = _nearest(store.parent, table_specs(owner), near)
     with closing(view):
         _replay(owner, view, base, JournalReader(store), present.position, then)
         tables = bind(owner.tables, view.tables, {Log: CommittedLog(reader.reader)})

@@ -7,18 +7,20 @@ the only writer. It is bound first: clients connect while the store is opened.
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 import zmq
 
 from ksi.actors import config, log
-from ksi.actors.checkpoints import Cuts, root_of
-from ksi.actors.commit import CommitLoop, batch_decoder, table_types
+from ksi.actors.checkpoints import Cuts, copies_of
+from ksi.actors.commit import CommitLoop, batch_decoder, table_specs
 from ksi.actors.delivery import Counter
 from ksi.actors.host import Host, fresh_ids
 from ksi.actors.memory import settle
@@ -27,12 +29,15 @@ from ksi.actors.owner import Owner, Restored
 from ksi.actors.owners import load, load_all
 from ksi.actors.reading import Facts, reader_of
 from ksi.actors.stat import StatWriter
+from ksi.storage.boot import this_boot
 from ksi.storage.journal import Batch
 from ksi.storage.store import Store, is_no_room, take_lock
-from ksi.storage.tables import TableSpec, row_decoder
+from ksi.storage.tables import key_codec, row_codec
 from ksi.transport.errors import StorageFull
 from ksi.transport.identity import Directory, KeyRing, endpoint, run_directory
-from ksi.transport.mailbox import Mailbox, connect, raise_file_limit
+from ksi.transport.mailbox import Mailbox, connect, raise_file_limit, srand
+
+_SESSION_TRIES: Final = 100  # In some twenty seconds.
 
 T = TypeVar("T")
 Beside = Callable[[Path, Any], Callable[[], None]]
@@ -42,11 +47,16 @@ def warm() -> None:
     """Work out what owners need of their types; the fork server does it once for all of them."""
     for owner in load_all().values():
         batch_decoder(owner.events)
-        for types in table_types(owner).values():
-            row_decoder(types[0])
+        for name, spec in table_specs(owner).items():
+            row_codec(name, spec.row)
+            key_codec(spec.key_types)
+    this_boot()
+    config.warm()
     # The first look at the annotations of a class makes them, and so marks each of its subclasses
     # as changed, in pages of the server. pyzmq looks at these when it sets an option.
     getattr(Generic, "__annotations__", {})
+    srand()
+    logging.getLogger("pykka").isEnabledFor(logging.DEBUG)  # It asks, and what it hears is kept.
 
 
 def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
@@ -107,6 +117,28 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
     logger.info("closed", journal_seq=store.meta.seq)
 
 
+def step_back(nice: int) -> None:
+    """Let others have the processor first: those for whom a client waits.
+
+    The kernel may share it out among sessions of processes before it looks at the processes, and
+    each child is one. Source: sched(7), "The autogroup feature".
+    """
+    os.nice(nice)
+    threading.Thread(target=_step_back_session, args=(nice,), daemon=True).start()
+
+
+def _step_back_session(nice: int) -> None:
+    for _ in range(_SESSION_TRIES):
+        try:
+            with open("/proc/self/autogroup", "wb", buffering=0) as group:
+                group.write(b"%d" % nice)
+            return
+        except BlockingIOError:  # Of all users together one may, each tenth of a second.
+            time.sleep(0.1 + os.getpid() % 16 / 100)
+        except OSError:  # It does not share it so.
+            return
+
+
 def wait_for_room(start: Callable[[], T], logger: Any) -> T:
     """Return `start()`, once there is room on the disk for what it does.
 
@@ -136,9 +168,10 @@ def open_store(
             loops.append(CommitLoop(owner, store, fresh_ids(), logger, facts))
         return loops[0].replay(batch.payload)
 
-    specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
-    copies = root_of(directory.parent.parent).glob(f"[!.]*/{owner.name}")
-    store = Store.open(directory, specs, replay=replay, snapshots=copies, locked=locked)
+    copies = copies_of(directory.parent.parent, owner.name)
+    store = Store.open(
+        directory, table_specs(owner), replay=replay, snapshots=copies, locked=locked
+    )
     loop = loops[0] if loops else CommitLoop(owner, store, fresh_ids(), logger, facts)
     if store.meta.extra:
         loop.cut = msgspec.msgpack.decode(store.meta.extra, type=int)

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from ksi.actors.commit import batch_decoder, bind, caches_of, table_types
+from ksi.actors.commit import batch_decoder, bind, caches_of, table_specs
 from ksi.actors.delivery import Batch
 from ksi.actors.owner import Compositions, Conversations, EventLog, Index, Log, Owner
 from ksi.actors.owners import load
@@ -19,7 +19,6 @@ from ksi.storage.journal import Batch as StoredBatch
 from ksi.storage.journal import JournalReader, Position
 from ksi.storage.reader import Reader
 from ksi.storage.store import Meta
-from ksi.storage.tables import TableSpec
 from ksi.transport.errors import KsiError
 from ksi.transport.message import Query, Reply, operation_of
 
@@ -54,10 +53,9 @@ class OwnerReader:
     def __init__(self, owner: Owner[Any], var: Path) -> None:
         self.owner = owner
         self._decode = batch_decoder(owner.events)
-        specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
         self.reader = Reader(
             var / "db" / owner.name,
-            specs,
+            table_specs(owner),
             logs=log_directory(var),
             cursor=cursor_path(var, owner.name),
             archive=archive_directory(var),

@@ -24,7 +24,7 @@ import msgspec
 
 from ksi.actors import config
 from ksi.actors.checkpoints import RESTORING, root_of
-from ksi.actors.commit import bind, table_types
+from ksi.actors.commit import bind, table_specs
 from ksi.actors.owner import Interrupted
 from ksi.actors.owners import completion
 from ksi.actors.owners.requests import Open, open_in
@@ -39,7 +39,6 @@ from ksi.storage.files import log_name
 from ksi.storage.format import mark_format
 from ksi.storage.snapshots import read_copy
 from ksi.storage.store import is_as_restored, restore
-from ksi.storage.tables import TableSpec
 from ksi.transport.errors import Conflict, NotFound
 
 _PIECE_BYTES: Final = 1 << 20
@@ -259,10 +258,9 @@ def _newest_first(root: Path) -> list[str]:
 def _open_in(checkpoint: Path) -> Open:
     """Return the requests that are open in a checkpoint."""
     owner = completion.OWNER
-    specs = {name: TableSpec(*types) for name, types in table_types(owner).items()}
     return read_copy(
         checkpoint / owner.name,
-        specs,
+        table_specs(owner),
         lambda tables: open_in(bind(owner.tables, tables)),
     )
 

@@ -26,7 +26,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from ksi.actors.commit import CommitLoop, Facts, Outcome, Work, batch_decoder, bind, table_types
+from ksi.actors.commit import CommitLoop, Facts, Outcome, Work, batch_decoder, bind, table_specs
 from ksi.actors.delivery import SENT, Answered, ClientRow, Record
 from ksi.actors.owner import (
     Announcement,
@@ -128,8 +128,7 @@ class MemoryStore:
 
     def __init__(self, owner: Owner[Any]) -> None:
         self.tables: Mapping[str, Any] = {
-            name: TwinTable(name, TableSpec(*types), self)
-            for name, types in table_types(owner).items()
+            name: TwinTable(name, spec, self) for name, spec in table_specs(owner).items()
         }
         self.journal: list[bytes] = []
         self.extra = b""

@@ -1,6 +1,7 @@
 """Memory of an idle system, process by process, and of a client over what it imports.
 
 PSS: what a process shares with others is divided among them, so the sum is what the machine gives.
+What nobody shares is what a process adds to that.
 
     python -m benchmarks.memory
 """
@@ -11,6 +12,7 @@ import gc
 import importlib
 import multiprocessing
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
@@ -23,6 +25,7 @@ from ksi.transport import Client
 from ksi.transport.identity import run_directory
 
 SYSTEM_MB: Final = Target("≤", 150, "MB")
+OWNER_MB: Final = Target("≤", 5, "MB")
 CLIENT_MB: Final = Target("≤", 2, "MB")
 SETTLE_S: Final = 1.0
 IMPORTS: Final = ("ksi.transport", "ksi.actors.reading", "ksi.actors.owners.sessions")
@@ -30,14 +33,21 @@ IMPORTS: Final = ("ksi.transport", "ksi.actors.reading", "ksi.actors.owners.sess
 
 def pss_mb(pid: int | str = "self") -> float:
     """Return the proportional share of a process in megabytes."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise LookupError(f"no Pss of {pid}")
+    return _mb(pid, ("Pss:",))
 
 
-def idle_mb(system: System) -> dict[str, float]:
-    """Return the share of each process of the system."""
+def own_mb(pid: int) -> float:
+    """Return what nobody shares with a process in megabytes."""
+    return _mb(pid, ("Private_Clean:", "Private_Dirty:"))
+
+
+def _mb(pid: int | str, kinds: Sequence[str]) -> float:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(tuple(kinds))) * 1024 / 1e6
+
+
+def idle_mb(system: System) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the share of each process of the system, and what each of its children adds."""
     status = read_children(run_directory(system.var))
     assert status is not None
     names = {child.pid: child.name for child in status.children if child.pid is not None}
@@ -46,7 +56,7 @@ def idle_mb(system: System) -> dict[str, float]:
     for process in psutil.Process(system.supervisor_pid).children(recursive=True):
         name = names.get(process.pid, "fork server and spare")
         shares[name] = shares.get(name, 0.0) + pss_mb(process.pid)
-    return shares
+    return shares, {name: own_mb(pid) for pid, name in names.items()}
 
 
 def be_client(var: Path, pipe: Connection) -> None:
@@ -75,15 +85,21 @@ def client_mb(system: System) -> tuple[float, float]:
 
 def measure(options: Options, report: Report) -> None:
     rounds: list[dict[str, float]] = []
+    adds: list[dict[str, float]] = []
     clients: list[tuple[float, float]] = []
     for number in range(options.rounds):
         say(f"round {number + 1} of {options.rounds}")
         with System(options.directory / f"var-{number}") as system:
             time.sleep(0 if options.quick else SETTLE_S)  # What is idle, not what starts.
-            rounds.append(idle_mb(system))
+            shares, added = idle_mb(system)
+            rounds.append(shares)
+            adds.append(added)
             clients.append(client_mb(system))
     for name in rounds[0]:
         report.add(f"{name}, MB", f"{spread(each[name] for each in rounds):.1f}")
+    for name in adds[0]:
+        added_mb = spread(each[name] for each in adds)
+        report.add(f"{name} adds, MB", f"{added_mb:.1f}", target=OWNER_MB, value=added_mb.median)
     total = spread(sum(each.values()) for each in rounds)
     report.add("the idle system, MB", f"{total:.1f}", target=SYSTEM_MB, value=total.median)
     more = spread(after - before for before, after in clients)

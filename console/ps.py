@@ -85,6 +85,4 @@ def _fields(process: psutil.Process, name: str | None, kind: str) -> dict[str, A
 
 def _role(words: list[str]) -> str | None:
     """Return what a process of the supervisor's own is for, by its command line."""
-    line = " ".join(words)
-    known = {"forkserver": "fork server", "resource_tracker": "resource tracker"}
-    return next((role for mark, role in known.items() if mark in line), None)
+    return "fork server" if "forking import serve" in " ".join(words) else None

@@ -14,7 +14,6 @@ Rules, each from a failure seen (`docs/decisions/` has the reasons):
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -172,7 +171,8 @@ def _opened(path: Path, *, readonly: bool, lock: bool = True) -> lmdb.Environmen
             break
         except lmdb.Error as error:
             if tried < _OPEN_TRIES:
-                time.sleep(random.uniform(0, tried * _OPEN_RETRY_S))  # Not all at once again.
+                # Not all at once again: children of one fork server draw the same from `random`.
+                time.sleep(tried * _OPEN_RETRY_S * os.urandom(1)[0] / 255)
             elif isinstance(error, _DAMAGE):
                 raise Corrupt(f"the view {path} does not open: {error}", file=str(path)) from error
             else:  # Out of descriptors, memory or rights: that says nothing of the view.

@@ -21,7 +21,7 @@ from ksi.storage.errors import Corrupt
 from ksi.storage.journal import START, Batch, JournalReader, resume, segments_in
 from ksi.storage.recovery import Case, Decision, Mark, Snapshot, Start, View, decide
 from ksi.storage.snapshots import newest_good
-from ksi.storage.store import META_TABLE, Meta, read_current, read_mark, read_meta
+from ksi.storage.store import META_TABLE, Meta, lacks_some, read_current, read_mark, read_meta
 from ksi.storage.tables import RowCodec
 from ksi.transport.errors import NotFound
 
@@ -194,7 +194,11 @@ def _look_at_view(store: Path, mark: Mark) -> tuple[View, Environment | None, Me
     try:
         environment = open_reader(path)
         environment.database(META_TABLE)
-        meta = read_meta(environment)
+        meta, former = read_meta(environment), None
+        while lacks_some(store, meta):
+            meta, former = read_meta(environment), meta  # Its owner may just have closed it.
+            if meta == former:
+                return View.DAMAGED, None, None
     except (Corrupt, lmdb.Error):
         return View.DAMAGED, None, None
     if resume(store, meta.seq, meta.position) is None:

@@ -100,6 +100,17 @@ def resume(directory: Path, seq: int, position: Position) -> Position | None:
     return None
 
 
+def goes_on(directory: Path, position: Position) -> bool:
+    """Return whether the journal has a whole record behind `position`, where one ends."""
+    for segment in [each for each in segments_in(directory) if each >= position.segment]:
+        offset = position.offset if segment == position.segment else 0
+        with suppress(NotFound), _opened(segment_path(directory, segment)) as file:
+            file.seek(offset)
+            if _next(file, segment, offset) is not None:
+                return True
+    return False
+
+
 def create_segment(directory: Path, segment: int) -> int:
     """Create an empty segment, durably, and return it open for writing."""
     path = segment_path(directory, segment)

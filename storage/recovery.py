@@ -41,7 +41,7 @@ class View(Enum):
 
     JOINED = "opens, and the journal reaches its position"
     SEVERED = "opens, but the journal does not reach its position"
-    DAMAGED = "does not open, or its position is unreadable"
+    DAMAGED = "does not open, its position is unreadable, or it lacks some though closed in order"
     MISSING = "is not there"
 
 

@@ -46,6 +46,7 @@ from ksi.storage.journal import (
     Journal,
     Position,
     create_segment,
+    goes_on,
     resume,
     segments_in,
 )
@@ -285,11 +286,15 @@ class Store:
         return self.freeze().save(path)
 
     def close(self) -> None:
-        """Sync the view, mark it clean and let go of everything. An open batch is undone."""
+        """Sync the view, mark it clean and let go of everything. An open batch is undone.
+
+        A view that lacks what may be in the journal is not clean: see `UnknownOutcome`.
+        """
         with self._closing:
             self.abort()
             self._lmdb.sync(True)
-            _write_state(self.directory, self._boot_id, clean=True)
+            if not goes_on(self.directory, self.meta.position):
+                _write_state(self.directory, self._boot_id, clean=True)
 
     def _replay(self, replay: Replay) -> None:
         """Apply what the journal has beyond the view; commit every `REPLAY_RECORDS`."""
@@ -392,6 +397,10 @@ def copy_view(directory: Path, path: Path) -> None:
         raise NotRunning(f"there is no store in {directory} that can be copied", hint="ksi start")
     environment = open_reader(directory / store_id / "view")
     try:
+        if lacks_some(directory / store_id, read_meta(environment)):
+            raise Corrupt(
+                f"the view of {directory / store_id} lacks some of its journal", hint="ksi start"
+            )
         Frozen(environment.lmdb, store_id, lambda _: (0, START, 0.0)).copy(path)
     finally:
         environment.close()
@@ -532,6 +541,16 @@ def read_meta(environment: Environment) -> Meta:
         return meta_in(txn, database)
 
 
+def lacks_some(directory: Path, meta: Meta) -> bool:
+    """Return whether a view was closed in order and has not all of its journal: `Store.close` sees
+    to that, so it is damaged.
+
+    LMDB does not check its pages: a flipped bit in one can show a former state of a table.
+    """
+    # In this order: who has opened the store since has said so before the first record.
+    return goes_on(directory, meta.position) and read_mark(directory, this_boot()) is Mark.CLEAN
+
+
 def meta_in(txn: lmdb.Transaction[bytes], database: lmdb._Database) -> Meta:
     """Return the meta row as of a transaction. Raises: as `read_meta`."""
     value = txn.get(META_KEY, None, database)
@@ -605,6 +624,7 @@ def _recover(
     if case.decision is not Decision.TRUST:
         log.warning("store %s: %s: %s", directory, case.why, case.decision.value)
         _set_view_aside(directory)
+        _write_state(directory, boot_id, clean=False)  # The next one lacks what is to be replayed.
         if snapshot is None:
             _create_view(directory / "view", directory.name)
         else:
@@ -640,11 +660,16 @@ def _look_at_view(directory: Path, mark: Mark) -> tuple[View, Environment | None
         meta = read_meta(environment)
         if meta.store != directory.name:
             raise Corrupt(f"view {path}: is that of store {meta.store}")
+        if lacks_some(directory, meta):
+            raise Corrupt(f"closed in order with number {meta.seq}, but its journal has more")
+        known = resume(directory, meta.seq, meta.position)
     except (Corrupt, lmdb.Error) as error:
         log.warning("view %s: %s", path, error)
         environment.close()
         return View.DAMAGED, None, None
-    known = resume(directory, meta.seq, meta.position)
+    except BaseException:
+        environment.close()
+        raise
     return (View.SEVERED if known is None else View.JOINED), environment, known
 
 
@@ -740,7 +765,8 @@ def _find_current(directory: Path) -> str | None:
     current = read_current(directory)
     if current is not None:
         return current
-    built = [path.parent.name for path in directory.glob("*/STATE") if path.parent.name.isalnum()]
+    stores = filter(str.isalnum, os.listdir(directory))
+    built = [name for name in stores if os.path.exists(directory / name / "STATE")]
     if len(built) > 1:
         raise Corrupt(
             f"{directory}/CURRENT is missing and there are {len(built)} stores",

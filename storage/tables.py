@@ -69,7 +69,7 @@ class KeyCodec:
     __slots__ = ("_types", "decode", "encode", "seek")
 
     def __init__(self, key_types: tuple[type, ...]) -> None:
-        assert all(kind in (str, int) for kind in key_types), key_types
+        assert {str, int}.issuperset(key_types), key_types
         self._types = key_types
         self.encode: Callable[[Any], bytes] = self._encode_tuple
         self.seek: Callable[[Any], bytes] = self._encode_tuple
@@ -191,12 +191,17 @@ class RowCodec(Generic[Row]):
         return matches or _is_of_format_1(key, value)
 
 
+# A codec has no state: the fork server makes those of all owners, in pages that they share.
+key_codec: Final = cache(KeyCodec)
+row_codec: Final[Callable[[str, Any], RowCodec[Any]]] = cache(RowCodec)
+
+
 class MemoryTable(Generic[Row]):
     """A table in memory."""
 
     def __init__(self, name: str, spec: TableSpec) -> None:
-        self._keys = KeyCodec(spec.key_types)
-        self._codec: RowCodec[Row] = RowCodec(name, spec.row)
+        self._keys = key_codec(spec.key_types)
+        self._codec: RowCodec[Row] = row_codec(name, spec.row)
         self._rows: dict[bytes, tuple[Any, Row]] = {}
         self._order: list[bytes] = []
 
@@ -243,8 +248,8 @@ class LmdbTable(Generic[Row]):
 
     def __init__(self, name: str, spec: TableSpec, database: lmdb._Database) -> None:
         self.name = name
-        self._keys = KeyCodec(spec.key_types)
-        self._codec: RowCodec[Row] = RowCodec(name, spec.row)
+        self._keys = key_codec(spec.key_types)
+        self._codec: RowCodec[Row] = row_codec(name, spec.row)
         self._seek = self._keys.seek
         self._decode = self._codec.decode
         self._cache_rows = spec.cache_rows
@@ -369,8 +374,8 @@ class ReadTable(Generic[Row]):
         self, name: str, spec: TableSpec, database: lmdb._Database, instant: Instant
     ) -> None:
         self.name = name
-        self._keys = KeyCodec(spec.key_types)
-        self._codec: RowCodec[Row] = RowCodec(name, spec.row)
+        self._keys = key_codec(spec.key_types)
+        self._codec: RowCodec[Row] = row_codec(name, spec.row)
         self._seek = self._keys.seek
         self._decode = self._codec.decode
         self._database = database

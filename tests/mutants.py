@@ -263,9 +263,9 @@ def full_disk_believed() -> None:
 
 def orphans_allowed() -> None:
     """Children are not bound to the life of the supervisor."""
-    from ksi.actors.supervision import preload
+    from ksi.actors.supervision import forking
 
-    preload.die_with = lambda _parent: None
+    forking.die_with = lambda _parent: None
 
 
 FAULTS: Final = "tests/faults/"

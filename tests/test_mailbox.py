@@ -708,6 +708,32 @@ def test_a_signal_wakes_it_at_once(place: Place) -> None:
     assert time.monotonic() - started_s >= 0.05  # it wakes once
 
 
+def test_the_last_replies_go_out_after_closing_and_nobody_waits_for_who_does_not_read(
+    place: Place,
+) -> None:
+    eve = place.known("eve")
+    eve.dealer.send(b"ask")
+    key = place.keys.enroll("alice")
+    alice = place.context.socket(zmq.DEALER)  # Without `immediate`, which drops what is not read.
+    alice.curve_serverkey, alice.curve_publickey = place.owner.public, key.public
+    alice.curve_secretkey = key.secret or b""
+    alice.connect(place.address)
+    alice.send(b"ask")
+    for letter in place.next_letters(2):
+        for _ in range(16):
+            assert place.mailbox.send(letter.route, bytes(1 << 16))
+    closed_s = time.monotonic()
+    place.mailbox.close()
+    ending = threading.Thread(target=place.server_context.term)
+    ending.start()
+
+    assert all(alice.poll(PATIENCE_MS) and len(alice.recv()) == 1 << 16 for _ in range(16))
+    alice.close(0)
+    ending.join(PATIENCE_S)
+    assert not ending.is_alive()
+    assert time.monotonic() - closed_s < PATIENCE_S / 2
+
+
 def test_signals_are_left_alone_after_closing(place: Place) -> None:
     place.mailbox.wake_on_signals()
     place.mailbox.close()

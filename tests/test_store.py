@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -28,9 +29,10 @@ from ksi.storage import store as store_module
 from ksi.storage.boot import this_boot
 from ksi.storage.environment import open_reader
 from ksi.storage.errors import Corrupt, UnknownOutcome
+from ksi.storage.examination import examine
 from ksi.storage.journal import START, Batch
 from ksi.storage.recovery import TABLE, Decision, Mark, Snapshot, Start, View, decide
-from ksi.storage.store import Store, read_current, restore
+from ksi.storage.store import Store, copy_view, read_current, restore
 from ksi.transport.errors import Conflict, StorageFull, TooLarge
 from ksi.transport.limits import RECORD_BYTES_MAX, REPLAY_RECORDS, ROOM_CHECK_S
 
@@ -793,3 +795,63 @@ def test_the_view_of_another_store_is_not_trusted(tmp_path: Path) -> None:
     again = open_store(tmp_path / "one")
     assert list(state_of(again)) == ["one"]
     again.close()
+
+
+def test_a_view_that_was_closed_in_order_and_lacks_what_the_journal_has_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So it looks where a flipped bit shows a former row of what the view says of itself: the last
+    command would be carried out twice."""
+
+    def full(_path: Path, _store_id: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = open_store(tmp_path / "owner")
+    add(store, "a")
+    store.close()
+    shutil.copytree(store.directory / "view", tmp_path / "former")
+    store = open_store(tmp_path / "owner")
+    add(store, "b")
+    state = state_of(store)
+    store.close()
+    shutil.rmtree(store.directory / "view")
+    shutil.copytree(tmp_path / "former", store.directory / "view")
+
+    examined = examine(tmp_path / "owner")
+    assert examined is not None
+    assert examined.case.letter == "G"
+    with pytest.raises(Corrupt, match="lacks some of its journal"):
+        copy_view(tmp_path / "owner", tmp_path / "copy")
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_create_view", full)
+        with pytest.raises(OSError, match="No space"):
+            open_store(tmp_path / "owner")
+    assert not state_file(store.directory)["clean"]
+    replayed: list[int] = []
+
+    def replay(store: Store, batch: Batch) -> tuple[float, bytes]:
+        replayed.append(batch.first_seq)
+        return small_store.replay(store, batch)
+
+    again = Store.open(tmp_path / "owner", small_store.SPECS, replay=replay)
+    assert (replayed, state_of(again)) == ([1, 2], state)
+    assert len(list(store.directory.glob("view.untrusted-*"))) == 1
+    again.close()
+
+
+def test_a_store_whose_last_commit_is_unknown_is_not_closed_in_order(tmp_path: Path) -> None:
+    """What is not known to be there is replayed, and nothing is built anew for it."""
+    store = open_store(tmp_path)
+    add(store, "a")
+    store.begin()
+    store.journal.append(2, msgspec.msgpack.encode([small_store.Added("b", 1, 0, "text")]))
+    # And then the view cannot be committed.
+    store.close()
+    assert not state_file(store.directory)["clean"]
+    examined = examine(tmp_path)
+    assert examined is not None
+    assert examined.case.letter == "A"
+    again = open_store(tmp_path)
+    assert (again.meta.seq, len(state_of(again)["b"])) == (2, 1)
+    again.close()
+    assert state_file(store.directory)["clean"]

@@ -567,7 +567,9 @@ def test_a_kill_of_the_supervisor_leaves_nobody_a_second_later(
     system.start({"name": "a"}, {"name": "b", "role": "stubborn"})
     with system.operator() as client:
         client.ask("child:start", {"name": "worker", "argv": ["sleep", "60"]})
-        client.ask("child:start", {"name": "trap", "argv": ["sh", "-c", "trap '' TERM; cat <&3"]})
+        client.ask(
+            "child:start", {"name": "trap", "argv": ["sh", "-c", "trap '' TERM; exec sleep 60"]}
+        )
     everybody = system.processes()
     assert len(everybody) >= 6
     if stopped:

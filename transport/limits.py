@@ -139,6 +139,7 @@ HUNG_TURN_S: Final = 10.0  # No turn of its loop for this long and an owner is h
 HUNG_COMMIT_S: Final = 60.0  # ... or this long inside a commit: slow disks are not hung owners.
 BELL_S: Final = 0.01  # Followers are rung this often at the most: they group 20 ms of work anyway.
 HANDSHAKE_MS: Final = 3000  # A peer that is silent this long before its key is proven is cut.
+LAST_REPLIES_MS: Final = 500  # Of who closes, for those who read; whoever does not waits for none.
 HEARTBEAT_MS: Final = 5000  # Over tcp only: a dead machine sends no FIN ...
 HEARTBEAT_MS_MAX: Final = 15_000  # ... and is given up after this.
 BACKLOG: Final = 512  # Connections waiting to be accepted: a fleet that starts at once.

@@ -29,6 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 import zmq
@@ -45,6 +46,7 @@ from ksi.transport.limits import (
     HANDSHAKE_MS,
     HEARTBEAT_MS,
     HEARTBEAT_MS_MAX,
+    LAST_REPLIES_MS,
     LETTERS_MAX,
     RECONNECT_MS,
     RECONNECT_MS_MAX,
@@ -144,7 +146,10 @@ class Mailbox:
         self._closed = False
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._zap = context.socket(zmq.ROUTER)
-        _make_routes_unforeseeable()
+        # The routing ids of the next ROUTER count up from a number of `rand`, which ZeroMQ, whose
+        # context is in use already, has seeded with time and pid. Whoever claims an id before it is
+        # given to somebody else aborts the process (libzmq 4.3, `socket_base.cpp`).
+        srand()(int.from_bytes(os.urandom(4)))
         self._router = context.socket(zmq.ROUTER)
         self._bell = context.socket(zmq.PUB)
         try:
@@ -232,7 +237,10 @@ class Mailbox:
         self._ring_if_due(time.monotonic())
 
     def close(self) -> None:
-        """Close the sockets and remove their files. Envelopes of this process can still be got."""
+        """Close the sockets and remove their files. Envelopes of this process can still be got.
+
+        Replies that are on their way go out, for `LAST_REPLIES_MS`, before the context ends.
+        """
         with self._closing:
             if self._closed:
                 return
@@ -242,23 +250,24 @@ class Mailbox:
             for path in self._paths:
                 with suppress(FileNotFoundError):
                     os.unlink(path)
-            for socket in (self._router, self._zap, self._bell):
-                socket.close(0)
+            self._router.close(LAST_REPLIES_MS)
+            self._zap.close(0)
+            self._bell.close(0)
             os.close(self._wake_r)
             os.close(self._wake_w)
 
     def _bind(self, endpoint: str, certificate: Certificate, tcp: str | None) -> None:
         self._zap.bind(_ZAP_ENDPOINT)  # Before anybody can knock.
         router = self._router
-        router.curve_server = True
-        router.curve_secretkey = certificate.secret or b""
-        router.zap_domain = _DOMAIN
-        router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-        router.router_mandatory = True
-        router.router_handover = False
-        router.sndhwm = REPLY_FRAMES_MAX
-        router.rcvhwm = REQUEST_FRAMES_MAX
-        router.backlog = BACKLOG
+        router.set(zmq.CURVE_SERVER, 1)
+        router.set(zmq.CURVE_SECRETKEY, certificate.secret or b"")
+        router.set(zmq.ZAP_DOMAIN, _DOMAIN)
+        router.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        router.set(zmq.ROUTER_MANDATORY, 1)
+        router.set(zmq.ROUTER_HANDOVER, 0)
+        router.set(zmq.SNDHWM, REPLY_FRAMES_MAX)
+        router.set(zmq.RCVHWM, REQUEST_FRAMES_MAX)
+        router.set(zmq.BACKLOG, BACKLOG)
         _bound(router)
         _bound(self._bell)
         self._bind_file(router, endpoint.removeprefix("ipc://"))
@@ -464,22 +473,19 @@ def listen(context: _Context, bell_endpoint: str) -> _Socket:
     return bell
 
 
-def _make_routes_unforeseeable() -> None:
-    """Keep the routing ids of the next ROUTER from being guessed; its context is in use already.
-
-    It counts them up from a number of `rand`, which ZeroMQ seeds with time and pid. Whoever claims
-    an id before it is given to somebody else aborts the process (libzmq 4.3, `socket_base.cpp`).
-    """
+@cache
+def srand() -> Any:
+    """Return that of libc. The fork server asks for it, so that no child makes classes for it."""
     import ctypes  # Clients import this module, too.
 
-    ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4)))
+    return ctypes.CDLL(None).srand
 
 
 def _bound(socket: _Socket) -> None:
     """Set what all sockets have in common."""
-    socket.linger = 0
-    socket.maxmsgsize = FRAME_BYTES_MAX
-    socket.handshake_ivl = HANDSHAKE_MS
+    socket.set(zmq.LINGER, 0)
+    socket.set(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
+    socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
 
 
 def require_free(endpoints: Mapping[str, str]) -> dict[str, str]:
@@ -522,9 +528,9 @@ def _bound_to(socket: _Socket) -> str:
 
 def _over_tcp(socket: _Socket, endpoint: str) -> None:
     """Find out when the machine at the other end is gone. For what is bound or connected next."""
-    socket.ipv6 = "[" in endpoint
-    socket.heartbeat_ivl = HEARTBEAT_MS
-    socket.heartbeat_timeout = HEARTBEAT_MS_MAX
+    socket.set(zmq.IPV6, "[" in endpoint)
+    socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_MS_MAX)
 
 
 def raise_file_limit() -> int:

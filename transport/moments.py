@@ -22,6 +22,7 @@ from typing import Final, NamedTuple
 
 from ksi.transport.errors import Invalid
 
+DAY: Final = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 MOMENT_MAX: Final = 253_402_300_800.0  # The end of the calendar, in seconds since the epoch.
 _UNITS: Final = {
     "": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0,
@@ -118,6 +119,6 @@ def _parsed(text: str, now: float | None) -> float | None:
     except ValueError:
         return None
     if time.tzinfo is None:
-        is_day = re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII) is not None
+        is_day = DAY.fullmatch(text) is not None
         return time.replace(tzinfo=UTC).timestamp() if is_day else None
     return time.timestamp()

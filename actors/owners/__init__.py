@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ OWNERS: Final = (
 )  # fmt: skip
 
 
+@cache
 def load(name: str) -> Owner[Any]:
     """Return the owner `name`; importing it declares its operations."""
     owner: Owner[Any] = import_module(f"ksi.actors.owners.{name}").OWNER

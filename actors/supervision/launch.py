@@ -3,7 +3,7 @@
     console ── start_background ──▶ python -c main ── forks, the first one ends ──▶ supervisor
         ◀── a JSON line for each child that is ready, then {"ready": …} or {"error": …} ──┘
 
-The supervisor is an interpreter of its own with an empty `__main__` (see `forkserver.py`). `main`
+The supervisor is an interpreter of its own, so that nothing is loaded that it does not need. `main`
 takes the lock before it binds, opens or starts anything, and starts the fork server before its own
 imports, so that both load at the same time. Whatever keeps it from starting ends in one error.
 
@@ -13,7 +13,6 @@ its standard input ends.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
@@ -163,9 +162,8 @@ def main() -> NoReturn:
     var = Path(order["var"])
     code = 1
     try:
-        if order["parent"] is not None:
-            _stand_by(order, progress)
-        code = _run(var, order, progress)
+        server = _stand_by(order, progress) if order["parent"] is not None else None
+        code = _run(var, order, progress, server)
     except KsiError as error:
         code = error.exit_code
         progress({"error": error.to_wire()})
@@ -179,17 +177,16 @@ def main() -> NoReturn:
         raise
     sys.stdout.flush()
     sys.stderr.flush()
-    atexit._run_exitfuncs()  # `multiprocessing` removes its directory.
     os._exit(code)  # All it was for has ended in order; to take down an interpreter takes 50 ms.
 
 
-def _stand_by(order: Mapping[str, Any], progress: Progress) -> None:
-    """Load what a supervisor and its children need, and wait to be told to go on.
+def _stand_by(order: Mapping[str, Any], progress: Progress) -> ForkServer:
+    """Load what a supervisor and its children need; return its fork server when told to go on.
 
     Raises:
         Invalid: something cannot be loaded; the text says what and where.
     """
-    from ksi.actors.supervision.preload import die_with, load, where
+    from ksi.actors.supervision.forking import die_with, load, where
 
     die_with(order["parent"])
     from ksi.actors.supervision.forkserver import ForkServer
@@ -206,9 +203,10 @@ def _stand_by(order: Mapping[str, Any], progress: Progress) -> None:
         raise Invalid(fault)
     progress({"loaded": True})
     sys.stdin.read()
+    return server
 
 
-def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
+def _run(var: Path, order: Mapping[str, Any], progress: Progress, server: ForkServer | None) -> int:
     from ksi.storage.format import check_format, mark_format
 
     require_here(var, "ksi start")
@@ -223,12 +221,15 @@ def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
         require_none_begun(var)
         held = lock.hold(var)  # It was ended just now.
     if order["progress"] is not None:
-        log.redirect(log.output(var, "supervisor"))
+        output = log.output(var, "supervisor")
+        log.trim(output)
+        log.redirect(output)
 
-    from ksi.actors.supervision.forkserver import ForkServer
+    if server is None:
+        from ksi.actors.supervision.forkserver import ForkServer
 
-    server = ForkServer([*order["modules"], order["tree"]])  # the tree names all owners
-    server.start()
+        server = ForkServer([*order["modules"], order["tree"]])  # the tree names all owners
+        server.start()
 
     from ksi.actors import config
 
@@ -244,6 +245,7 @@ def _run(var: Path, order: Mapping[str, Any], progress: Progress) -> int:
     if path is not None:
         environment[config.FILE_VARIABLE] = str(path)
     code = _supervise(var, tree, server, load, environment, progress)
+    server.end()
     os.close(held)
     return code
 

@@ -172,6 +172,7 @@ class Supervisor(pykka.ThreadingActor):
         if tree.has_checkpoints:
             self._checkpoints = Checkpoints(var, run, self._spawn_beside, self._unwatch, self._log)
         self._restarts: tuple[float, ...] = ()  # of all its own children, newest first
+        self._lost_server: object = None  # the last fork server that took its children with it
         self._ended: list[Child] = []
         self._signals: list[int] = []
         self._up = False  # all its own children have been ready
@@ -271,6 +272,9 @@ class Supervisor(pykka.ThreadingActor):
             return
         self._mailbox.unwatch(running.pidfd)
         code = running.ended()
+        counts = code is not None or running.server is not self._lost_server
+        if code is None:
+            self._lost_server = running.server
         if child.probe is not None:
             child.probe.close()
             child.probe = None
@@ -279,9 +283,11 @@ class Supervisor(pykka.ThreadingActor):
             with contextlib.suppress(Corrupt, OSError):
                 distrust_view(self._var / "db" / child.name)
         child.hung = child.kill_s = None
-        self._is_down(child, code, now_s)
+        self._is_down(child, code, now_s, counts=counts)
 
-    def _is_down(self, child: Child, code: int | None, now_s: float) -> None:
+    def _is_down(
+        self, child: Child, code: int | None, now_s: float, *, counts: bool = True
+    ) -> None:
         """A child has no process (any more), as was asked for or by itself."""
         if child.leaves:
             child.renew = False
@@ -293,17 +299,20 @@ class Supervisor(pykka.ThreadingActor):
                 hint=log.last_words(log.output(self._var, child.name)),
             )
         else:
-            self._restart(child, code, now_s)
+            self._restart(child, code, now_s, counts=counts)
 
-    def _restart(self, child: Child, code: int | None, now_s: float) -> None:
-        """Restart a child that has ended by itself, or not: by its type and the intensity."""
+    def _restart(self, child: Child, code: int | None, now_s: float, *, counts: bool) -> None:
+        """Restart a child that has ended by itself, or not: by its type and the intensity.
+
+        `counts`: other children have not ended of the same, as of the end of their fork server.
+        """
         if not is_restarted(child.spec.restart, code):
             child.wanted = False
             self._set(child, "STOPPED")
             return
         intensity = self._intensity(child)
         child.restarts, few = add_restart(child.restarts, now_s, intensity)
-        if not child.is_agent:  # its own children are under one intensity together
+        if counts and not child.is_agent:  # its own children are under one intensity together
             self._restarts, few = add_restart(self._restarts, now_s, intensity)
         if not few:
             child.wanted = False

@@ -17,7 +17,7 @@ from system import System
 from trouble import kill, kill_all, paused, until
 
 from ksi.actors.checkpoints import PAGE_LOGS, Cutting, root_of
-from ksi.actors.commit import table_types
+from ksi.actors.commit import table_specs
 from ksi.actors.owners import OWNERS, load
 from ksi.storage import checkpoints
 from ksi.storage.checkpoints import making, whole
@@ -25,7 +25,6 @@ from ksi.storage.errors import Corrupt
 from ksi.storage.journal import segments_in
 from ksi.storage.snapshots import read_copy
 from ksi.storage.store import read_current, read_mark
-from ksi.storage.tables import TableSpec
 from ksi.transport.errors import Conflict
 
 PAIRS = [("completion", "sessions"), ("sessions", "completion")]
@@ -63,7 +62,7 @@ def are_good(var: Path, count: int) -> None:
 
 def in_cut(path: Path, owner: str) -> tuple[dict[str, int], list[tuple[str, int]], dict[str, int]]:
     """Return, of an owner in a cut: last numbers sent, those unanswered, last numbers received."""
-    specs = {name: TableSpec(*types) for name, types in table_types(load(owner)).items()}
+    specs = table_specs(load(owner))
 
     def read(tables: Any) -> Any:
         sent = {
@@ -156,7 +155,8 @@ def test_one_checkpoint_is_made_at_a_time(system: System) -> None:
 
 
 def test_a_checkpoint_under_load_has_no_effect_without_its_cause(system: System) -> None:
-    with load_on(system):
+    with load_on(system) as closed:
+        until(lambda: closed)
         found = [made(system) for _ in range(5)]
     assert sum(require_consistent(root_of(system.var) / each.id) for each in found) > 0
     are_good(system.var, 5)

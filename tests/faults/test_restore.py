@@ -345,7 +345,8 @@ def answer(worker: Any, count: int) -> list[str]:
 
 
 def test_what_owners_had_to_tell_each_other_arrives_once_after_a_restore(system: System) -> None:
-    with load_on(system):
+    with load_on(system) as closed:
+        until(lambda: closed)  # Something has been told by now, and some is on its way.
         checkpoint_id = made(system).id
     system.stop()
     restoring.run(system.var, checkpoint_id)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import psutil
 import pytest
 from system import System
-from trouble import entries
+from trouble import entries, until
 
 from ksi.actors.supervision.lock import holder
 
@@ -59,6 +61,30 @@ def lives(process: psutil.Process) -> bool:
 
 def test_a_killed_supervisor_leaves_nobody_and_loses_nothing(system: System) -> None:
     kill_supervisors(system, 4)
+
+
+def test_a_killed_fork_server_is_one_restart_however_many_children_end_with_it(
+    tmp_path: Path,
+) -> None:
+    """By what a supervisor bears as it is shipped, which is fewer restarts than it has children."""
+    with ExitStack() as undo:
+        system = System(tmp_path / "var", (), **{"supervisor.intensity": 3})
+        undo.callback(system.end)
+        alice = undo.enter_context(system.client("alice"))
+        session = alice.ask("session:create")["session_id"]
+        held = holder(system.var)
+        assert held is not None
+        for number in range(3):
+            (server,) = psutil.Process(held.pid).children()
+            below = server.children()
+            assert len(below) > 6
+            server.kill()
+            assert gone(below, time.monotonic() + ORPHANS_S) == []
+            said = {"session_id": session, "event": "n", "data": {"n": number}}
+            alice.ask("session:append", said, timeout_s=20.0)
+            until(lambda: all(map(system.pid_of, ("events", "library"))))
+        until(lambda: [each["data"]["n"] for each in entries(system, session)] == [0, 1, 2])
+        assert holder(system.var) == held
 
 
 @pytest.mark.soak
