@@ -193,28 +193,26 @@ class ConversationsWriter(Cache):
         sql = f"SELECT path FROM files {of_imports} UNION SELECT path FROM problems {of_imports}"
         return [path for (path,) in self._database.execute(sql)]
 
-    def forget(self, path: str) -> None:
-        """Forget a file: it is gone, or no more what it was."""
-        self._database.execute("BEGIN")
-        file = self.file(path)
-        if file is not None:
-            for table in ("messages", "senders"):
-                self._database.execute(f"DELETE FROM {table} WHERE file = ?", (file.id,))
-            self._database.execute("DELETE FROM files WHERE id = ?", (file.id,))
-            self._gone += file.messages
-        self._database.execute("DELETE FROM problems WHERE path = ?", (path,))
-        self._put_counters()
-        self._database.execute("COMMIT")
+    def forget(self, path: str, reason: str | None = None) -> None:
+        """Forget a file that is gone or no more what it was; with `reason`, say what is wrong with
+        it in the same breath."""
+        with self._database:
+            self._database.execute("BEGIN")
+            file = self.file(path)
+            if file is not None:
+                for table in ("messages", "senders"):
+                    self._database.execute(f"DELETE FROM {table} WHERE file = ?", (file.id,))
+                self._database.execute("DELETE FROM files WHERE id = ?", (file.id,))
+                self._gone += file.messages
+            self._report(path, 0, reason)
+            self._put_counters()
         self._unsettled += 1
 
     def report(self, path: str, line: int, reason: str | None) -> None:
-        """Say what is wrong with a file, or with the end of it; None: nothing is any more."""
-        self._database.execute(
-            "DELETE FROM problems WHERE path = ? AND (line = 0 OR line >= ?)", (path, line)
-        )
-        if reason is not None:
-            row = (path, line, 0, reason)
-            self._database.execute("INSERT OR REPLACE INTO problems VALUES (?,?,?,?)", row)
+        """Say what is wrong with the end of a file, from a line on; None: nothing is any more."""
+        with self._database:
+            self._database.execute("BEGIN")
+            self._report(path, line, reason)
         self._unsettled += 1
 
     def come_to(self, imports: int) -> None:
@@ -237,6 +235,14 @@ class ConversationsWriter(Cache):
         file = File(self._next_file, session_id, path, "", 0, 0, 0, 0, 0, 0, 0.0, 0.0)
         self._next_file += 1
         return file
+
+    def _report(self, path: str, line: int, reason: str | None) -> None:
+        self._database.execute(
+            "DELETE FROM problems WHERE path = ? AND (line = 0 OR line >= ?)", (path, line)
+        )
+        if reason is not None:
+            row = (path, line, 0, reason)
+            self._database.execute("INSERT INTO problems VALUES (?,?,?,?)", row)
 
     def _put(self, batch: _Batch) -> None:
         batch.put()

@@ -39,6 +39,7 @@ from ksi.storage.errors import Corrupt
 from ksi.storage.files import LogGap, LogWriter, log_size
 from ksi.storage.journal import Position
 from ksi.transport.limits import EVENT_SCAN_BYTES_MAX, EVENTS_UNSYNCED_MAX
+from ksi.transport.moments import DAY
 
 EVENTS: Final = "events"  # the keys of the two files of a day
 PAYLOADS: Final = "payloads"
@@ -49,7 +50,6 @@ _PIECE_BYTES: Final = 1 << 16  # Read at once to find the last line.
 _LINE_BYTES: Final = 4096  # Read at once to find the end of a line: most are shorter.
 _NUMBER: Final = b'{"n":'  # How each line begins.
 _TIME: Final = re.compile(rb',"timestamp":(\d+(?:\.\d+)?)')
-_DAY: Final = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 
 
 class Followed(msgspec.Struct):
@@ -396,7 +396,7 @@ def _read_place(path: Path) -> Place | None:
 def days_in(directory: Path) -> list[str]:
     """Return the days of the log, in order."""
     try:
-        return sorted(name for name in os.listdir(directory) if _DAY.fullmatch(name))
+        return sorted(name for name in os.listdir(directory) if DAY.fullmatch(name))
     except FileNotFoundError:
         return []
 
@@ -419,7 +419,7 @@ def whole_bytes(directory: Path, key: str, stop: int | None = None) -> int:
 
 def read_payload(directory: Path, day: str, offset: int, size_bytes: int) -> bytes | None:
     """Return the bytes of a payload; None where they are not there any more."""
-    if _DAY.fullmatch(day) is None:
+    if DAY.fullmatch(day) is None:
         return None
     try:
         with _opened(directory / day, PAYLOADS) as file:

@@ -18,6 +18,7 @@ Source: "KSI Dynamic Storage Architecture", SQL Index Schema.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from collections import OrderedDict
@@ -32,7 +33,7 @@ from ksi.storage.atomic import make_directory, sync_directory
 from ksi.storage.boot import this_boot
 from ksi.storage.journal import Position
 from ksi.transport.limits import INDEX_DAYS_OPEN_MAX
-from ksi.transport.moments import day_of
+from ksi.transport.moments import DAY, day_of
 
 # The table and its indexes are the documented ones, to the word.
 TABLES: Final = """
@@ -296,9 +297,9 @@ class IndexWriter:
             return self.abandon()
         for database in self._open.values():
             database.close()
-        for path in sorted((self._directory / DAILY).glob("*.db")):
-            sqlite.sync(path)
-            self._remember(path.stem)
+        for day in _days_in(self._directory / DAILY):
+            sqlite.sync(self._directory / DAILY / f"{day}.db")
+            self._remember(day)
         sync_directory(self._directory / DAILY)
         self._cursor.execute("UPDATE place SET clean = 1")
         self._cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -449,14 +450,22 @@ def install(made: Path, directory: Path) -> None:
     cursor goes on from where it was and finds in the new days only what belongs there.
     """
     make_directory(directory / DAILY)
-    new = sorted((made / DAILY).glob("*.db"))
-    for path in new:
-        sqlite.replace(path, directory / DAILY / path.name)
-    gone = {path.name for path in (directory / DAILY).glob("*.db")} - {path.name for path in new}
-    for name in gone:
-        sqlite.remove(directory / DAILY / name)
+    new = _days_in(made / DAILY)
+    for day in new:
+        sqlite.replace(made / DAILY / f"{day}.db", directory / DAILY / f"{day}.db")
+    for day in {*_days_in(directory / DAILY)}.difference(new):
+        sqlite.remove(directory / DAILY / f"{day}.db")
     sqlite.replace(made / CURSOR, directory / CURSOR)
     shutil.rmtree(made)
+
+
+def _days_in(directory: Path) -> list[str]:
+    """Return the days that have a database in `directory`, in order."""
+    try:
+        days = (each.removesuffix(".db") for each in os.listdir(directory) if each.endswith(".db"))
+        return sorted(filter(DAY.fullmatch, days))
+    except FileNotFoundError:
+        return []
 
 
 class IndexReader:
@@ -471,7 +480,7 @@ class IndexReader:
 
     def days(self) -> list[str]:
         """Return the days there are, in order."""
-        return sorted(path.stem for path in self._daily.glob("????-??-??.db"))
+        return _days_in(self._daily)
 
     def select(
         self,

@@ -458,6 +458,7 @@ def test_a_response_settles_its_request_in_either_order_and_across_midnight(
 
     assert pending(told) == [4, 11]
     assert [row.has_response for row in told.rows() if row.is_request] == [1, 1, 0, 1, 1, 0]
+    (told.directory / "daily" / "copy of 2024-12-31.db").touch()
     assert IndexReader(told.directory).days() == ["2024-12-30", "2024-12-31"]
     assert told.verify().found == []
 

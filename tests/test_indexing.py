@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +331,18 @@ def test_a_reader_that_does_not_end_holds_up_nobody(index: Index) -> None:
         index.dump()
         assert database.execute("SELECT count(*) FROM ksi_index").fetchone() == before
     index.require_right()
+
+
+def has_niceness(group: Path, nice: int) -> bool:
+    return group.read_text().endswith(f"nice {nice}\n")
+
+
+def test_who_follows_steps_back_for_those_that_clients_wait_for(system: System) -> None:
+    """Also where the kernel shares the processor out among sessions of processes."""
+    for name, nice in (("sessions", 0), ("files", 5), ("index", 15), ("events", 15)):
+        pid = system.pid_of(name)
+        assert pid is not None
+        assert os.getpriority(os.PRIO_PROCESS, pid) == nice
+        group = Path(f"/proc/{pid}/autogroup")
+        if group.exists():
+            until(partial(has_niceness, group, nice))

@@ -6,9 +6,11 @@ import json
 import os
 import random
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,12 @@ from trouble import kill, paused, until
 from ksi.actors.composing import hash_of
 from ksi.actors.declarations.editing import Edit
 from ksi.actors.followers import composed, conversed
-from ksi.actors.followers.library import CompositionsFollower
-from ksi.actors.followers.watching import TTL_S
+from ksi.actors.followers.library import CompositionsFollower, ConversationsFollower
+from ksi.actors.followers.watching import TTL_S, Roots
 from ksi.console.main import main
 from ksi.storage import shared
 from ksi.storage.compositions import CompositionsReader
-from ksi.storage.conversations import ConversationsReader
+from ksi.storage.conversations import ConversationsReader, ConversationsWriter
 from ksi.transport import Client
 from ksi.transport.errors import (
     Conflict,
@@ -240,15 +242,17 @@ def test_filters_by_type_tag_capability_and_metadata_really_filter(compositions:
 def test_an_edit_is_seen_and_only_that_file_is_parsed_again(compositions: Library) -> None:
     library = compositions
     unseen = partial(paused, library.system, "library")  # Else a file may be seen half written.
+
+    def parsed() -> int:
+        return int(library.read("composition:status")["parsed"])
+
+    kill(library.system, "library")
+    until(lambda: parsed() == 0)  # It counts from its start, and tells of it after the rows.
     with unseen():
         for n in range(20):
             library.write(f"f{n}.md", name=f"n{n}", type="core")
-    until(lambda: len(library.ids()) == 20)
-    status = library.read("composition:status")
-    assert status["watched"]
-
-    def parsed() -> int:
-        return int(library.read("composition:status")["parsed"]) - int(status["parsed"])
+    until(lambda: len(library.ids()) == 20 and parsed() == 20)
+    assert library.read("composition:status")["watched"]
 
     with unseen():
         library.write("f3.md", name="edited", type="core")
@@ -264,20 +268,20 @@ def test_an_edit_is_seen_and_only_that_file_is_parsed_again(compositions: Librar
     fresh.write_text((library.folder / "f5.md").read_text().replace("n5", "renamed"))
     fresh.rename(library.folder / "f5.md")  # as editors save
     until(lambda: library.ids(name="renamed") == ["f5"])
-    until(lambda: parsed() == 3)
+    until(lambda: parsed() == 23)
     (library.folder / "f6.md").touch()
     with unseen():
         (library.folder / "f7.md").unlink()
         library.write("f7.md", name="again", type="core")
     until(lambda: library.ids(name="again") == ["f7"])
-    until(lambda: parsed() >= 4)
-    assert parsed() == 4, "what has not changed is not parsed"
+    until(lambda: parsed() >= 24)
+    assert parsed() == 24, "what has not changed is not parsed"
     (library.folder / "f8.md").unlink()
     until(lambda: len(library.ids()) == 19)
     kill(library.system, "library")
     library.write("f9.md", name="meanwhile", type="core")
     until(lambda: library.ids(name="meanwhile") == ["f9"])
-    until(lambda: library.read("composition:status")["parsed"] == 1)
+    until(lambda: parsed() == 1)
 
 
 def test_a_folder_that_is_moved_in_or_out_takes_its_files_with_it(compositions: Library) -> None:
@@ -505,6 +509,28 @@ def test_all_three_line_forms_are_indexed_and_bad_lines_are_told_with_file_and_l
     assert row["participants"] == ["claude", "human", "p", "unknown"]
     assert (row["first_timestamp"], row["last_timestamp"]) == (at, at + 4)
     assert row["file_path"] == str(path)
+
+
+def test_what_is_wrong_with_a_file_is_told_while_it_is_looked_at_again(tmp_path: Path) -> None:
+    link, place = tmp_path / "link.jsonl", tmp_path / "conversations.db"
+    link.symlink_to("elsewhere")
+    ConversationsWriter(place, "logs", conversed.said, making=True).close()
+    writer = ConversationsWriter(place, "logs", conversed.said)
+    follower: Any = ConversationsFollower(tmp_path, Logger())
+    follower._imported = Roots(files=frozenset({link}))
+    told: list[int] = []
+
+    def look(_sql: str = "") -> None:
+        told.append(ConversationsReader(place).counts()["unread_files"])
+
+    list(follower._examine(writer, link, is_told=True))
+    writer._database.set_trace_callback(look)
+    list(follower._examine(writer, link, is_told=True))
+    look()
+    writer.abandon()
+    follower.close()
+    assert len(told) > 2
+    assert set(told) == {1}
 
 
 def test_a_new_line_is_found_at_once(library: Library) -> None:
@@ -744,6 +770,34 @@ def test_the_shell_imports_lists_searches_and_exports(
     assert "REASON" in shell("compositions", "problems")
     assert "following" in shell("compositions", "status")
     assert "done in" in shell("compositions", "rebuild")
+
+
+def test_what_is_imported_again_is_looked_at_at_once(library: Library) -> None:
+    begun_s = time.monotonic()
+    for _ in range(2):
+        library.import_(library.logs)
+    assert time.monotonic() - begun_s < TTL_S / 6, "it has waited until all is looked at anyway"
+
+
+def test_a_large_log_is_read_once_however_often_it_is_imported(
+    library: Library, tmp_path: Path
+) -> None:
+    path = tmp_path / "large.jsonl"
+    path.write_text((json.dumps(human("a heap of albatrosses " * 8)) + "\n") * 40_000)
+    cache = f"file:{conversed.cache_path(library.system.var)}?mode=ro"
+
+    def gone() -> int:
+        with closing(sqlite3.connect(cache, uri=True)) as database:
+            return int(database.execute("SELECT gone FROM counters").fetchone()[0])
+
+    found = {gone()}
+    for _ in range(4):
+        number = library.ask("conversation:import", path=str(tmp_path))["number"]
+        time.sleep(0.2)  # Some of it is read between two orders.
+        found.add(gone())
+    until(lambda: library.read("conversation:status")["imported"] >= number, 30.0)
+    assert library.read("conversation:search", query="albatrosses")["total_matches"] == 40_000
+    assert len({*found, gone()}) == 1
 
 
 def test_only_an_operator_imports_and_orders(library: Library) -> None:

@@ -174,7 +174,7 @@ class GetComposition(Query[CompositionView], frozen=True, kw_only=True):
     owner="library",
     refuses=(NotFound, Conflict, Quota, Busy),
     example={"name": "core/base_agent", "variables": {"agent_id": "alice"}},
-    also=("composition:render_component",),
+    also=("composition:render_component", "composition:compose"),
 )
 class RenderComposition(Query[RenderedComposition], frozen=True, kw_only=True):
     """Put a composition together with what it extends, mixes in and depends on, fill in variables.

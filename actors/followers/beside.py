@@ -17,13 +17,14 @@ from typing import Any, Final, Protocol
 
 import zmq
 
-from ksi.actors.process import Beside, run_owner, wait_for_room
+from ksi.actors.process import Beside, run_owner, step_back, wait_for_room
 from ksi.transport.identity import bell_endpoint
 from ksi.transport.mailbox import listen
 
 GROUP_S: Final = 0.02  # What comes within this time is taken together ...
 GROUP_S_MAX: Final = 0.05  # ... and where there is much to do, within this.
 _REST_FACTOR: Final = 10  # It rests so many times as long as its last work took.
+NICE: Final = 15  # They take what is left, and keep up with that; clients wait for others.
 CLOSE_S: Final = 3.0  # For what is left at the end; a supervisor waits 5.
 
 
@@ -53,7 +54,6 @@ def run_with(
     make: Make,
     *,
     bells: Sequence[str] = ("sessions",),
-    nice: int = 10,
     group_s: float = GROUP_S,
 ) -> None:
     """Run an owner on `var`, and followers beside it, until SIGTERM.
@@ -61,10 +61,9 @@ def run_with(
     Args:
         make: makes them, for a var directory and a logger.
         bells: the owners whose journals they read.
-        nice: of the process; more than that of what clients wait for.
         group_s: what is said within this time is taken together.
     """
-    os.nice(nice)
+    step_back(NICE)
     run_owner(owner, var, _beside(owner, make, bells, group_s))
 
 

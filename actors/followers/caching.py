@@ -25,6 +25,7 @@ from ksi.transport.limits import TICK_S
 
 SETTLE_S: Final = 1.0  # How often databases are looked after, and what was written moved into them.
 SETTLE_LINES: Final = 50_000  # The same under load: what readers have to look through.
+TURN_S: Final = 0.05  # Spent on what is built again, or on files, in one turn.
 TELL_S: Final = 0.2  # How often it says how far it is.
 RETRY_S: Final = 0.5  # After trouble that may pass; doubled each time ...
 RETRY_S_MAX: Final = 30.0  # ... up to this.
@@ -168,8 +169,11 @@ class CacheFollower(ABC, Generic[W]):
             self._settle(self._writer)
         if self._rebuild is None:
             return self._obey() or busy
-        if not self._rebuild.turn():
-            self._install(self._rebuild)
+        until_s = time.monotonic() + TURN_S
+        while self._rebuild.turn():
+            if time.monotonic() >= until_s:
+                return True
+        self._install(self._rebuild)
         return True
 
     def _settle(self, writer: W) -> None:

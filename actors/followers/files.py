@@ -26,7 +26,7 @@ import zmq
 
 from ksi.actors import log
 from ksi.actors.memory import settle
-from ksi.actors.process import wait_for_room
+from ksi.actors.process import step_back, wait_for_room
 from ksi.actors.reading import (
     OwnerReader,
     archive_directory,
@@ -287,7 +287,7 @@ def run_files(var: str) -> None:
     root = Path(var)
     logger = log.configure(root, "files")
     stat = wait_for_room(lambda: StatWriter(run_directory(root) / "files.stat"), logger)
-    os.nice(5)  # Owners go first: clients wait for them, and for this one nobody does.
+    step_back(5)  # Owners go first: clients wait for them, and for this one nobody does.
     raise_file_limit()
     stopping: list[int] = []
     woken = os.eventfd(0, os.EFD_CLOEXEC)

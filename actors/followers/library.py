@@ -235,11 +235,11 @@ class ConversationsFollower(FileFollower[ConversationsWriter]):
         return rebuild
 
     def _fill(self, writer: ConversationsWriter) -> Iterator[bool]:
-        roots = self._roots()
+        roots, number = self._roots(), self._imports
         for path in files_of(roots, self.suffixes):
             for _ in self._examine(writer, path, is_told=False):
                 yield True
-        writer.come_to(self._imports)
+        writer.come_to(number)
 
     def _rebuilt(self, writer: ConversationsWriter) -> int:
         return writer.rebuilt
@@ -256,11 +256,14 @@ class ConversationsFollower(FileFollower[ConversationsWriter]):
             files = frozenset(filter(_is_log, listed))
             self._imported = Roots(frozenset(listed) - files, files)
             self._imports = number
+            self._looked_s = float("-inf")  # What is imported again is looked at, told or not.
         return self._imported
 
-    def _looked(self) -> None:
-        if self._writer is not None and self._writer.imports != self._imports:
-            self._writer.come_to(self._imports)
+    def _all(self, writer: ConversationsWriter, roots: Roots) -> Iterator[None]:
+        number = self._imports  # A later order has a look of its own.
+        yield from super()._all(writer, roots)
+        if writer.imports != number:
+            writer.come_to(number)
 
     def _paths(self, writer: ConversationsWriter) -> set[Path]:
         return set(map(Path, writer.imported()))
@@ -277,8 +280,7 @@ class ConversationsFollower(FileFollower[ConversationsWriter]):
             yield from _read_on(writer, path, signature)
         except OSError as error:
             why = "it is a link, which is not followed" if path.is_symlink() else error.strerror
-            writer.forget(key)
-            writer.report(key, 0, f"it cannot be read: {why}")
+            writer.forget(key, f"it cannot be read: {why}")
 
     def _is_imported(self, path: Path) -> bool:
         roots, ours = self._imported, log_directory(self._var).absolute()

@@ -294,4 +294,4 @@ def run_events(var: str, keep_days: str, archive_days: str) -> None:
     def make(root: Path, logger: Any) -> list[EventFollower]:
         return [EventFollower(root, logger, int(keep_days), int(archive_days))]
 
-    run_with("events", var, make, bells=OWNERS, nice=15)  # Of all followers it is waited for least.
+    run_with("events", var, make, bells=OWNERS)

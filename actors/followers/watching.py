@@ -15,13 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
-from ksi.actors.followers.caching import CacheFollower, Making, Writer
+from ksi.actors.followers.caching import TURN_S, CacheFollower, Making, Writer
 from ksi.transport.limits import TICK_S
 
 TTL_S: Final = 60.0  # All files are looked at this often, whatever is told of them.
 UNWATCHED_S: Final = 1.0  # The same where the kernel tells nothing; and how often a root is sought.
 WATCH_S: Final = 0.1  # How often it is asked what has changed.
-TURN_S: Final = 0.05  # Spent on files in one turn.
 _STEP_MS: Final = 1  # What the watcher may wait for more of the same.
 
 W = TypeVar("W", bound=Writer)
@@ -158,11 +157,7 @@ class FileFollower(CacheFollower[W]):
         while self._scan is not None and time.monotonic() < until_s:
             if next(self._scan, self) is self:
                 self._scan = None
-                self._looked()
         return self._scan is not None
-
-    def _looked(self) -> None:
-        """All files have been looked at."""
 
     def _all(self, writer: W, roots: Roots) -> Iterator[None]:
         known = self._paths(writer)

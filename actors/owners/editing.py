@@ -485,4 +485,4 @@ def _edits(tables: EditTables) -> Edits:
             told = {"state": "waiting", "reason": None}
         view = {"file_path": path, "number": edit.number, "by": edit.by, "at": edit.at}
         found.append({**view, "state": told["state"], "reason": told["reason"]})
-    return Edits(edits=msgspec.convert(found, list[EditView]))
+    return Edits(edits=[msgspec.convert(each, EditView) for each in found])
