@@ -96,6 +96,7 @@ def _perform(options: Options, var: Path, play: Play) -> tuple[list[Proof], dict
     from ksi.console import demo_model as model
     from ksi.console import demo_proof as prove
     from ksi.console import demo_stage as stage
+    from ksi.console.demo_agent import KILLED
     from ksi.transport import Client
 
     with stage.system(var) as started, Client("watcher", var=var) as watcher:
@@ -104,6 +105,7 @@ def _perform(options: Options, var: Path, play: Play) -> tuple[list[Proof], dict
             missed = _kill_a_worker(watcher, workers, players)
             players.wait_until("the middle", lambda: 2 * _said(watcher, play) >= play.turns)
             killed_s, recovered_s = _kill(var, watcher, play.scenes[0])
+            watcher.ask("state:set", key=KILLED, value=True)
             status = _status(options, var)
             acked, told = players.finish()
         stage.say(f"the play is over: {len(acked)} entries were acknowledged to four processes")

@@ -27,6 +27,7 @@ ASK_S: Final = 20.0  # Longer than any restart: what is asked here must be answe
 NOTE_PAUSE_S: Final = 0.001  # Four agents that never rest would measure each other.
 LOOK_S: Final = 0.005
 SAID: Final = "demo.said"  # the topic under which they call out what they have said
+KILLED: Final = "demo.killed"  # the key that is set once the owner was killed and is back
 REQUESTS: Final = 4  # that each queues at the desk
 REQUEST_S: Final = 0.05  # what it takes to answer one
 
@@ -69,7 +70,8 @@ class Agent:
         self._noted = 0
 
     def run(self) -> Told:
-        """Play until the last turn of the last scene has been said, by whomever."""
+        """Play until the last turn of the last scene has been said, by whomever, and the owner of
+        the sessions was killed."""
         with self._client.subscribe(SAID) as calls:
             self._meet()
             prompts = self._queue()
@@ -81,18 +83,29 @@ class Agent:
     def _play_all(self) -> None:
         parent = os.getppid()
         self._client.ask("session:create", session_id=self._notes, admission="closed")
+
+        def go_on() -> None:
+            if os.getppid() != parent:
+                sys.exit("the demo has ended")
+            self._note()
+
         for scene in self._play.scenes:
             said, seen_s = -1, 0.0
             while (count := self._count(scene)) < len(scene.turns):
-                if os.getppid() != parent:
-                    sys.exit("the demo has ended")
                 if count != said:
                     said, seen_s = count, time.monotonic()
                 mine = scene.turns[count].agent == self._client.name
                 if mine and time.monotonic() - seen_s >= self._play.pace_s:
                     self._say(scene, count)
                 else:
-                    self._note()
+                    go_on()
+        while not self._has_seen_the_kill():  # It comes in the middle, however late that is.
+            go_on()
+
+    def _has_seen_the_kill(self) -> bool:
+        with suppress(NotFound):
+            return bool(self._client.read("state:get", key=KILLED)["value"])
+        return False
 
     def _meet(self) -> None:
         """Register, and wait until all the others have."""
