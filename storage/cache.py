@@ -108,7 +108,8 @@ class Cache:
             return f"{self._path.name} is damaged: {wrong}"
         if self._unsettled and not self._making:
             self._database.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        self._signature = sqlite.status(self._path)
+        if left := self._left():
+            self._signature = left
         self._unsettled = 0
         return None
 
@@ -134,8 +135,9 @@ class Cache:
         self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._database.close()
         sqlite.sync(self._path)
-        seal = self._path.with_name(self._path.name + _SEAL)
-        seal.write_text(json.dumps(sqlite.status(self._path)))
+        if left := self._left():
+            seal = self._path.with_name(self._path.name + _SEAL)
+            seal.write_text(json.dumps(left))
         sync_directory(self._path.parent)
         return None
 
@@ -143,6 +145,12 @@ class Cache:
         """Close without a word: what was not committed is gone."""
         with suppress(sqlite3.Error):
             self._database.close()
+
+    def _left(self) -> sqlite.Signature | None:
+        """Return what the file is like as we leave it; None if another one is in its place, which
+        the next look finds."""
+        found = sqlite.signature_of(self._path)
+        return found if found is not None and found[0] == self._signature[0] else None
 
     def _damage(self) -> str | None:
         return sqlite.damage(self._path, "SELECT count(*) FROM about", 1)

@@ -275,7 +275,10 @@ class IndexWriter:
                 return f"{path.name} was replaced"
             if wrong := sqlite.damage(path, "SELECT count(*) FROM ksi_index", rows):
                 return f"{path.name} is damaged: {wrong}"
-            self._remember(day)
+            self._cursor.execute(
+                "UPDATE days SET inode = ?, size_bytes = ?, changed_ns = ? WHERE day = ?",
+                (*found, day),
+            )
         return None
 
     def finish(self) -> Iterator[str]:
@@ -340,11 +343,13 @@ class IndexWriter:
         return self._directory / DAILY / f"{day}.db"
 
     def _remember(self, day: str) -> None:
-        """Take the file of a day as it is now for as it should be."""
-        self._cursor.execute(
-            "UPDATE days SET inode = ?, size_bytes = ?, changed_ns = ? WHERE day = ?",
-            (*sqlite.status(self._path(day)), day),
-        )
+        """Take the file of a day as it is now for as we left it; not another one that was put in
+        its place meanwhile, which the next look finds."""
+        if found := sqlite.signature_of(self._path(day)):
+            self._cursor.execute(
+                "UPDATE days SET size_bytes = ?, changed_ns = ? WHERE day = ? AND inode = ?",
+                (*found[1:], day, found[0]),
+            )
 
     def _put_place(self, place: Place) -> None:
         self._cursor.execute("DELETE FROM place")

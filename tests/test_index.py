@@ -651,7 +651,13 @@ def garble(path: Path) -> None:
     path.write_bytes(b"no database at all" * 1000)
 
 
-DAMAGES: list[Callable[[Path], None]] = [delete, truncate, overwrite, empty, garble]
+def replace(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(b"no database")
+    other.rename(path)
+
+
+DAMAGES: list[Callable[[Path], None]] = [delete, replace, truncate, overwrite, empty, garble]
 
 
 @pytest.mark.parametrize("is_open", [True, False], ids=["open", "closed"])
@@ -671,6 +677,30 @@ def test_a_day_that_was_deleted_or_damaged_is_noticed(
     trouble = writer.trouble()
     assert trouble is not None
     assert trouble.startswith("2024-12-30.db ")
+    writer.abandon()
+
+
+@pytest.mark.parametrize("damage", [delete, replace], ids=["delete", "replace"])
+def test_a_day_that_goes_while_it_is_settled_is_noticed_at_the_next_look(
+    told: Told, damage: Callable[[Path], None]
+) -> None:
+    talk(told, random.Random(4), entries=100)
+    writer = told.writer()
+    writer.add(told.write(), told.place)
+    day = "2024-12-30"
+    path = told.directory / "daily" / f"{day}.db"
+
+    def damage_once(sql: str) -> None:
+        if "checkpoint" in sql and path.exists():
+            database.set_trace_callback(None)
+            damage(path)
+
+    database = writer._open[day]
+    database.set_trace_callback(damage_once)
+    writer.settle()
+    trouble = writer.settle()
+    assert trouble is not None
+    assert trouble.startswith(f"{day}.db was ")
     writer.abandon()
 
 
