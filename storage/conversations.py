@@ -159,9 +159,12 @@ class ConversationsWriter(Cache):
             self._put(batch)
         return batch.count
 
-    def take(self, path: str, session_id: str, lines: Sequence[bytes]) -> None:
-        """Put in lines that follow what is in here of an imported file. The last one may be without
-        its end, if it is whole otherwise."""
+    def take(
+        self, path: str, session_id: str, lines: Sequence[bytes], signature: str, mark: int
+    ) -> File:
+        """Put in lines that follow what is in here of an imported file, and note what it looks like
+        and how what was read of it ends. The last one may be without its end, if it is whole
+        otherwise."""
         batch = _Batch(self, gaps=False)
         file = self.file(path) or self._new(session_id, path)
         for content in lines:
@@ -171,16 +174,12 @@ class ConversationsWriter(Cache):
                 continue
             batch.add(file, file.size_bytes, content)
             file.is_open = int(not content.endswith(b"\n"))
-        file.signature = ""
+        file.signature, file.mark = signature, mark
         batch.files[path] = file
         with self._database:
             self._database.execute("BEGIN")
             self._put(batch)
-
-    def look(self, path: str, signature: str, mark: int) -> None:
-        """Note what a file looks like all of which has been put in."""
-        sql = "UPDATE files SET signature = ?, mark = ? WHERE path = ?"
-        self._database.execute(sql, (signature, mark, path))
+        return file
 
     def file(self, path: str) -> File | None:
         """Return what is in here of a file."""

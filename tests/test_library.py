@@ -533,6 +533,27 @@ def test_what_is_wrong_with_a_file_is_told_while_it_is_looked_at_again(tmp_path:
     assert set(told) == {1}
 
 
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["deleted", "replaced"])
+def test_a_cache_that_goes_while_it_is_settled_is_noticed_at_the_next_look(
+    tmp_path: Path, is_replaced: bool
+) -> None:
+    place, other = tmp_path / "conversations.db", tmp_path / "other"
+    ConversationsWriter(place, "logs", conversed.said, making=True).close()
+    writer = ConversationsWriter(place, "logs", conversed.said)
+    other.write_bytes(b"no database")
+
+    def go(sql: str) -> None:
+        if "checkpoint" in sql:
+            other.rename(place) if is_replaced else place.unlink()
+            writer._database.set_trace_callback(None)
+
+    writer.report("/a.jsonl", 1, "it is torn")
+    writer._database.set_trace_callback(go)
+    assert writer.settle() is None
+    assert writer.settle() == f"{place.name} was {'replaced' if is_replaced else 'deleted'}"
+    writer.abandon()
+
+
 def test_a_new_line_is_found_at_once(library: Library) -> None:
     """In an imported log and in a session, far below the minute that is only a ceiling."""
     library.log("growing.jsonl", human("quokka 0"))
@@ -779,25 +800,38 @@ def test_what_is_imported_again_is_looked_at_at_once(library: Library) -> None:
     assert time.monotonic() - begun_s < TTL_S / 6, "it has waited until all is looked at anyway"
 
 
-def test_a_large_log_is_read_once_however_often_it_is_imported(
+def test_a_large_log_is_read_once_whatever_comes_up_meanwhile(
     library: Library, tmp_path: Path
 ) -> None:
+    """It is imported again, grows, and is put off for something else that is imported."""
     path = tmp_path / "large.jsonl"
-    path.write_text((json.dumps(human("a heap of albatrosses " * 8)) + "\n") * 40_000)
+    line = json.dumps(human("a heap of albatrosses " * 8)) + "\n"
+    path.write_text(line * 40_000)
     cache = f"file:{conversed.cache_path(library.system.var)}?mode=ro"
 
     def gone() -> int:
         with closing(sqlite3.connect(cache, uri=True)) as database:
             return int(database.execute("SELECT gone FROM counters").fetchone()[0])
 
-    found = {gone()}
-    for _ in range(4):
-        number = library.ask("conversation:import", path=str(tmp_path))["number"]
-        time.sleep(0.2)  # Some of it is read between two orders.
-        found.add(gone())
+    def matches() -> int:
+        found = library.read("conversation:search", query="albatrosses", session_id="large")
+        return int(found["total_matches"])
+
+    begun, found = gone(), set()
+    library.ask("conversation:import", path=str(tmp_path))
+    for n in range(12):
+        time.sleep(0.1)  # Some of it is read between two disturbances.
+        with path.open("a") as log:
+            log.write(line)
+        if n % 3 == 0:
+            number = library.ask("conversation:import", path=str(tmp_path / f"{n}.jsonl"))["number"]
+        found.add(matches())
     until(lambda: library.read("conversation:status")["imported"] >= number, 30.0)
-    assert library.read("conversation:search", query="albatrosses")["total_matches"] == 40_000
-    assert len({*found, gone()}) == 1
+    until(lambda: matches() >= 40_012)
+    assert matches() == 40_012
+    assert len(found) > 2, "it was read before anything came up"
+    assert gone() == begun
+    library.require_places("albatrosses")
 
 
 def test_only_an_operator_imports_and_orders(library: Library) -> None:

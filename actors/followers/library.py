@@ -316,32 +316,35 @@ def _read_on(writer: ConversationsWriter, path: Path, signature: str) -> Iterato
             writer.forget(key)
             file = None
         writer.report(key, file.lines + 1 if file is not None else 1, None)
-        rest = b""
-        log.seek(0 if file is None else file.size_bytes)
+        rest, offset, left = b"", 0 if file is None else file.size_bytes, file
+        log.seek(offset)
         while content := log.read(READ_BYTES):
             *lines, rest = (rest + content).split(b"\n")
             if lines:
-                writer.take(key, session_id, [line + b"\n" for line in lines])
+                offset = log.tell() - len(rest)
+                lines = [line + b"\n" for line in lines]
+                partly = f"{status.st_ino}:{offset}:0:0"
+                left = writer.take(key, session_id, lines, partly, _mark(fd, offset))
             if len(rest) > LOG_LINE_BYTES_MAX:
                 break
             yield None
+            if writer.file(key) != left:
+                return  # It has changed: who was told of that has read on.
         whole = [rest] if rest and _is_whole(rest) else []
-        writer.take(key, session_id, whole)
-        file = writer.file(key)
-        assert file is not None
-        writer.look(key, signature, _mark(fd, file.size_bytes))
+        mark = _mark(fd, offset + sum(map(len, whole)))
+        left = writer.take(key, session_id, whole, signature, mark)
         missing = None if whole or not rest else "it has no end yet, and is no JSON as it is"
         if len(rest) > LOG_LINE_BYTES_MAX:
             missing = f"it is over {LOG_LINE_BYTES_MAX} bytes; nothing behind it is read"
-        writer.report(key, file.lines + 1, missing)
+        writer.report(key, left.lines + 1, missing)
 
 
 def _has_grown(fd: int, file: conversations.File, status: os.stat_result) -> bool:
-    """Return whether a log is what it was, with more behind it."""
+    """Return whether a log is what it was, with more behind it, or has not been read to its end."""
     if not file.signature:
         return False
-    inode, size = map(int, file.signature.split(":")[:2])
-    if inode != status.st_ino or size >= status.st_size:
+    inode, size, changed_ns, _ = map(int, file.signature.split(":"))
+    if inode != status.st_ino or size > status.st_size or (changed_ns and size == status.st_size):
         return False
     if file.is_open and os.pread(fd, 1, file.size_bytes) != b"\n":
         return False

@@ -117,7 +117,8 @@ class FileFollower(CacheFollower[W]):
     def __init__(self, owner: str, var: Path, logger: Any) -> None:
         super().__init__(owner, var, logger)
         self._watch = Watch(logger)
-        self._scan: Iterator[None] | None = None
+        self._scan: Iterator[None] | None = None  # goes on looking at all of them
+        self._changed: dict[Path, Iterator[None]] = {}  # goes on with those that have changed
         self._looked_s = float("-inf")
 
     @abstractmethod
@@ -130,8 +131,9 @@ class FileFollower(CacheFollower[W]):
 
     @abstractmethod
     def _examine(self, writer: W, path: Path, *, is_told: bool) -> Iterator[None]:
-        """Bring the cache on by one file, which may be gone, a piece at a step. `is_told`: it has
-        changed, even if it looks as it did."""
+        """Bring the cache on by one file, which may be gone, a piece at a step: between two of them
+        others may bring it on by the same file. `is_told`: it has changed, even if it looks as it
+        did."""
 
     @property
     def wait_s(self) -> float:
@@ -149,15 +151,29 @@ class FileFollower(CacheFollower[W]):
             self._scan, self._looked_s = self._all(writer, roots), now_s
         for path in self._watch.changed():
             if self._is_wanted(path, roots):
-                for _ in self._examine(writer, path, is_told=True):
-                    pass
+                self._changed[path] = self._examine(writer, path, is_told=True)
             elif path.is_dir() or not path.exists():  # What was in it has come or gone with it.
                 self._scan = self._all(writer, roots)
         until_s = now_s + TURN_S
-        while self._scan is not None and time.monotonic() < until_s:
+        while self._step():
+            if time.monotonic() >= until_s:
+                return True
+        return False
+
+    def _step(self) -> bool:
+        """Look at a piece of a file, first of those that have changed; return whether there was
+        one to look at."""
+        if self._changed:
+            path = next(iter(self._changed))
+            steps = self._changed.pop(path)
+            if next(steps, self) is not self:
+                self._changed[path] = steps  # Behind the others.
+        elif self._scan is not None:
             if next(self._scan, self) is self:
                 self._scan = None
-        return self._scan is not None
+        else:
+            return False
+        return True
 
     def _all(self, writer: W, roots: Roots) -> Iterator[None]:
         known = self._paths(writer)
@@ -183,6 +199,7 @@ class FileFollower(CacheFollower[W]):
         self._look_again()
 
     def _look_again(self) -> None:
+        self._changed.clear()
         self._scan, self._looked_s = None, float("-inf")
 
 
