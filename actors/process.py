@@ -130,8 +130,11 @@ def step_back(nice: int) -> None:
 def _step_back_session(nice: int) -> None:
     for _ in range(_SESSION_TRIES):
         try:
-            with open("/proc/self/autogroup", "wb", buffering=0) as group:
-                group.write(b"%d" % nice)
+            group = os.open("/proc/self/autogroup", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(group, b"%d" % nice)
+            finally:
+                os.close(group)
             return
         except BlockingIOError:  # Of all users together one may, each tenth of a second.
             time.sleep(0.1 + os.getpid() % 16 / 100)

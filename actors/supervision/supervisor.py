@@ -65,6 +65,7 @@ from ksi.actors.supervision.restarts import (
     backoff_s,
     exit_words,
     is_restarted,
+    within,
 )
 from ksi.actors.supervision.system import (
     ChildStatus,
@@ -172,7 +173,7 @@ class Supervisor(pykka.ThreadingActor):
         if tree.has_checkpoints:
             self._checkpoints = Checkpoints(var, run, self._spawn_beside, self._unwatch, self._log)
         self._restarts: tuple[float, ...] = ()  # of all its own children, newest first
-        self._lost_server: object = None  # the last fork server that took its children with it
+        self._shared: list[object] = []  # what several of them have ended of, counted in there once
         self._ended: list[Child] = []
         self._signals: list[int] = []
         self._up = False  # all its own children have been ready
@@ -272,9 +273,7 @@ class Supervisor(pykka.ThreadingActor):
             return
         self._mailbox.unwatch(running.pidfd)
         code = running.ended()
-        counts = code is not None or running.server is not self._lost_server
-        if code is None:
-            self._lost_server = running.server
+        shared = running.server if code is None else None  # It took its children with it.
         if child.probe is not None:
             child.probe.close()
             child.probe = None
@@ -283,12 +282,13 @@ class Supervisor(pykka.ThreadingActor):
             with contextlib.suppress(Corrupt, OSError):
                 distrust_view(self._var / "db" / child.name)
         child.hung = child.kill_s = None
-        self._is_down(child, code, now_s, counts=counts)
+        self._is_down(child, code, now_s, shared)
 
-    def _is_down(
-        self, child: Child, code: int | None, now_s: float, *, counts: bool = True
-    ) -> None:
-        """A child has no process (any more), as was asked for or by itself."""
+    def _is_down(self, child: Child, code: int | None, now_s: float, shared: object) -> None:
+        """A child has no process (any more), as was asked for or by itself.
+
+        `shared`: what others may have ended of, too, as of the end of their fork server, or None.
+        """
         if child.leaves:
             child.renew = False
             self._set(child, "STOPPED")
@@ -299,21 +299,18 @@ class Supervisor(pykka.ThreadingActor):
                 hint=log.last_words(log.output(self._var, child.name)),
             )
         else:
-            self._restart(child, code, now_s, counts=counts)
+            self._restart(child, code, now_s, shared)
 
-    def _restart(self, child: Child, code: int | None, now_s: float, *, counts: bool) -> None:
-        """Restart a child that has ended by itself, or not: by its type and the intensity.
-
-        `counts`: other children have not ended of the same, as of the end of their fork server.
-        """
+    def _restart(self, child: Child, code: int | None, now_s: float, shared: object) -> None:
+        """Restart a child that has ended by itself, or not: by its type and the intensity."""
         if not is_restarted(child.spec.restart, code):
             child.wanted = False
             self._set(child, "STOPPED")
             return
         intensity = self._intensity(child)
         child.restarts, few = add_restart(child.restarts, now_s, intensity)
-        if counts and not child.is_agent:  # its own children are under one intensity together
-            self._restarts, few = add_restart(self._restarts, now_s, intensity)
+        if not child.is_agent:
+            few = self._add_restart(shared, now_s, intensity) and few
         if not few:
             child.wanted = False
             self._set(child, "FATAL")
@@ -330,6 +327,18 @@ class Supervisor(pykka.ThreadingActor):
         if not child.is_agent and self._tree.strategy == "rest_for_one":
             for later in rest_of(self._own, child):
                 later.renew = later.running is not None
+
+    def _add_restart(self, shared: object, now_s: float, intensity: Intensity) -> bool:
+        """Add a restart to those of all its own children, which are under one intensity together;
+        return whether they are few enough. What is shared counts once."""
+        if not within(self._restarts, now_s, intensity.period_s):
+            self._shared.clear()
+        if shared in self._shared:
+            return True
+        if shared is not None:
+            self._shared.append(shared)
+        self._restarts, few = add_restart(self._restarts, now_s, intensity)
+        return few
 
     def _intensity(self, child: Child) -> Intensity:
         settings = self._settings
@@ -470,7 +479,7 @@ class Supervisor(pykka.ThreadingActor):
             self._spawn(child)
         except (OSError, KsiError) as error:
             child.last_exit = f"not started: {error}"
-            self._is_down(child, None, now_s)
+            self._is_down(child, None, now_s, shared=str(error))  # None starts for want of it.
 
     def _spawn(self, child: Child) -> None:
         spec = child.spec

@@ -14,6 +14,8 @@ from system import System
 from trouble import entries, until
 
 from ksi.actors.supervision.lock import holder
+from ksi.actors.supervision.reports import read_children
+from ksi.transport.identity import run_directory
 
 ORPHANS_S = 1.0  # The promise: nobody outlives the supervisor by more than this.
 
@@ -59,6 +61,11 @@ def lives(process: psutil.Process) -> bool:
         return False
 
 
+def states(system: System) -> set[str]:
+    status = read_children(run_directory(system.var))
+    return set() if status is None else {each.state for each in status.children}
+
+
 def test_a_killed_supervisor_leaves_nobody_and_loses_nothing(system: System) -> None:
     kill_supervisors(system, 4)
 
@@ -84,6 +91,25 @@ def test_a_killed_fork_server_is_one_restart_however_many_children_end_with_it(
             alice.ask("session:append", said, timeout_s=20.0)
             until(lambda: all(map(system.pid_of, ("events", "library"))))
         until(lambda: [each["data"]["n"] for each in entries(system, session)] == [0, 1, 2])
+        assert holder(system.var) == held
+
+
+def test_want_that_keeps_all_children_from_starting_is_one_restart(tmp_path: Path) -> None:
+    with ExitStack() as undo:
+        flags = {"supervisor.intensity": 3, "supervisor.backoff_first_s": 2.0}
+        system = System(tmp_path / "var", (), **flags)
+        undo.callback(system.end)
+        held = holder(system.var)
+        assert held is not None
+        logs, away = system.var / "logs" / "ksi", system.var / "logs" / "away"
+        logs.rename(away)
+        logs.touch()  # Nothing can be written into it: no child can be started.
+        (server,) = psutil.Process(held.pid).children()
+        server.kill()
+        until(lambda: states(system) == {"BACKOFF"})
+        logs.unlink()
+        away.rename(logs)
+        until(lambda: states(system) == {"RUNNING"}, 20.0)
         assert holder(system.var) == held
 
 
