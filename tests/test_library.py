@@ -25,8 +25,13 @@ from trouble import kill, paused, until
 from ksi.actors.composing import hash_of
 from ksi.actors.declarations.editing import Edit
 from ksi.actors.followers import composed, conversed
-from ksi.actors.followers.library import CompositionsFollower, ConversationsFollower
-from ksi.actors.followers.watching import TTL_S, Roots
+from ksi.actors.followers.library import (
+    READ_BYTES,
+    CompositionsFollower,
+    ConversationsFollower,
+    read_on,
+)
+from ksi.actors.followers.watching import TTL_S, Roots, signature_of
 from ksi.console.main import main
 from ksi.storage import shared
 from ksi.storage.compositions import CompositionsReader
@@ -817,21 +822,56 @@ def test_a_large_log_is_read_once_whatever_comes_up_meanwhile(
         found = library.read("conversation:search", query="albatrosses", session_id="large")
         return int(found["total_matches"])
 
-    begun, found = gone(), set()
+    begun = gone()
     library.ask("conversation:import", path=str(tmp_path))
     for n in range(12):
-        time.sleep(0.1)  # Some of it is read between two disturbances.
+        time.sleep(0.05)  # Some of it is read between two disturbances.
         with path.open("a") as log:
             log.write(line)
         if n % 3 == 0:
             number = library.ask("conversation:import", path=str(tmp_path / f"{n}.jsonl"))["number"]
-        found.add(matches())
     until(lambda: library.read("conversation:status")["imported"] >= number, 30.0)
     until(lambda: matches() >= 40_012)
     assert matches() == 40_012
-    assert len(found) > 2, "it was read before anything came up"
     assert gone() == begun
     library.require_places("albatrosses")
+
+
+@pytest.mark.parametrize("is_ended", [False, True], ids=["a block more", "to its end"])
+def test_of_two_that_read_a_log_the_first_leaves_it_to_the_other(
+    tmp_path: Path, is_ended: bool
+) -> None:
+    path, place = tmp_path / "large.jsonl", tmp_path / "conversations.db"
+    line = json.dumps(human("a heap of albatrosses " * 8)) + "\n"
+    lines = 4 * READ_BYTES // len(line)
+    path.write_text(line * lines)
+    ConversationsWriter(place, "logs", conversed.said, making=True).close()
+    writer = ConversationsWriter(place, "logs", conversed.said)
+
+    def begin() -> Iterator[None]:
+        signature = signature_of(path)
+        assert signature is not None
+        steps = read_on(writer, path, signature)
+        next(steps)
+        return steps
+
+    def taken() -> tuple[int, int, int]:
+        file = writer.file(str(path))
+        assert file is not None
+        return file.id, file.lines, file.size_bytes
+
+    former = begin()
+    number, of_a_block, _ = taken()
+    latter = begin()
+    assert taken()[:2] == (number, 2 * of_a_block), "it was begun anew"
+    if is_ended:
+        assert len(list(latter)) > 1
+    before = taken()
+    assert list(former) == []
+    assert taken() == before
+    list(latter)
+    assert taken() == (number, lines, path.stat().st_size)
+    writer.abandon()
 
 
 def test_only_an_operator_imports_and_orders(library: Library) -> None:

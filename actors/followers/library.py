@@ -277,7 +277,7 @@ class ConversationsFollower(FileFollower[ConversationsWriter]):
         if file is not None and file.signature == signature:  # A log that has grown looks so.
             return
         try:
-            yield from _read_on(writer, path, signature)
+            yield from read_on(writer, path, signature)
         except OSError as error:
             why = "it is a link, which is not followed" if path.is_symlink() else error.strerror
             writer.forget(key, f"it cannot be read: {why}")
@@ -303,8 +303,12 @@ def _is_log(path: Path) -> bool:
     return path.is_file() or (not path.is_dir() and path.suffix == ".jsonl")
 
 
-def _read_on(writer: ConversationsWriter, path: Path, signature: str) -> Iterator[None]:
-    """Put into the cache what a log has got, or all of it if it is no more what it was."""
+def read_on(writer: ConversationsWriter, path: Path, signature: str) -> Iterator[None]:
+    """Put into the cache what a log has got, or all of it if it is no more what it was.
+
+    A block at a step. Whoever reads it meanwhile, or after this was put off, reads on behind the
+    last block; this ends at its next step then, and no line is put in twice.
+    """
     key, session_id = str(path), path.stem
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(fd, "rb") as log:
