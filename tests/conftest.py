@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from system import System
 from ksi.transport import Client
 
 mutants.apply()
+# A shell that runs tests in the background has it ignored, in all that they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _reached: dict[str, soaked.Reached] = {}
 
 
