@@ -33,11 +33,18 @@ Level = Literal["debug", "info", "warning", "error"]
 
 
 def directory(var: Path) -> Path:
-    """Return where the processes of `var` log, made if it is missing."""
-    made = var / "logs" / "ksi"
-    if not os.path.isdir(made):
-        made.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return made
+    """Return where the processes of `var` log."""
+    return var / "logs" / "ksi"
+
+
+def make_directory(var: Path) -> None:
+    """Make it if it is missing.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if not os.path.isdir(directory(var)):
+        directory(var).mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def output(var: Path, process: str) -> Path:
@@ -82,6 +89,7 @@ def configure(var: Path, process: str, level: Level = "info") -> Any:
     Raises:
         OSError: the directory of logs cannot be made.
     """
+    make_directory(var)
     return engine().make_filtering_bound_logger(level)(
         _lines(str(directory(var) / f"{process}.jsonl")),
         [_rendered],

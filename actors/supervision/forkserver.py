@@ -204,6 +204,7 @@ class ForkServer:
             Invalid: the program of an agent cannot be run; the text says why.
             OSError: no process can be started.
         """
+        log.make_directory(var)  # Here its want is that of all children together.
         output = str(log.output(var, spec.name))
         order = Order(output, dict(environment), spec.arguments, spec.function, spec.cwd)
         waiting, self._spare = self._spare, None

@@ -221,6 +221,7 @@ def _run(var: Path, order: Mapping[str, Any], progress: Progress, server: ForkSe
         require_none_begun(var)
         held = lock.hold(var)  # It was ended just now.
     if order["progress"] is not None:
+        log.make_directory(var)
         output = log.output(var, "supervisor")
         log.trim(output)
         log.redirect(output)

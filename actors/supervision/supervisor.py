@@ -256,11 +256,12 @@ class Supervisor(pykka.ThreadingActor):
         """Take up new settings. Children keep running and read theirs when they next start."""
         try:
             settings = self._load().config
-        except KsiError as error:
-            self._log.error("the settings are as before", error=str(error), hint=error.hint)
+            self._log = log.configure(self._var, NAME, settings.log.level)
+        except (KsiError, OSError) as error:
+            hint = getattr(error, "hint", None)
+            self._log.error("the settings are as before", error=str(error), hint=hint)
             return
         self._config, self._settings = settings, settings.supervisor
-        self._log = log.configure(self._var, NAME, settings.log.level)
         fresh = {spec.name: spec for spec in self._tree.specs(self._var, settings)}
         for child in self._own:
             child.spec = fresh.get(child.name, child.spec)

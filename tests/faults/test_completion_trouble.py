@@ -116,12 +116,12 @@ def test_a_worker_whose_key_is_revoked_is_cut_off_and_its_grant_goes_to_another(
 def test_grants_outlive_the_death_and_the_pause_of_their_owner(
     system: System, alice: Client, session_id: str
 ) -> None:
-    with working(system, "steadfast"):
+    with working(system, "steadfast", lease="3s"):
         request_id = submit(alice, session_id, options={"delay_s": 1.5})
         until(lambda: is_begun(alice, request_id))
         kill(system, "completion")
         with paused(system, "completion"):
-            time.sleep(1.2)  # longer than the lease
+            time.sleep(3.2)  # longer than the lease
         outcome = alice.outcome(request_id, timeout_s=20)
         assert (outcome["status"], outcome["attempt"]) == ("completed", 1)
 
