@@ -37,6 +37,7 @@ from ksi.transport.errors import StorageFull
 from ksi.transport.identity import Directory, KeyRing, endpoint, run_directory
 from ksi.transport.mailbox import Mailbox, connect, raise_file_limit, srand
 
+NICE: Final = 5  # A third of the share of others, where all want more than there is.
 _SESSION_TRIES: Final = 100  # In some twenty seconds.
 
 T = TypeVar("T")
@@ -117,22 +118,22 @@ def run_owner(name: str, var: str, beside: Beside | None = None) -> None:
     logger.info("closed", journal_seq=store.meta.seq)
 
 
-def step_back(nice: int) -> None:
+def step_back() -> None:
     """Let others have the processor first: those for whom a client waits.
 
     The kernel may share it out among sessions of processes before it looks at the processes, and
     each child is one. Source: sched(7), "The autogroup feature".
     """
-    os.nice(nice)
-    threading.Thread(target=_step_back_session, args=(nice,), daemon=True).start()
+    os.nice(NICE)
+    threading.Thread(target=_step_back_session, daemon=True).start()
 
 
-def _step_back_session(nice: int) -> None:
+def _step_back_session() -> None:
     for _ in range(_SESSION_TRIES):
         try:
             group = os.open("/proc/self/autogroup", os.O_WRONLY | os.O_CLOEXEC)
             try:
-                os.write(group, b"%d" % nice)
+                os.write(group, b"%d" % NICE)
             finally:
                 os.close(group)
             return

@@ -19,6 +19,7 @@ from system import System
 from trouble import kill, paused, until
 
 from ksi.actors.followers.indexed import Verification, index_directory
+from ksi.actors.process import NICE
 from ksi.storage import sqlite
 from ksi.storage.errors import Corrupt
 from ksi.storage.index import IndexReader
@@ -349,7 +350,7 @@ def has_niceness(group: Path, nice: int) -> bool:
 
 def test_who_follows_steps_back_for_those_that_clients_wait_for(system: System) -> None:
     """Also where the kernel shares the processor out among sessions of processes."""
-    for name, nice in (("sessions", 0), ("files", 5), ("index", 15), ("events", 15)):
+    for name, nice in (("sessions", 0), ("files", NICE), ("index", NICE), ("events", NICE)):
         pid = system.pid_of(name)
         assert pid is not None
         assert os.getpriority(os.PRIO_PROCESS, pid) == nice

@@ -119,6 +119,7 @@ def test_a_log_that_cannot_be_written_is_no_error_of_its_caller(tmp_path: Path) 
 def test_a_symlink_in_the_place_of_a_log_is_not_followed(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.touch()
+    log.make_directory(tmp_path)
     (log.directory(tmp_path) / "x.jsonl").symlink_to(target)
     log.configure(tmp_path, "x").info("secret")
 
@@ -129,6 +130,7 @@ def test_output_over_the_bound_is_moved_aside_while_its_writer_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "LOG_BYTES_MAX", 100)
+    log.make_directory(tmp_path)
     path = log.output(tmp_path, "x")
     with path.open("ab", buffering=0) as writer:
         writer.write(b"a" * 100)
@@ -143,6 +145,7 @@ def test_output_over_the_bound_is_moved_aside_while_its_writer_goes_on(
 
 
 def test_the_last_words_of_a_process_are_found(tmp_path: Path) -> None:
+    log.make_directory(tmp_path)
     path = log.output(tmp_path, "x")
     assert log.last_words(path) is None
     path.write_text("")

@@ -24,7 +24,6 @@ from ksi.transport.mailbox import listen
 GROUP_S: Final = 0.02  # What comes within this time is taken together ...
 GROUP_S_MAX: Final = 0.05  # ... and where there is much to do, within this.
 _REST_FACTOR: Final = 10  # It rests so many times as long as its last work took.
-NICE: Final = 15  # They take what is left, and keep up with that; clients wait for others.
 CLOSE_S: Final = 3.0  # For what is left at the end; a supervisor waits 5.
 
 
@@ -63,7 +62,7 @@ def run_with(
         bells: the owners whose journals they read.
         group_s: what is said within this time is taken together.
     """
-    step_back(NICE)
+    step_back()
     run_owner(owner, var, _beside(owner, make, bells, group_s))
 
 

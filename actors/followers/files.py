@@ -287,7 +287,7 @@ def run_files(var: str) -> None:
     root = Path(var)
     logger = log.configure(root, "files")
     stat = wait_for_room(lambda: StatWriter(run_directory(root) / "files.stat"), logger)
-    step_back(5)  # Owners go first: clients wait for them, and for this one nobody does.
+    step_back()  # Owners go first: clients wait for them, and for this one nobody does.
     raise_file_limit()
     stopping: list[int] = []
     woken = os.eventfd(0, os.EFD_CLOEXEC)
