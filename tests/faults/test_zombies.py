@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from system import System
-from trouble import entries, living, until
+from trouble import entries, kill, living, until
 
 from ksi.actors.owners import OWNERS
 from ksi.actors.supervision.launch import start_background
@@ -172,8 +172,7 @@ def client_kills(system: System, clients: int, kills: int) -> None:
         ]
         while any(each.poll() is None for each in mortals):
             time.sleep(0.4)  # Between two deaths they get on.
-            system.kill("sessions")
-            until(lambda: system.pid_of("sessions"))
+            kill(system, "sessions")
         reached = [json.loads(each.communicate()[0]) for each in mortals]
     said: dict[str, list[int]] = {}
     for each in entries(system, session):
